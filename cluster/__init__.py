@@ -1,0 +1,1 @@
+"""What every process agrees on, and how groups of actors live. Imports no torch."""

@@ -1,0 +1,135 @@
+"""Every error a person or a peer can see.
+
+    SluiceError
+    ├── ConfigError            a config key, with its path and the remedy
+    ├── RequestError           about one request; carries an ErrorCode, becomes an HTTP status
+    │   ├── InvalidRequest     400
+    │   ├── RequestTooLong     413
+    │   ├── Busy               429, with retry_after_s
+    │   ├── NoWorker           503
+    │   ├── DeadlineExceeded   504
+    │   ├── Cancelled          499
+    │   └── WorkerFailed       500, the request killed or failed on a worker
+    ├── SessionError           the words plane: refused handshake, broken session, oversize frame
+    │   ├── Refused
+    │   └── SessionBroken
+    ├── TransferError          the bytes plane
+    │   ├── PeerLost           the other process is gone
+    │   └── NotRegistered      memory outside every registered region
+    └── CheckpointError        a weight file, with the tensor and the remedy
+
+Messages name the offending value and the remedy. `assert` is for our own bugs.
+"""
+
+from cluster.protos import worker_pb2 as pb
+
+
+class SluiceError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(SluiceError, ValueError):
+    """`path` is the dotted key, e.g. ``pools.decode.workers``."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class RequestError(SluiceError):
+    """Ends one request. `code` travels on the wire, `status` over HTTP."""
+
+    code: pb.ErrorCode = pb.INTERNAL
+    status: int = 500
+
+
+class InvalidRequest(RequestError, ValueError):
+    code = pb.INVALID
+    status = 400
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class RequestTooLong(InvalidRequest):
+    code = pb.TOO_LONG
+    status = 413
+
+
+class Busy(RequestError):
+    code = pb.BUSY
+    status = 429
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorker(RequestError):
+    code = pb.NO_WORKER
+    status = 503
+
+
+class DeadlineExceeded(RequestError):
+    code = pb.DEADLINE
+    status = 504
+
+
+class Cancelled(RequestError):
+    code = pb.CANCELLED
+    status = 499
+
+
+class WorkerFailed(RequestError):
+    code = pb.INTERNAL
+    status = 500
+
+
+class SessionError(SluiceError):
+    code: pb.ErrorCode = pb.PEER_LOST
+
+
+class Refused(SessionError):
+    """The handshake was refused: wrong secret, protocol range, compatibility hash, replayed epoch."""
+
+    def __init__(self, code: pb.ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class SessionBroken(SessionError):
+    pass
+
+
+class TransferError(SluiceError):
+    pass
+
+
+class PeerLost(TransferError):
+    pass
+
+
+class NotRegistered(TransferError):
+    pass
+
+
+class CheckpointError(SluiceError):
+    pass
+
+
+_BY_CODE: dict[pb.ErrorCode, type[RequestError]] = {
+    pb.INVALID: InvalidRequest,
+    pb.TOO_LONG: RequestTooLong,
+    pb.BUSY: Busy,
+    pb.OVERFLOW: Busy,
+    pb.DRAINING: NoWorker,
+    pb.NO_WORKER: NoWorker,
+    pb.DEADLINE: DeadlineExceeded,
+    pb.CANCELLED: Cancelled,
+}
+
+
+def from_failure(failure: pb.Failure) -> RequestError:
+    """The exception a wire Failure stands for; unknown codes become WorkerFailed."""
+    return _BY_CODE.get(failure.code, WorkerFailed)(failure.message)
