@@ -1,0 +1,1 @@
+"""The composition root and the outside world: CLI, HTTP, recipes."""

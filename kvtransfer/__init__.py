@@ -1,0 +1,1 @@
+"""Moving KV between processes: geometry, leases, transports, connector. No Ray, no model knowledge."""

@@ -1,0 +1,1 @@
+"""A worker: one engine plus a set of roles."""

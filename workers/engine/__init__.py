@@ -1,0 +1,1 @@
+"""The step: schedule, agree, build, launch, settle."""
