@@ -1,0 +1,306 @@
+"""One YAML file, checked once, frozen. A part receives only its own section.
+
+Every key is a field below; its docstring gives meaning and unit. An unknown key, a wrong type or two keys
+that contradict each other end in a ConfigError that names the dotted path. Reading files and overrides is
+`cluster.config_file`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import ConfigError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Role(StrEnum):
+    """What a worker accepts: the stage of a request that it runs."""
+
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Directory of a checkpoint in Hugging Face format."""
+    served_name: str | None = None
+    """Name in `/v1/models` and in requests; none: the directory's name."""
+    dtype: Dtype = "auto"
+    """Of weights and activations; auto follows the checkpoint."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights of the right shapes from `dummy_seed`, no weight file is read."""
+    dummy_seed: Count = 0
+    """Equal seeds give equal weights on every worker."""
+    max_model_len: Positive | None = None
+    """Longest sequence, prompt and output, in tokens; none: what the checkpoint says."""
+
+
+class KvConfig(Section):
+    block_size: Positive = 64
+    """Tokens per block; equal on all workers that exchange blocks."""
+    num_blocks: Positive | None = None
+    """Blocks per group of one worker, the null block not counted; none: from the memory below."""
+    memory_bytes: Positive | None = None
+    """Bytes of KV per worker; used when `num_blocks` is none."""
+    memory_fraction: Annotated[float, Field(gt=0, le=0.95)] = 0.1
+    """Share of the device's free memory per worker; used when the two above are none."""
+    prefix_cache: bool = True
+    """Keep the blocks of finished sequences for later prompts that begin alike."""
+    prefill_reserve: Fraction = 0.1
+    """Share of a pool that reservations waiting for a pull may not hold."""
+
+
+class SchedulerConfig(Section):
+    max_batched_tokens: Positive = 2048
+    """Tokens computed in one step, over all sequences."""
+    max_sequences: Positive = 64
+    """Sequences in one step."""
+    chunk_tokens: Positive = 512
+    """Prompt tokens of one sequence in one step; a ticket follows each chunk."""
+    max_waiting: Positive = 256
+    """Requests a worker queues; the next one is answered BUSY."""
+    max_pull_wait_s: Seconds = 10.0
+    """A reservation that has waited this long for its source is released and queued again."""
+
+
+class PoolConfig(Section):
+    workers: Count = 1
+    """Workers in the pool."""
+    roles: tuple[Role, ...] = ()
+    """What its workers accept; empty: the stage that the pool is named after."""
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that a worker reserves in Ray (a scheduling figure, not a cap)."""
+    gpus: Count = 0
+    """GPUs per worker."""
+    threads: Positive = 1
+    """Threads for the tensor arithmetic of a worker on CPU."""
+    num_blocks: Positive | None = None
+    """Overrides `kv.num_blocks` for this pool."""
+
+
+class RouterConfig(Section):
+    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """How a worker is chosen among those that fit."""
+    local_prefill: Literal["never", "fallback", "always"] = "fallback"
+    """May a decode worker compute a prompt itself: never; only when every source is gone; always. Counted."""
+    spare: bool = True
+    """Name a second source in the plan, for when the first one dies."""
+    max_attempts: Positive = 3
+    """Workers that may be tried for one request, the first included."""
+
+
+class TransferConfig(Section):
+    transport: Literal["auto", "nixl", "loopback"] = "auto"
+    """auto: the best one that both workers have; loopback works inside one process only."""
+    late_read_s: Seconds = 5.0
+    """T: a read that took longer is thrown away; abandoned blocks stay in quarantine for 2 T."""
+    stuck_read_s: Seconds = 15.0
+    """A read that has not completed after this long is given up and its blocks are quarantined."""
+    lease_s: Seconds = 10.0
+    """Life of a lease on the source's blocks; heartbeats of the session renew it."""
+    ucx_tls: str = "auto"
+    """UCX_TLS for NIXL; auto leaves the choice to UCX. Two simulated hosts need "tcp,self"."""
+
+
+class WordsConfig(Section):
+    host: str = "127.0.0.1"
+    """Address that workers listen on and announce."""
+    port_min: Port = 20000
+    """First port to try for listening."""
+    port_max: Port = 20999
+    """Last port to try for listening."""
+    heartbeat_s: Seconds = 0.3
+    """Time between heartbeats."""
+    heartbeat_timeout_s: Seconds = 1.5
+    """A peer silent for this long is lost."""
+    step_timeout_s: Seconds = 5.0
+    """A peer with work that has not stepped for this long is unhealthy."""
+    connect_timeout_s: Seconds = 5.0
+    """For one dial with its handshake."""
+    redial_max_s: Seconds = 2.0
+    """Longest pause between two dials of a peer that does not answer."""
+    outbox_max_bytes: Positive = 16 << 20
+    """Bytes waiting to be written to one peer."""
+    outbox_max_request_bytes: Positive = 1 << 20
+    """Bytes of one request waiting to be written; past it that request alone ends."""
+    secret_env: str = "SLUICE_CLUSTER_SECRET"
+    """Environment variable that holds the cluster secret (never the secret itself)."""
+
+
+class HttpConfig(Section):
+    host: str = "127.0.0.1"
+    """Address of the public endpoint."""
+    port: Port = 8000
+    """Port of the public endpoint; 0: any free one."""
+    replicas: Positive = 1
+    """Ingress replicas."""
+    max_ongoing_requests: Positive = 1024
+    """Requests Serve lets into one replica; above `limits.max_requests`, so that ours is the limit that answers."""
+    request_timeout_s: Seconds = 300.0
+    """Deadline of a request that names none, and the longest that a request may name."""
+    drain_s: Seconds = 300.0
+    """How long a stopping replica lets open requests end; not less than `request_timeout_s`."""
+
+
+class LimitsConfig(Section):
+    max_requests: Positive = 512
+    """Open requests over all ingress replicas; the next one is answered 429."""
+    max_prompt_tokens: Positive | None = None
+    """Longest prompt; none: as the model allows."""
+    max_body_bytes: Positive = 8 << 20
+    """Longest HTTP request body."""
+
+
+class ControllerConfig(Section):
+    ingress_lease_s: Seconds = 60.0
+    """With no ingress for this long, the controller drains and removes everything."""
+    start_timeout_s: Seconds = 300.0
+    """A worker that is not ready after this long is replaced."""
+    drain_timeout_s: Seconds = 300.0
+    """A worker that is still busy this long after it was told to drain is stopped."""
+    check_s: Seconds = 0.5
+    """Time between two looks at the workers."""
+
+
+class LogConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is written."""
+    format: Literal["human", "json"] = "human"
+    """One line per event, for people or for machines."""
+
+
+def _default_pools() -> dict[str, PoolConfig]:
+    return {role.value: PoolConfig(roles=(role,)) for role in (Role.PREFILL, Role.DECODE)}
+
+
+class SluiceConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")] = "sluice"
+    """Of the app: its controller, actors and placement groups are named after it."""
+    model: ModelConfig
+    kv: KvConfig = KvConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    pools: Annotated[dict[str, PoolConfig], Field(default_factory=_default_pools)]
+    """By name; a pool named encode, prefill or decode has that role unless it names others."""
+    router: RouterConfig = RouterConfig()
+    transfer: TransferConfig = TransferConfig()
+    words: WordsConfig = WordsConfig()
+    http: HttpConfig = HttpConfig()
+    limits: LimitsConfig = LimitsConfig()
+    controller: ControllerConfig = ControllerConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_roles(cls, data: object) -> object:
+        """Fills in the roles of pools named after a stage, and drops pools that an override set to null."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("pools"), Mapping):
+            return data
+        pools: dict[object, object] = {}
+        for name, pool in data["pools"].items():
+            if pool is None:
+                continue
+            wants_roles = isinstance(pool, Mapping) and not pool.get("roles") and name in set(Role)
+            pools[name] = {**pool, "roles": [name]} if wants_roles else pool
+        return {**data, "pools": pools}
+
+    @model_validator(mode="after")
+    def _agree(self) -> SluiceConfig:
+        """What two keys must agree on. Paths are absolute, so errors need no location of their own."""
+        kv, scheduler, transfer, words = self.kv, self.scheduler, self.transfer, self.words
+        _demand(
+            kv.num_blocks is None or kv.memory_bytes is None,
+            "kv.memory_bytes",
+            "kv.num_blocks is set too; remove one of the two",
+        )
+        _demand(
+            scheduler.chunk_tokens <= scheduler.max_batched_tokens,
+            "scheduler.chunk_tokens",
+            f"{scheduler.chunk_tokens} is over scheduler.max_batched_tokens = {scheduler.max_batched_tokens}; lower it",
+        )
+        _demand(
+            scheduler.max_sequences <= scheduler.max_batched_tokens,
+            "scheduler.max_sequences",
+            f"{scheduler.max_sequences} is over scheduler.max_batched_tokens = {scheduler.max_batched_tokens}: "
+            "every sequence needs a token of the step; lower it",
+        )
+        _demand(
+            transfer.stuck_read_s >= transfer.late_read_s,
+            "transfer.stuck_read_s",
+            f"{transfer.stuck_read_s} is under transfer.late_read_s = {transfer.late_read_s}; raise it",
+        )
+        _demand(
+            transfer.lease_s > 2 * words.heartbeat_s,
+            "transfer.lease_s",
+            f"{transfer.lease_s} leaves no two heartbeats ({words.heartbeat_s} s) to renew a lease; raise it",
+        )
+        _demand(
+            words.port_min <= words.port_max,
+            "words.port_max",
+            f"{words.port_max} is under words.port_min = {words.port_min}; raise it",
+        )
+        _demand(
+            words.heartbeat_timeout_s >= 2 * words.heartbeat_s,
+            "words.heartbeat_timeout_s",
+            f"{words.heartbeat_timeout_s} is under two heartbeats ({words.heartbeat_s} s each); raise it",
+        )
+        _demand(
+            words.outbox_max_request_bytes <= words.outbox_max_bytes,
+            "words.outbox_max_request_bytes",
+            f"{words.outbox_max_request_bytes} is over words.outbox_max_bytes = {words.outbox_max_bytes}; lower it",
+        )
+        _demand(
+            self.http.max_ongoing_requests > self.limits.max_requests,
+            "http.max_ongoing_requests",
+            f"{self.http.max_ongoing_requests} is not over limits.max_requests = {self.limits.max_requests}, "
+            "so Serve would queue silently what we answer with 429; raise it",
+        )
+        _demand(
+            self.http.drain_s >= self.http.request_timeout_s,
+            "http.drain_s",
+            f"{self.http.drain_s} is under http.request_timeout_s = {self.http.request_timeout_s}, "
+            "so a redeploy would cut streams; raise it",
+        )
+        self._check_pools()
+        return self
+
+    def _check_pools(self) -> None:
+        known = "pools with roles: " + (", ".join(name for name, pool in self.pools.items() if pool.roles) or "none")
+        for name, pool in self.pools.items():
+            _demand(name.isidentifier(), f"pools.{name}", "a pool's name is letters, digits and _; rename it")
+            _demand(bool(pool.roles), f"pools.{name}.roles", f"name the roles, some of {', '.join(Role)}; {known}")
+            _demand(
+                len(set(pool.roles)) == len(pool.roles),
+                f"pools.{name}.roles",
+                f"{', '.join(pool.roles)} names a role twice",
+            )
+        staffed = {role for pool in self.pools.values() if pool.workers for role in pool.roles}
+        _demand(Role.DECODE in staffed, "pools", "no pool has a worker with the role decode; add one")
+        _demand(
+            Role.PREFILL in staffed or self.router.local_prefill == "always",
+            "pools",
+            "no pool has a worker with the role prefill; add one, or set router.local_prefill=always",
+        )
+
+    @property
+    def served_name(self) -> str:
+        return self.model.served_name or self.model.path.rstrip("/").rpartition("/")[2] or self.model.path
+
+
+def _demand(holds: bool, path: str, message: str) -> None:
+    if not holds:
+        raise ConfigError(path, message)
