@@ -1,0 +1,173 @@
+"""Every Prometheus metric, declared once.
+
+A process makes one `Metrics` and hands it down; each has a registry of its own, so that two can live in one
+process (tests, loopback). Names are `sluice_<part>_<what>_<unit>`; prometheus_client adds `_total` to counters.
+All methods of prometheus_client are thread-safe. Labels come from closed sets (outcomes, roles, states,
+transports) or from the members of one cluster (peers), never from requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+# Seconds: one step on a GPU is some milliseconds, a long prompt on a CPU some tens of seconds.
+_REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+_STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_READ_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Outcome(StrEnum):
+    """How a request ended, as its client saw it."""
+
+    OK = "ok"
+    INVALID = "invalid"  # 4xx other than the below
+    BUSY = "busy"  # 429
+    NO_WORKER = "no_worker"  # 503
+    DEADLINE = "deadline"  # 504
+    CANCELLED = "cancelled"  # by the client, gone included
+    FAILED = "failed"  # 500
+
+
+class PullOutcome(StrEnum):
+    """How one read of KV blocks ended."""
+
+    OK = "ok"
+    STALE = "stale"  # a generation differed: the blocks were reused
+    LATE = "late"  # took longer than transfer.late_read_s
+    LOST = "lost"  # the source is gone
+    STUCK = "stuck"  # never completed: blocks quarantined
+
+
+class DropReason(StrEnum):
+    """Why a frame about a request was thrown away."""
+
+    OLD_ATTEMPT = "old_attempt"
+    REPEATED_INDEX = "repeated_index"
+    UNKNOWN_REQUEST = "unknown_request"
+    UNSUPPORTED = "unsupported"
+
+
+class Metrics:
+    """The metrics of one process, ingress or worker. Grouped by the part that keeps them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+
+        # What clients see; kept by the ingress.
+        self.requests = Counter("sluice_ingress_requests", "Requests that ended, by outcome", ["outcome"], registry=r)
+        self.open_requests = Gauge("sluice_ingress_open_requests", "Requests that have not ended", registry=r)
+        self.ttft = Histogram("sluice_ingress_ttft_seconds", "Arrival to first token", buckets=_REQUEST_S, registry=r)
+        self.inter_token = Histogram(
+            "sluice_ingress_inter_token_seconds", "Between two tokens of a stream", buckets=_TOKEN_S, registry=r
+        )
+        self.end_to_end = Histogram(
+            "sluice_ingress_end_to_end_seconds", "Arrival to last token", buckets=_REQUEST_S, registry=r
+        )
+        self.prompt_tokens = Counter("sluice_ingress_prompt_tokens", "Prompt tokens of accepted requests", registry=r)
+        self.generated_tokens = Counter("sluice_ingress_generated_tokens", "Tokens sent to clients", registry=r)
+        self.failures = Counter(
+            "sluice_ingress_failures", "Requests and attempts that failed, by reason", ["reason"], registry=r
+        )
+        self.replays = Counter(
+            "sluice_ingress_replays", "Requests sent on to another decode worker with what was emitted", registry=r
+        )
+
+        # The engine of a worker.
+        self.queue = Histogram(
+            "sluice_engine_queue_seconds", "Acceptance to first step", ["role"], buckets=_REQUEST_S, registry=r
+        )
+        self.waiting = Gauge("sluice_engine_waiting_sequences", "Sequences not yet scheduled", registry=r)
+        self.running = Gauge("sluice_engine_running_sequences", "Sequences being computed", registry=r)
+        self.pulling = Gauge("sluice_engine_pulling_sequences", "Sequences waiting for KV from a source", registry=r)
+        self.computed_tokens = Counter("sluice_engine_computed_tokens", "Tokens computed in steps", registry=r)
+        self.batch_size = Histogram("sluice_engine_batch_sequences", "Sequences in a step", buckets=_BATCH, registry=r)
+        self.step = Histogram("sluice_engine_step_seconds", "One step of the engine", buckets=_STEP_S, registry=r)
+        self.preemptions = Counter("sluice_engine_preemptions", "Sequences put back because blocks ran out", registry=r)
+        self.local_prefills = Counter(
+            "sluice_engine_local_prefills", "Prompts that a decode worker computed itself", ["reason"], registry=r
+        )
+        self.prefix_hit_tokens = Counter(
+            "sluice_engine_prefix_hit_tokens", "Prompt tokens found in the worker's own cache", ["role"], registry=r
+        )
+        self.prefix_lookup_tokens = Counter(
+            "sluice_engine_prefix_lookup_tokens", "Prompt tokens looked for in that cache", ["role"], registry=r
+        )
+
+        # The block table and the ledger.
+        self.blocks = Gauge(
+            "sluice_kv_blocks",
+            "Blocks, by group and state; a group's states add up to it",
+            ["group", "state"],
+            registry=r,
+        )
+        self.leases = Gauge("sluice_kv_leases", "Requests whose blocks are leased to a sink", registry=r)
+        self.leased_blocks = Gauge("sluice_kv_leased_blocks", "Blocks under a lease", registry=r)
+        self.expired_leases = Counter("sluice_kv_expired_leases", "Leases that ran out without a release", registry=r)
+        self.quarantines = Counter(
+            "sluice_kv_quarantines", "Blocks put into quarantine, by what might still touch them", ["side"], registry=r
+        )
+
+        # The bytes plane.
+        self.transfer_bytes = Counter(
+            "sluice_transfer_bytes", "KV bytes read, by transport and source", ["transport", "peer"], registry=r
+        )
+        self.transfer_seconds = Histogram(
+            "sluice_transfer_read_seconds",
+            "One read, by transport and source",
+            ["transport", "peer"],
+            buckets=_READ_S,
+            registry=r,
+        )
+        self.transfer_rate = Gauge(
+            "sluice_transfer_warm_rate_bytes_per_second",
+            "Measured when the pair was warmed",
+            ["transport", "peer"],
+            registry=r,
+        )
+        self.pulls = Counter("sluice_transfer_pulls", "Reads, by outcome", ["outcome"], registry=r)
+        self.pulled_blocks = Counter("sluice_transfer_pulled_blocks", "Blocks read and kept", registry=r)
+        self.spares_used = Counter("sluice_transfer_spares_used", "Requests sent to the spare source", registry=r)
+
+        # The words plane.
+        self.sessions = Gauge("sluice_words_sessions", "Open sessions, by kind of peer", ["peer_kind"], registry=r)
+        self.broken_sessions = Counter(
+            "sluice_words_broken_sessions", "Sessions that broke, by reason", ["reason"], registry=r
+        )
+        self.dropped_frames = Counter(
+            "sluice_words_dropped_frames", "Frames about a request thrown away, by reason", ["reason"], registry=r
+        )
+        self.overflows = Counter(
+            "sluice_words_overflows", "Requests ended because their reader was too slow", registry=r
+        )
+
+        # Life.
+        self.workers = Gauge("sluice_cluster_workers", "Members, by pool and state", ["pool", "state"], registry=r)
+        self.restarts = Counter("sluice_cluster_restarts", "Workers replaced, by pool", ["pool"], registry=r)
+
+        # A series that is absent until its first event hides that event from rate(): closed sets start at 0.
+        for metric, labels in ((self.requests, Outcome), (self.pulls, PullOutcome), (self.dropped_frames, DropReason)):
+            for label in labels:
+                metric.labels(label)
+
+    def set_blocks(self, group: str, counts: Mapping[str, int]) -> None:
+        """All states of one group at once: {"free": 10, "filling": 0, ...}."""
+        for state, count in counts.items():
+            self.blocks.labels(group, state).set(count)
+
+    def render(self) -> bytes:
+        """The text exposition format; serve it with `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+    def value(self, name: str, labels: Mapping[str, str] | None = None) -> float:
+        """One sample by its full name, 0 before its first observation: for reports, doctor and tests."""
+        sample = self.registry.get_sample_value(name, dict(labels or {}))
+        return 0.0 if sample is None else sample
