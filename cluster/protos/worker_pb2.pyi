@@ -342,7 +342,7 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class KvRequest(_message.Message):
-    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms")
+    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +352,7 @@ class KvRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     shard: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -361,7 +362,8 @@ class KvRequest(_message.Message):
     sampling: SamplingParams
     priority: int
     deadline_ms: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    ask: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ...) -> None: ...
 
 class BlockRun(_message.Message):
     __slots__ = ("group", "first_index", "block_ids", "generations")
@@ -382,7 +384,7 @@ class Handoff(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s")
+    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s", "ask")
     KEY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
@@ -393,6 +395,7 @@ class Ticket(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     chunk: int
     runs: _containers.RepeatedCompositeFieldContainer[BlockRun]
@@ -403,21 +406,26 @@ class Ticket(_message.Message):
     pid: int
     queue_s: float
     compute_s: float
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    ask: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., ask: _Optional[int] = ...) -> None: ...
 
 class Release(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "ask")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ...) -> None: ...
+    ask: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., ask: _Optional[int] = ...) -> None: ...
 
 class KvFailed(_message.Message):
-    __slots__ = ("key", "failure")
+    __slots__ = ("key", "failure", "ask")
     KEY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     failure: Failure
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    ask: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ask: _Optional[int] = ...) -> None: ...
 
 class TransportQuery(_message.Message):
     __slots__ = ("transports",)
