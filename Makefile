@@ -1,23 +1,30 @@
 # Without make:  python3 deploy/preflight.py && .venv/bin/python -m deploy demo
-# (and           python3 deploy/preflight.py && .venv/bin/python -m pytest)
+# (for tests)    python3 deploy/preflight.py && .venv/bin/python -m pytest
 PYTHON ?= python3
-VENV = .venv/bin/python
+VENV = .venv/bin
 
-.PHONY: demo test lint setup proto
+.PHONY: demo test lint setup setup-dev proto
 
 demo: setup
-	@$(VENV) -m deploy demo $(ARGS)
+	@exec $(VENV)/python -m deploy demo $(ARGS)
 
 test: setup
-	@$(VENV) -m pytest $(ARGS)
+	@$(VENV)/python -m pytest $(ARGS)
 
-lint:
-	@$(PYTHON) deploy/preflight.py --extra dev
-	@$(PYTHON) deploy/preflight.py lint
+lint: setup-dev
+	$(VENV)/ruff format --check
+	$(VENV)/ruff check
+	$(VENV)/lint-imports
+	$(VENV)/deptry . --no-ansi
+	$(VENV)/vulture
+	$(VENV)/codespell
+	$(VENV)/basedpyright
 
-proto:
-	@$(PYTHON) deploy/preflight.py --extra dev
-	@$(VENV) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. cluster/protos/worker.proto
+proto: setup-dev
+	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. cluster/protos/worker.proto
 
 setup:
 	@$(PYTHON) deploy/preflight.py
+
+setup-dev:
+	@$(PYTHON) deploy/preflight.py --extra dev
