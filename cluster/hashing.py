@@ -5,15 +5,17 @@ h_{-1} = 16 zero bytes. The root covers what makes equal tokens different KV: we
 (compatibility hash), the tenant's salt, the LoRA id, and for encoder–decoder models the encoder input.
 """
 
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-import sys
 
 HASH_BYTES = 16
 
 
-def chain_root(compatibility_hash: bytes, *, salt: str = "", lora_id: str = "", encoder_tokens: Sequence[int] = ()) -> bytes:
+def chain_root(
+    compatibility_hash: bytes, *, salt: str = "", lora_id: str = "", encoder_tokens: Sequence[int] = ()
+) -> bytes:
     """16-byte key of a chain. Fields are length-prefixed, so that no two differ only in where they split."""
     digest = blake2b(digest_size=HASH_BYTES, person=b"sluice.root")
     for part in (compatibility_hash, salt.encode(), lora_id.encode(), _token_bytes(encoder_tokens)):
@@ -30,7 +32,9 @@ def block_hashes(root: bytes, tokens: Sequence[int], block_size: int, previous: 
     return list(iter_block_hashes(root, tokens, block_size, previous))
 
 
-def iter_block_hashes(root: bytes, tokens: Sequence[int], block_size: int, previous: bytes | None = None) -> Iterator[bytes]:
+def iter_block_hashes(
+    root: bytes, tokens: Sequence[int], block_size: int, previous: bytes | None = None
+) -> Iterator[bytes]:
     data = _token_bytes(tokens)
     stride = 4 * block_size
     parent = previous or bytes(HASH_BYTES)

@@ -93,7 +93,7 @@ def test_settings_are_taken_as_they_are() -> None:
         ("kv.block_sise=3", "kv.block_sise", "did you mean kv.block_size?"),
         ("pools.decode.worker=2", "pools.decode.worker", "did you mean pools.decode.workers?"),
         ("router.max_sequences=3", "router.max_sequences", "did you mean scheduler.max_sequences?"),
-        ("blok=1", "blok", "there are controller, http, kv"),
+        ("bogus=1", "bogus", "there are controller, http, kv"),
         ("pools.decod.workers=2", "pools.decod.roles", "pools with roles: prefill, decode"),
         ("pools.decode.workers=-1", "pools.decode.workers", "-1"),
         ("pools.decode.roles=[decode, encoder]", "pools.decode.roles.1", "'encoder'"),
