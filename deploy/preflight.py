@@ -198,7 +198,7 @@ def main() -> int:
     if not PYTHON_MIN <= machine.python[:2] <= PYTHON_MAX and machine.system == "Linux":
         for minor in range(PYTHON_MIN[1], PYTHON_MAX[1] + 1):
             other = shutil.which("python3.{}".format(minor))
-            if other is not None:
+            if other is not None and subprocess.call([other, "-c", ""], stderr=subprocess.DEVNULL) == 0:
                 os.execv(other, [other, *sys.argv])
     installed = read_stamp(VENV)[0] != ""
     found = problems(machine, installed)
