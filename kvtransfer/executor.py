@@ -313,7 +313,7 @@ class Executor:
                 job.started = self._clock()
                 job.reads = self._warm_up_reads(job.link, job.pairs)
                 return False
-        rate = job.link.bytes_of(job.pairs) / max(job.best_s, 1e-9) if job.best_s else 0.0
+        rate = 0.0 if job.best_s is None else job.link.bytes_of(job.pairs) / max(job.best_s, 1e-9)
         self._land(job.link)
         if error is not None:
             self._disconnect(job.link.peer)

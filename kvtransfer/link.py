@@ -170,7 +170,10 @@ class Link:
         self.num_source_blocks = _checked(peer, list(ranks.values()), pool)
         num_groups = len(pool.geometry.groups)
         self._sources = [_SourceRank(ranks[rank], num_groups) for rank in sorted(ranks)]
-        self._collect_rows(landing)
+        try:
+            self._collect_rows(landing)
+        except ValueError as error:
+            raise TransferError(f"the ranks that {peer} offers do not make up its KV: {error}") from error
         # A source rank that holds nothing this rank needs is neither connected nor asked.
         self._sources = [source for source in self._sources if any(source.bases)]
         try:

@@ -1,0 +1,104 @@
+"""Connecting to a source: what is checked, measured, kept and given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import TransferError
+from cluster.protos import worker_pb2 as pb
+from kvtransfer.connector import BlockPair, Outcome, Pull
+from kvtransfer.loopback import LoopbackFabric
+from tests.support.kv_builders import STUCK_S, Clock, KvPair, KvWorker, heads_geometry, latent_geometry
+
+
+def test_geometry_mismatch_is_found_at_connect_with_both_geometries() -> None:
+    fabric, clock = LoopbackFabric(), Clock()
+    source = KvWorker.build("source", fabric, clock, geometry=latent_geometry(row_size=8))
+    sink = KvWorker.build("sink", fabric, clock, geometry=latent_geometry(row_size=4))
+    (connected,) = sink.connect(source)
+    message = str(connected.error)
+    assert f"0/latents: {2 * 4 * 8 * 2} B a block" in message
+    assert f"0/latents: {2 * 4 * 4 * 2} B a block" in message
+    assert '"row_size":4' in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda offer: setattr(offer, "transport", "nixl"), "'nixl'"),
+        (lambda offer: offer.failure.CopyFrom(pb.Failure(message="no common transport")), "no common transport"),
+        (lambda offer: offer.ranks.pop(), "no rank of shard 0"),
+        (lambda offer: offer.ranks[0].generations.pop(), "KV geometry"),
+        (lambda offer: setattr(offer.ranks[0].regions[0], "num_blocks", 3), "must be equal"),
+        (lambda offer: setattr(offer.ranks[0].regions[0], "address", 64), "not registered"),
+        (lambda offer: setattr(offer.ranks[0], "tp_size", 2), "holds K/V head"),
+    ],
+)
+def test_an_offer_that_does_not_fit_is_an_error_of_the_connect(change, message: str) -> None:
+    pair = KvPair(geometry=heads_geometry())
+    offer = pair.source.offer()
+    change(offer)
+    if offer.ranks and offer.ranks[0].tp_size == 2:
+        for region, spec in zip(offer.ranks[0].regions[:2], heads_geometry().groups[0].regions, strict=True):
+            region.block_bytes = spec.block_bytes(2)
+        offer.ranks[0].regions[2].block_bytes = heads_geometry().groups[1].regions[0].block_bytes(2)
+    pair.sink.connected.clear()
+    pair.sink.ranks[0].executor.connect("other", offer, pair.sink.connected.append)
+    pair.sink.run_once()
+    (connected,) = pair.sink.connected
+    assert isinstance(connected.error, TransferError)
+    assert message in str(connected.error)
+
+
+def test_connecting_measures_and_leaves_no_trace_in_the_pool() -> None:
+    pair = KvPair()
+    (connected,) = pair.sink.connect(pair.source)
+    assert (connected.peer, connected.transport, connected.rank) == ("source", "loopback", 0)
+    assert connected.bytes_per_s > 0
+    assert pair.reads() == []
+    assert not pair.sink.ranks[0].pool.regions[0][0][1:].any()
+
+
+def test_a_warm_up_that_never_completes_is_an_error() -> None:
+    fabric, clock = LoopbackFabric(), Clock()
+    source, sink = (KvWorker.build(name, fabric, clock) for name in ("source", "sink"))
+    fabric.hold("source/0")
+    sink.ranks[0].executor.connect("source", source.offer(), sink.connected.append)
+    assert sink.run_once()
+    clock.now += STUCK_S + 1
+    assert not sink.run_once()
+    assert "has not completed" in str(sink.connected[0].error)
+
+
+def test_pulls_after_a_disconnect_are_lost_and_those_before_complete() -> None:
+    pair = KvPair()
+    pair.hold()
+    _, ours, _ = pair.start([7])
+    pair.sink.run_once()
+    executor = pair.sink.ranks[0].executor
+    executor.disconnect("source")
+    executor.submit(Pull(1000, "source", (BlockPair(0, 1, ours[0]),), (1,)))
+    pair.sink.run_once()
+    assert [(done.id, done.outcome) for done in pair.sink.dones] == [(1000, Outcome.LOST)]
+    assert "not connected" in pair.sink.dones.pop().error
+    pair.fabric.resume("source/0")
+    assert [result.outcome for result in pair.sink.pump()] == [Outcome.OK]
+    assert pair.sink.holds(0, ours[0], 7)
+    (connected,) = pair.sink.connect(pair.source)
+    assert connected.error is None, "the same incarnation may come back"
+
+
+def test_a_reconnect_while_reads_are_in_flight_keeps_them() -> None:
+    pair = KvPair()
+    pair.hold()
+    pair.start([7])
+    pair.sink.run_once()
+    executor = pair.sink.ranks[0].executor
+    executor.disconnect("source")
+    executor.connect("source", pair.source.offer(), pair.sink.connected.append)
+    pair.sink.run_once()
+    pair.fabric.resume("source/0")
+    while pair.sink.run_once():
+        pass
+    assert [result.outcome for result in pair.sink.settle()] == [Outcome.OK]
+    assert pair.sink.connected[-1].error is None
