@@ -226,7 +226,6 @@ class BlockManager:
                 self._events.append(BlockEvent(EventKind.REMOVED, index, removed))
             group.enter(block, BlockState.FILLING, self._retired)
             group.refs[block] = 1
-            group.fence[block] = 0
             group.generation[block] += 1
             self._raises.append(BlockRaise(index, block, group.generation[block]))
             blocks.append(block)
@@ -356,6 +355,9 @@ class BlockManager:
     def num_references(self, group: int, block: int) -> int:
         return self._groups[group].refs[block]
 
+    def is_held(self, group: int, block: int) -> bool:
+        return self._groups[group].holds[block] > 0
+
     def counts(self, group: int) -> BlockCounts:
         return self._groups[group].counts()
 
@@ -380,7 +382,7 @@ def _check_group(pool: _Group) -> None:
     assert sum(counts) == size, f"{name}: {counts} do not add up to {size}"
     free = [*pool.free, *(block for _, block in pool.fenced)]
     assert len(free) == len(set(free)), f"{name}: a block is free twice"
-    seen = {state: 0 for state in BlockState}
+    seen = dict.fromkeys(BlockState, 0)
     for block in range(1, size + 1):
         state, refs, holds, hash_ = pool.state[block], pool.refs[block], pool.holds[block], pool.hash[block]
         where = f"{name} block {block} ({state.name}, {refs} refs, {holds} holds)"
