@@ -15,39 +15,29 @@ Engine thread only; nothing here takes a lock.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from heapq import heappop, heappush
+from heapq import heappop
 from typing import NamedTuple
 
-NULL_BLOCK = 0
+from workers.engine.block_group import NULL_BLOCK, BlockCounts, BlockGroup, BlockState, GroupCapacity
 
-
-class BlockState(Enum):
-    FREE = "free"
-    FILLING = "filling"
-    READY = "ready"
-    CACHED = "cached"
-    QUARANTINED = "quarantined"
+__all__ = [
+    "NULL_BLOCK",
+    "BlockCounts",
+    "BlockEvent",
+    "BlockManager",
+    "BlockRaise",
+    "BlockState",
+    "EventKind",
+    "GroupCapacity",
+]
 
 
 class EventKind(Enum):
     STORED = "stored"
     REMOVED = "removed"
     CLEARED = "cleared"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupCapacity:
-    name: str
-    num_blocks: int  # without the null block
-    block_size: int  # tokens
-
-    def __post_init__(self) -> None:
-        if self.num_blocks < 1 or self.block_size < 1:
-            raise ValueError(f"group {self.name}: {self.num_blocks} blocks of {self.block_size} tokens")
 
 
 class BlockRaise(NamedTuple):
@@ -66,123 +56,11 @@ class BlockEvent(NamedTuple):
     hash: bytes
 
 
-class BlockCounts(NamedTuple):
-    """They add up to the pool, always."""
-
-    free: int
-    filling: int
-    ready: int
-    cached: int
-    quarantined: int
-
-
-class _Group:
-    """The blocks of one group. Lists are indexed by block id; index 0 is the null block and stays unused."""
-
-    __slots__ = (
-        "cached",
-        "capacity",
-        "fence",
-        "fenced",
-        "free",
-        "generation",
-        "hash",
-        "holds",
-        "num_filling",
-        "num_quarantined",
-        "num_ready",
-        "refs",
-        "registry",
-        "state",
-    )
-
-    def __init__(self, capacity: GroupCapacity) -> None:
-        size = capacity.num_blocks + 1
-        self.capacity = capacity
-        self.state = [BlockState.FREE] * size
-        self.refs = [0] * size
-        self.holds = [0] * size
-        self.generation = [0] * size
-        self.fence = [0] * size
-        self.hash: list[bytes | None] = [None] * size  # set only while registered
-        self.registry: dict[bytes, int] = {}
-        self.free = list(range(capacity.num_blocks, 0, -1))  # popped from the end
-        self.fenced: list[tuple[int, int]] = []  # heap of (fence, block): free, but a step in flight may touch it
-        self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self.num_filling = 0
-        self.num_ready = 0
-        self.num_quarantined = 0
-
-    def counts(self) -> BlockCounts:
-        num_free = len(self.free) + len(self.fenced)
-        return BlockCounts(num_free, self.num_filling, self.num_ready, len(self.cached), self.num_quarantined)
-
-    def enter(self, block: int, state: BlockState, retired: int) -> None:
-        """Leaves the block's state for `state`, keeping lists and counters."""
-        match self.state[block]:
-            case BlockState.FILLING:
-                self.num_filling -= 1
-            case BlockState.READY:
-                self.num_ready -= 1
-            case BlockState.QUARANTINED:
-                self.num_quarantined -= 1
-            case BlockState.CACHED:
-                del self.cached[block]
-            case BlockState.FREE:
-                pass  # taken out by `take`
-        self.state[block] = state
-        match state:
-            case BlockState.FILLING:
-                self.num_filling += 1
-            case BlockState.READY:
-                self.num_ready += 1
-            case BlockState.QUARANTINED:
-                self.num_quarantined += 1
-            case BlockState.CACHED:
-                self.cached[block] = None
-            case BlockState.FREE:
-                if self.fence[block] > retired:
-                    heappush(self.fenced, (self.fence[block], block))
-                else:
-                    self.free.append(block)
-
-    def has(self, count: int, *, for_transfer: bool, retired: int) -> bool:
-        available = len(self.free)
-        if not for_transfer:
-            return count <= available + len(self.fenced) + len(self.cached)
-        if count <= available:
-            return True
-        if count > available + len(self.cached):
-            return False
-        for block in self.cached:
-            if self.fence[block] <= retired:
-                available += 1
-                if count <= available:
-                    return True
-        return False
-
-    def take(self, *, for_transfer: bool, retired: int) -> tuple[int, bytes | None]:
-        """A block to write into, and the hash that its eviction removed. `has` said there is one."""
-        if not for_transfer and self.fenced:
-            # Compute is ordered behind the step that may touch it; transfers need the others.
-            return heappop(self.fenced)[1], None
-        if self.free:
-            return self.free.pop(), None
-        for block in self.cached:
-            if not for_transfer or self.fence[block] <= retired:
-                removed = self.hash[block]
-                assert removed is not None
-                del self.registry[removed]
-                self.hash[block] = None
-                return block, removed
-        raise AssertionError(f"group {self.capacity.name} is empty")
-
-
 class BlockManager:
     """Blocks of all groups of one shard. Implements `kvtransfer.ledger.BlockPins` (refs are (group, block) pairs)."""
 
     def __init__(self, groups: Sequence[GroupCapacity], *, enable_prefix_cache: bool = True) -> None:
-        self._groups = [_Group(capacity) for capacity in groups]
+        self._groups = [BlockGroup(capacity) for capacity in groups]
         self._enable_prefix_cache = enable_prefix_cache
         self._retired = 0
         self._raises: list[BlockRaise] = []
@@ -303,7 +181,7 @@ class BlockManager:
                 pool.enter(block, self._rest_state(pool, block), self._retired)
 
     @staticmethod
-    def _rest_state(pool: _Group, block: int) -> BlockState:
+    def _rest_state(pool: BlockGroup, block: int) -> BlockState:
         """Where a block without references belongs."""
         if pool.holds[block]:
             return BlockState.QUARANTINED
@@ -373,28 +251,4 @@ class BlockManager:
     def check_integrity(self) -> None:
         """Asserts that states, counts and lists agree. O(blocks): for tests and debugging."""
         for pool in self._groups:
-            _check_group(pool)
-
-
-def _check_group(pool: _Group) -> None:
-    name, size = pool.capacity.name, pool.capacity.num_blocks
-    counts = pool.counts()
-    assert sum(counts) == size, f"{name}: {counts} do not add up to {size}"
-    free = [*pool.free, *(block for _, block in pool.fenced)]
-    assert len(free) == len(set(free)), f"{name}: a block is free twice"
-    seen = dict.fromkeys(BlockState, 0)
-    for block in range(1, size + 1):
-        state, refs, holds, hash_ = pool.state[block], pool.refs[block], pool.holds[block], pool.hash[block]
-        where = f"{name} block {block} ({state.name}, {refs} refs, {holds} holds)"
-        seen[state] += 1
-        assert refs >= 0 and holds >= 0, where
-        assert (state in (BlockState.FILLING, BlockState.READY)) == (refs > 0), where
-        assert (state is BlockState.QUARANTINED) == (refs == 0 and holds > 0), where
-        assert state is not BlockState.CACHED or (hash_ is not None and block in pool.cached), where
-        assert hash_ is None or (pool.registry[hash_] == block and state is not BlockState.FILLING), where
-        assert (state is BlockState.FREE) == (refs == 0 and holds == 0 and hash_ is None), where
-    assert {block for block in range(1, size + 1) if pool.state[block] is BlockState.FREE} == set(free), f"{name}: free"
-    assert tuple(seen[state] for state in BlockState) == tuple(counts), f"{name}: {seen} is not {counts}"
-    assert len(pool.registry) == sum(hash_ is not None for hash_ in pool.hash), f"{name}: registry"
-    assert all(pool.fence[block] == fence for fence, block in pool.fenced), f"{name}: fence of a free block changed"
-    assert pool.refs[NULL_BLOCK] == pool.holds[NULL_BLOCK] == pool.generation[NULL_BLOCK] == 0, f"{name}: null block"
+            pool.check_integrity()

@@ -276,7 +276,7 @@ def test_fence_follows_a_block_through_a_reuse_by_compute() -> None:
     assert got is not None
     blocks.release(0, got[0], fence=5)
     again = blocks.reserve([1])
-    assert again == got, "compute is ordered behind step 5 and needs not wait"
+    assert again is not None and again == got, "compute is ordered behind step 5 and needs not wait"
     blocks.release(0, again[0])  # never launched
     assert blocks.reserve([1], for_transfer=True) is None
     blocks.retire_fences(4)
