@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Final
+from typing import Final, cast
 
 import grpc
 import grpc.aio
@@ -143,8 +143,10 @@ class WordsServer:
     async def _shake(self, stream: Stream) -> Session | None:
         handshake = ListenerHandshake(self._identity, self._secret, self._epochs)
         try:
-            if (age := self._words.step_age()).stuck(self._words.config.step_timeout_s):
-                raise Refused(pb.NO_WORKER, f"the engine has not stepped for {age.seconds:.1f} s; dial again later")
+            if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
+                raise Refused(
+                    pb.NO_WORKER, f"the engine has work but has not stepped for {limit_s:g} s; dial again later"
+                )
             while True:
                 data = await stream.read()
                 if not isinstance(data, bytes):
@@ -208,7 +210,11 @@ class _Link:
 
 
 class Dialer:
-    """Keeps sessions to peers. `on_refused` is told on the words thread, once per new reason of a peer."""
+    """Keeps sessions to peers.
+
+    `on_failed(incarnation or address, error)` is called on the words thread when a dial gave no session (refused,
+    unreachable), once per new reason of a peer.
+    """
 
     def __init__(
         self,
@@ -217,14 +223,14 @@ class Dialer:
         secret: bytes,
         handler: SessionHandler,
         *,
-        on_refused: Callable[[str, SessionError], None] | None = None,
+        on_failed: Callable[[str, SessionError], None] | None = None,
     ) -> None:
         DialerHandshake(identity, secret, 1)  # an empty secret fails here, not at the first peer
         self._words = words
         self._identity = identity
         self._secret = secret
         self._handler = handler
-        self._on_refused = on_refused
+        self._on_failed = on_failed
         self._epochs = count(1)
         self._links: dict[str, _Link] = {}
         self._random = random.Random()
@@ -297,15 +303,15 @@ class Dialer:
     def _note(self, link: _Link, error: SessionError) -> None:
         if link.error is None or str(link.error) != str(error):
             _log.warning("%s has no session with %s: %s", self._identity.name, link.address, error)
-            if self._on_refused is not None:
-                self._on_refused(link.incarnation or link.address, error)
+            if self._on_failed is not None:
+                self._on_failed(link.incarnation or link.address, error)
         link.error = error
 
     async def _dial(self, link: _Link) -> None:
         """One dial and the session it gives, to its end. Raises when there was none."""
         link.session = None
-        if (age := self._words.step_age()).stuck(self._words.config.step_timeout_s):
-            raise SessionBroken(f"our own engine has not stepped for {age.seconds:.1f} s")
+        if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
+            raise SessionBroken(f"our own engine has work but has not stepped for {limit_s:g} s")
         async with grpc.aio.insecure_channel(link.address, options=_OPTIONS) as channel:
             stream = _open_stream(channel, SESSION_PATH)
             async with asyncio.timeout(self._words.config.connect_timeout_s):
@@ -343,7 +349,8 @@ class Dialer:
 
 def _open_stream(channel: grpc.aio.Channel, path: str) -> Stream:
     """Raw bytes in both directions: what arrives is parsed where a mistake can be blamed on its session."""
-    return channel.stream_stream(path, request_serializer=None, response_deserializer=None)()
+    opened = channel.stream_stream(path, request_serializer=None, response_deserializer=None)
+    return cast(Stream, opened(request_iterator=None))
 
 
 async def _tell_refusal(stream: Stream, error: Refused) -> None:
