@@ -70,6 +70,11 @@ class Sink:
     def num_in_flight(self) -> int:
         return len(self._flights)
 
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Destination blocks of all reads in flight."""
+        return len(self._destinations)
+
     def plan(
         self,
         key: RequestKey,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -185,11 +185,16 @@ class KvWorker:
         for rank in self.ranks:
             rank.executor.submit(pull)
 
-    def settle(self) -> list[PullResult]:
-        """Hands what the executors reported to the planner."""
+    def results(self) -> Iterator[PullResult]:
+        """Hands what the executors reported to the planner, one after the other."""
         dones, self.dones[:] = list(self.dones), []
-        results = [self.sink.done(done, self.clock.now) for done in dones]
-        return [result for result in results if result is not None]
+        for done in dones:
+            result = self.sink.done(done, self.clock.now)
+            if result is not None:
+                yield result
+
+    def settle(self) -> list[PullResult]:
+        return list(self.results())
 
     def pump(self) -> list[PullResult]:
         self.run_once()
