@@ -1,0 +1,1 @@
+"""Attention: what a step's batch looks like, which backend computes it, and the reference that runs anywhere."""

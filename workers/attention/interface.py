@@ -1,0 +1,111 @@
+"""The values of one attention step, and what a backend promises. Imports nothing of ours: everyone may hold these.
+
+Shapes: B sequences, T packed tokens of this step, N rows whose logits are wanted, H query heads, K key/value heads,
+D head size. Nothing is padded: token t of sequence b is row ``query_starts[b] + t``. Sequences with one query token
+come first; the first `num_decodes` rows of T are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetadata:
+    """One KV group in one step. Read only."""
+
+    block_table: Tensor  # [B, max_blocks] int32 or int64, padded with the null block 0
+    slot_mapping: Tensor  # [T] int64: block * block_size + offset of each new token
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One step's packed batch. Built by the rank, read by the model; lists are host copies. B and T may be 0."""
+
+    num_sequences: int
+    num_decodes: int  # leading sequences with exactly one query token
+    query_lens: list[int]  # [B], each >= 1
+    query_starts: list[int]  # [B + 1]
+    context_lens: list[int]  # [B]: visible tokens, this step's included
+    positions: Tensor  # [T] int64
+    groups: tuple[GroupMetadata, ...]
+    logits_rows: Tensor  # [N] int64: rows of T
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_starts[-1] if self.query_starts else 0
+
+
+class KvCache:
+    """Typed views of one group's regions. Owns nothing: the storage must outlive it.
+
+    `regions[name]` is [num_blocks, num_layers, *page_shape] over the region's storage, null block included, and
+    contiguous. K/V pages are [2, K, block_size, D], keys first; rows are [block_size, row_size].
+    """
+
+    def __init__(self, regions: Mapping[str, Tensor]) -> None:
+        for name, pages in regions.items():
+            if not pages.is_contiguous():
+                raise ValueError(f"region {name}: the view is not contiguous; view the region's whole storage")
+        self.regions = dict(regions)
+
+    def pages(self, region: str) -> Tensor:
+        """[num_blocks, num_layers, *page_shape]."""
+        return self.regions[region]
+
+    def layer(self, region: str, index: int) -> Tensor:
+        """[num_blocks, *page_shape] of one layer, strided by all layers of a block."""
+        return self.regions[region][:, index]
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Whole blocks, all regions and layers. Reads every source before it writes any destination."""
+        for pages in self.regions.values():
+            source = torch.tensor(sources, dtype=torch.int64, device=pages.device)
+            destination = torch.tensor(destinations, dtype=torch.int64, device=pages.device)
+            pages.index_copy_(0, destination, pages.index_select(0, source))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProblem:
+    """What is asked of a backend: fixed for the life of a model."""
+
+    kind: str  # "gqa": causal attention over K/V pages
+    num_heads: int  # H
+    num_kv_heads: int  # K; divides H
+    head_dim: int  # D
+    block_size: int
+    dtype: torch.dtype
+    device_type: str  # "cpu", "cuda"
+    scale: float
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class AttentionStep(Protocol):
+    """One step of one group, all layers. Valid until the next `begin`; used by one thread."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Writes k and v [T, K, D] into the cache of `layer`, then returns the attention of q [T, H, D] as [T, H * D].
+
+        Every query sees all its sequence's tokens up to and including itself, cached ones too.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Made once per model and rank from an `AttentionProblem`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, batch: AttentionBatch, group: int, cache: KvCache, region: str) -> AttentionStep:
+        """Computes once what all layers of the step share. Mutates only blocks that this step starts to write."""
+        ...

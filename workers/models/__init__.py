@@ -1,0 +1,1 @@
+"""Model families: config.json to module, checkpoint to weights."""
