@@ -1,0 +1,60 @@
+"""What every causal model offers, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvtransfer.layout import GroupSpec
+from workers.attention.interface import AttentionBatch, KvCache
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What the rest of a worker needs to know about a model."""
+
+    architecture: str  # config.json's name, e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str  # of weights and activations: a key of DTYPES
+    rope_convention: str  # of cached keys: "interleaved", "half_split", "none"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+class CausalModel(Protocol):
+    """One rank's share of a decoder. Forward and logits run on the engine's thread, without gradients."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def kv_groups(self, block_size: int) -> tuple[GroupSpec, ...]:
+        """The logical, unsharded KV of the model."""
+        ...
+
+    def bind_kv(self, caches: Sequence[KvCache]) -> None:
+        """One cache per group of `kv_groups`, with that block size. Called once, before the first forward."""
+        ...
+
+    def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
+        """input_ids [T] int64 -> hidden states after the final norm [T, d]; writes the KV of all T tokens.
+
+        With n `capture_layers` the result is [T, (1 + n) * d]: the residual stream that enters each of these layers
+        is appended, in the order asked (num_layers: what leaves the last one).
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, d] -> [N, vocab_size], in the model's dtype."""
+        ...
