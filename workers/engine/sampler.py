@@ -1,0 +1,106 @@
+"""Drawing the next tokens: greedy, temperature, top-k, top-p, as one pure function.
+
+A draw is the argmax of (logits / temperature + Gumbel noise) over the tokens that top-k and top-p leave. The noise
+of a token is Philox4x32-10 of key `seed` and counter (token id // 4, position, sample, 0), word token id % 4: the
+same bits for the same (seed, sample, position, token id), alone or in any batch, whole or split over the vocabulary.
+
+Shapes: N drawing rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from workers.engine.philox import gumbel, philox
+
+# Rows x V that are drawn together: the working set of the noise stays inside a core's cache.
+_CHUNK_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One entry per drawing row, host arrays of length N."""
+
+    temperature: npt.NDArray[np.float32]  # 0: greedy
+    top_k: npt.NDArray[np.int64]  # 0: off
+    top_p: npt.NDArray[np.float32]  # 1: off
+    seed: npt.NDArray[np.uint64]
+    sample: npt.NDArray[np.int64]  # which of a request's n sequences
+    position: npt.NDArray[np.int64]  # index of the drawn token in prompt + emitted
+    banned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row, token ids that must not be drawn)
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """Token ids [N] int64 on the logits' device, from logits [N, V] of any float dtype, which may be overwritten.
+
+    Pure: row i of the result depends on row i of the arguments only. Equal scores go to the lowest token id.
+    """
+    for row, token_ids in draws.banned:
+        logits[row, list(token_ids)] = -torch.inf
+    drawing = np.flatnonzero(draws.temperature > 0)
+    tokens = logits.argmax(dim=-1)
+    if drawing.size:
+        rows_per_chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        edges = [*range(0, drawing.size, rows_per_chunk), drawing.size]
+        for start, end in pairwise(edges):
+            rows = drawing[start:end]
+            tokens[_tensor(rows, logits)] = _draw(logits, draws, rows)
+    return tokens
+
+
+def _draw(logits: Tensor, draws: Draws, rows: npt.NDArray[np.intp]) -> Tensor:
+    scores = logits[_tensor(rows, logits)].float()
+    scores /= _tensor(draws.temperature[rows], logits)[:, None]
+    top_k, top_p = draws.top_k[rows], draws.top_p[rows]
+    limited = (top_k > 0) | (top_p < 1)
+    if limited.any():
+        at = _tensor(np.flatnonzero(limited), logits)
+        scores[at] = _limit(scores[at], _tensor(top_k[limited], logits), _tensor(top_p[limited], logits))
+    noise = token_noise(
+        scores.shape[1], draws.seed[rows], draws.sample[rows], draws.position[rows], device=logits.device
+    )
+    return scores.add_(noise).argmax(dim=-1)
+
+
+def _limit(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """-inf for the tokens outside top-k, then outside the smallest set of at least top_p mass. [N, V].
+
+    Tokens equal to the last one kept stay: the result does not depend on how a sort breaks ties.
+    """
+    vocabulary = scores.shape[1]
+    ordered = scores.sort(dim=-1, descending=True).values
+    keep = torch.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
+    kth = ordered.gather(1, keep[:, None] - 1)
+    ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+    mass_before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+    mass_before[:, 0] = 0.0  # the first token always stays
+    num_kept = (mass_before < top_p[:, None]).sum(dim=-1, keepdim=True)
+    nucleus = torch.where(top_p[:, None] < 1, ordered.gather(1, num_kept - 1), kth)
+    return scores.masked_fill(scores < torch.maximum(kth, nucleus), -torch.inf)
+
+
+def token_noise(
+    vocabulary: int,
+    seed: npt.NDArray[np.uint64],
+    sample_: npt.NDArray[np.int64],
+    position: npt.NDArray[np.int64],
+    *,
+    device: torch.device,
+) -> Tensor:
+    """Gumbel noise [N, V] float32 of the draws (seed, sample, position), each [N]."""
+    key = tuple(torch.from_numpy(word.astype(np.int64))[:, None].to(device) for word in (seed & 0xFFFFFFFF, seed >> 32))
+    place, which = (torch.from_numpy(value)[:, None].to(device) for value in (position, sample_))
+    block = torch.arange((vocabulary + 3) // 4, device=device)[None, :]
+    words = philox((block, place, which, torch.zeros_like(which)), (key[0], key[1]))
+    shape = (len(seed), block.shape[1])
+    return gumbel(torch.stack([word.expand(shape) for word in words], dim=-1).flatten(1)[:, :vocabulary])
+
+
+def _tensor(values: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
