@@ -102,6 +102,8 @@ class RouterConfig(Section):
     """Name a second source in the plan, for when the first one dies."""
     max_attempts: Positive = 3
     """Workers that may be tried for one request, the first included."""
+    worker_wait_s: Seconds = 15.0
+    """How long a request waits for a worker when none is there; then it is answered 503."""
 
 
 class TransferConfig(Section):

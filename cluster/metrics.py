@@ -80,6 +80,12 @@ class Metrics:
         self.replays = Counter(
             "sluice_ingress_replays", "Requests sent on to another decode worker with what was emitted", registry=r
         )
+        self.local_plans = Counter(
+            "sluice_ingress_local_plans",
+            "Attempts planned with the prompt computed by the decode worker, by reason",
+            ["reason"],
+            registry=r,
+        )
 
         # The engine of a worker.
         self.queue = Histogram(

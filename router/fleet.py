@@ -1,0 +1,144 @@
+"""What one router knows of the workers: membership, open sessions, load reports, and what it just sent them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.config import Role
+from cluster.membership import Member, Membership, MemberState
+from cluster.protos import worker_pb2 as pb
+from cluster.session import Session
+from router.plan import Candidate
+
+
+@dataclass(slots=True)
+class _Shard:
+    """The last load report of one shard, and what this router sent since."""
+
+    report: pb.LoadReport | None = None
+    num_sent: int = 0
+    sent_tokens: int = 0
+
+    @property
+    def num_requests(self) -> int:
+        report = self.report
+        known = report.num_waiting + report.num_running + report.num_pulling if report else 0
+        return known + self.num_sent
+
+    @property
+    def queued_tokens(self) -> int:
+        return (self.report.queued_prefill_tokens if self.report else 0) + self.sent_tokens
+
+    @property
+    def draining(self) -> bool:
+        return self.report is not None and self.report.draining
+
+    @property
+    def warm_sources(self) -> frozenset[str]:
+        pairs = self.report.pairs if self.report else ()
+        return frozenset(pair.source_incarnation for pair in pairs if pair.warm)
+
+
+@dataclass(slots=True)
+class _Worker:
+    member: Member
+    session: Session | None = None
+    leaving: bool = False  # said Goodbye
+    shards: dict[int, _Shard] = field(default_factory=dict)
+
+
+class Fleet:
+    """The members that are not GONE, by incarnation. One thread."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, _Worker] = {}
+
+    def update(self, membership: Membership) -> tuple[list[Member], list[str]]:
+        """(members to dial, incarnations to drop). The caller gives the latest: a new controller counts anew."""
+        members = {m.incarnation: m for m in membership.members if m.state is not MemberState.GONE}
+        left = [incarnation for incarnation in self._workers if incarnation not in members]
+        for incarnation in left:
+            del self._workers[incarnation]
+        dial: list[Member] = []
+        for incarnation, member in members.items():
+            worker = self._workers.get(incarnation)
+            if member.address and (worker is None or worker.member.address != member.address):
+                dial.append(member)
+            if worker is None:
+                shards = {rank.shard: _Shard() for rank in member.ranks}
+                self._workers[incarnation] = _Worker(member, shards=shards)
+            else:
+                worker.member = member
+                for rank in member.ranks:
+                    worker.shards.setdefault(rank.shard, _Shard())
+        return dial, left
+
+    def opened(self, session: Session) -> bool:
+        """False if it is a session to nobody that is a member."""
+        worker = self._workers.get(session.peer.incarnation)
+        if worker is None:
+            return False
+        worker.session = session
+        worker.leaving = False
+        worker.shards = {shard: _Shard() for shard in worker.shards}  # a fresh session: reports of the old one are old
+        return True
+
+    def broken(self, session: Session) -> None:
+        worker = self._workers.get(session.peer.incarnation)
+        if worker is not None and worker.session is session:
+            worker.session = None
+
+    def leaving(self, session: Session) -> None:
+        """The worker said Goodbye: no new requests."""
+        worker = self._workers.get(session.peer.incarnation)
+        if worker is not None and worker.session is session:
+            worker.leaving = True
+
+    def reported(self, session: Session, report: pb.LoadReport) -> None:
+        worker = self._workers.get(session.peer.incarnation)
+        if worker is not None and worker.session is session:
+            worker.shards[report.shard] = _Shard(report)
+
+    def sent(self, candidate: Candidate, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Counts until the worker's next report includes it."""
+        worker = self._workers.get(candidate.incarnation)
+        shard = worker.shards.get(candidate.shard) if worker else None
+        if shard is not None:
+            shard.num_sent += num_requests
+            shard.sent_tokens += num_tokens
+
+    def session(self, incarnation: str) -> Session | None:
+        worker = self._workers.get(incarnation)
+        return worker.session if worker else None
+
+    def sessions(self) -> list[Session]:
+        return [worker.session for worker in self._workers.values() if worker.session is not None]
+
+    def member(self, incarnation: str) -> Member | None:
+        worker = self._workers.get(incarnation)
+        return worker.member if worker else None
+
+    def expects(self, role: Role) -> bool:
+        """Whether any member, ready or not, has this role."""
+        return any(role in worker.member.roles for worker in self._workers.values())
+
+    def candidates(self) -> list[Candidate]:
+        """The shards of all workers that take new requests."""
+        return [
+            Candidate(
+                name=worker.member.name,
+                incarnation=incarnation,
+                shard=number,
+                roles=frozenset(worker.member.roles),
+                compatibility_hash=worker.member.compatibility_hash,
+                pid=worker.member.pid,
+                connected=worker.session is not None,
+                num_requests=shard.num_requests,
+                queued_tokens=shard.queued_tokens,
+                warm_sources=shard.warm_sources,
+            )
+            for incarnation, worker in self._workers.items()
+            if worker.member.state is MemberState.READY and not worker.leaving
+            for number, shard in worker.shards.items()
+            if not shard.draining
+        ]

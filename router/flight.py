@@ -1,0 +1,247 @@
+"""One request in flight: its attempts, what its client got, and why it ends.
+
+    PLACING ──place──▶ RUNNING ──finish──────────────▶ ENDED
+       ▲                  │                              ▲
+       └──fail_attempt────┘  (next attempt, with what    │
+       │                      was emitted as known input)│
+       └───────── error, deadline, cancel ───────────────┘   from either state, once
+
+Tokens are taken in order, each index once, whatever attempts repeat or leave out. Belongs to one thread, that of
+the router's event loop; nothing here knows sessions or clocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
+from cluster.hashing import block_hashes
+from cluster.protos import worker_pb2 as pb
+from cluster.request import FinishReason, RequestKey, SamplingParams
+from router.plan import NoPlan, Plan
+
+MAX_UNREAD_TOKENS = 16_384
+MAX_DEATHS = 2  # of different workers, under one request: it is poisoned
+
+# Failures after which another worker may do better.
+_ELSEWHERE = frozenset(
+    {pb.BUSY, pb.DRAINING, pb.NO_WORKER, pb.PEER_LOST, pb.INTERNAL, pb.INCOMPATIBLE, pb.STALE, pb.ERROR_UNSPECIFIED}
+)
+_DEADLY = frozenset({pb.PEER_LOST, pb.INTERNAL})
+_PASSING = frozenset({pb.PEER_LOST, pb.NO_WORKER})  # the same worker may do, too, if there is no other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterRequest:
+    """What the router is asked to do. `request_id` is unique among the requests of all ingresses."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0  # larger first
+    deadline_s: float | None = None  # remaining; None: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of a request. `finish` comes with the last ones, which may be none, and so does `route`."""
+
+    token_ids: tuple[int, ...]
+    first_index: int  # among the emitted tokens of the request
+    finish: FinishReason | None
+    route: pb.Route | None
+    plan: Plan  # of the attempt that runs now
+    attempt: int  # 1: the first
+
+
+class State(Enum):
+    PLACING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class Receipt(Enum):
+    """What became of the tokens in a frame."""
+
+    TAKEN = auto()
+    REPEATED = auto()  # all of them were known already
+    OLD_ATTEMPT = auto()
+    GAP = auto()  # the attempt left some out: it cannot be trusted
+    FAILED = auto()  # the worker reports a failure
+    UNREAD = auto()  # the client does not take its tokens: the request must end
+
+
+class Flight:
+    def __init__(self, request: RouterRequest) -> None:
+        self.request = request
+        self.state = State.PLACING
+        self.attempt = 0
+        self.emitted: list[int] = []
+        self.plan: Plan | None = None
+        self.session_id = ""  # of the running attempt
+        self.excluded: set[str] = set()  # incarnations that turned it away or failed it, and live
+        self.shunned: set[str] = set()  # incarnations that were lost, or lost a source: chosen if there is no other
+        self.last_failure: pb.Failure | None = None
+        self.error: RequestError | None = None
+        self.finish: FinishReason | None = None
+        self.route: pb.Route | None = None
+        self._deaths: set[str] = set()
+        self._num_taken = 0  # tokens handed to the client
+        self._finish_taken = False
+        self._news = asyncio.Event()
+        self._hashes: list[bytes] = []
+        self._hash_root = b""
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether the running attempt follows one that had begun, not one that was turned away."""
+        turned_away = (pb.BUSY, pb.DRAINING, pb.NO_WORKER)
+        return self.last_failure is not None and self.last_failure.code not in turned_away
+
+    @property
+    def key(self) -> RequestKey:
+        return RequestKey(self.request.request_id, self.attempt)
+
+    # ------------------------------------------------------------ attempts
+
+    def place(self, plan: Plan, session_id: str) -> RequestKey:
+        """PLACING -> RUNNING, the next attempt; its key."""
+        assert self.state is State.PLACING, self.state
+        self.state = State.RUNNING
+        self.attempt += 1
+        self.plan = plan
+        self.session_id = session_id
+        return self.key
+
+    def submit(self, root: bytes, block_size: int, deadline_ms: int) -> pb.Submit:
+        """The words for the running attempt. The hash chain is computed once and grows with what was emitted."""
+        assert self.plan is not None
+        request = self.request
+        known = [*request.prompt_token_ids, *self.emitted]
+        if root != self._hash_root:
+            self._hash_root, self._hashes = root, []
+        start = len(self._hashes)
+        previous = self._hashes[-1] if start else None
+        self._hashes += block_hashes(root, known[start * block_size :], block_size, previous)
+        return pb.Submit(
+            key=self.key.wire(),
+            plan=self.plan.wire(),
+            prompt_token_ids=request.prompt_token_ids,
+            emitted_token_ids=self.emitted,
+            sampling=request.sampling.wire(),
+            priority=request.priority,
+            deadline_ms=deadline_ms,
+            block_hashes=b"".join(self._hashes),
+            shard=self.plan.decode.shard,
+        )
+
+    def receive(self, session_id: str, tokens: pb.SequenceTokens) -> Receipt:
+        """Takes what is new of a frame; its finish ends the flight. After FAILED, GAP and UNREAD the caller acts."""
+        if self.state is not State.RUNNING or session_id != self.session_id or tokens.key.attempt != self.attempt:
+            return Receipt.OLD_ATTEMPT
+        new = self._new_tokens(tokens.first_token_index, tokens.token_ids)
+        if new is None:
+            return Receipt.GAP
+        self.emitted += new
+        if new:
+            self._news.set()
+        if tokens.finish == pb.ERROR:
+            return Receipt.FAILED
+        if tokens.finish != pb.FINISH_UNSPECIFIED:
+            self._complete(FinishReason(tokens.finish), tokens.route if tokens.HasField("route") else None)
+        elif len(self.emitted) - self._num_taken > MAX_UNREAD_TOKENS:
+            return Receipt.UNREAD
+        return Receipt.REPEATED if tokens.token_ids and not new else Receipt.TAKEN
+
+    def fail_attempt(self, failure: pb.Failure, max_attempts: int, *, reported: bool) -> bool:
+        """RUNNING -> PLACING, True: try elsewhere. Or -> ENDED, False: it is over.
+
+        `reported`: the decode worker lives and said so itself; PEER_LOST is then about its source.
+        """
+        assert self.state is State.RUNNING and self.plan is not None, self.state
+        self.last_failure = failure
+        decode, prefill = self.plan.decode.incarnation, self.plan.prefill.incarnation
+        sampling = self.request.sampling
+        if failure.code not in _ELSEWHERE:
+            self.end(from_failure(failure))
+        elif len(self.emitted) >= sampling.max_tokens:  # nothing is missing but the word that it is over
+            self._complete(FinishReason.LENGTH, None)
+        elif self.emitted and self._is_stop(self.emitted[-1]):
+            self._complete(FinishReason.STOP, None)
+        else:
+            if failure.code in _DEADLY:
+                self._deaths.add(prefill if reported and failure.code == pb.PEER_LOST else decode)
+            (self.shunned if failure.code in _PASSING else self.excluded).add(decode)
+            if len(self._deaths) >= MAX_DEATHS:
+                self.end(
+                    WorkerFailed(
+                        f"request {self.request.request_id} failed on {len(self._deaths)} workers and is not tried "
+                        f"again (last: {failure.message}); report its id"
+                    )
+                )
+            elif self.attempt >= max_attempts:
+                self.end(self.last_error())
+            else:
+                self.state = State.PLACING
+        return self.state is State.PLACING
+
+    def last_error(self, unplaced: NoPlan | None = None) -> RequestError:
+        """What the client is told when no further attempt is made."""
+        failure = self.last_failure
+        assert failure is not None
+        detail = failure.message or (unplaced.reason if unplaced else "")
+        if failure.code == pb.BUSY:
+            return Busy(f"every worker's queue is full; retry later ({detail})")
+        error = from_failure(failure)
+        tried = f"request {self.request.request_id} failed after {self.attempt} attempts: {detail}"
+        return type(error)(tried)
+
+    def end(self, error: RequestError) -> None:
+        """-> ENDED. The client gets what was emitted, then the error. The first end counts."""
+        if self.state is not State.ENDED:
+            self.state = State.ENDED
+            self.error = error
+            self._news.set()
+
+    # ------------------------------------------------------------ the client's side
+
+    def take(self) -> TokenDelta | None:
+        """What is new for the client; None: nothing yet, or nothing any more."""
+        whole = self.finish is not None and not self._finish_taken
+        if len(self.emitted) == self._num_taken and not whole:
+            return None
+        assert self.plan is not None
+        first, self._num_taken, self._finish_taken = self._num_taken, len(self.emitted), self.finish is not None
+        return TokenDelta(
+            token_ids=tuple(self.emitted[first:]),
+            first_index=first,
+            finish=self.finish,
+            route=self.route,
+            plan=self.plan,
+            attempt=self.attempt,
+        )
+
+    async def news(self) -> None:
+        """Returns when something may have happened since the last call."""
+        await self._news.wait()
+        self._news.clear()
+
+    # ------------------------------------------------------------ inside
+
+    def _new_tokens(self, first: int, tokens: Sequence[int]) -> Sequence[int] | None:
+        """The tokens past those already emitted; None if some between are missing."""
+        known = len(self.emitted) - first
+        return None if known < 0 else tokens[known:]
+
+    def _complete(self, finish: FinishReason, route: pb.Route | None) -> None:
+        self.state = State.ENDED
+        self.finish = finish
+        self.route = route
+        self._news.set()
+
+    def _is_stop(self, token: int) -> bool:
+        sampling = self.request.sampling
+        return token in sampling.stop_token_ids and len(self.emitted) >= sampling.min_tokens
