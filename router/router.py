@@ -32,8 +32,6 @@ from router.flight import Flight, Receipt, RouterRequest, State, TokenDelta
 from router.plan import NoPlan, Plan, make_plan
 from router.policy import POLICIES
 
-_FLUSH_S = 1.0  # for the cancels of what still runs when the router stops
-
 
 class Router:
     """Implements `cluster.session.SessionHandler`. Does not own the words thread."""
@@ -75,10 +73,10 @@ class Router:
         self._members(self._latest)
 
     async def stop(self) -> None:
-        """Ends what is open with NoWorker, then all sessions."""
+        """Ends what is open with NoWorker, then all sessions, which ends it on the workers."""
         for flight in list(self._flights.values()):
             self._end(flight, NoWorker("this ingress replica stops; retry"))
-        await asyncio.to_thread(self._dialer.stop, flush_s=_FLUSH_S)
+        await asyncio.to_thread(self._dialer.stop)
 
     def update_membership(self, membership: Membership) -> None:
         """Dials who joined, drops who left. Any thread; the last call counts."""
@@ -141,21 +139,19 @@ class Router:
                 alarm = loop.call_later(max(0.0, request.deadline_s), self._expire, flight)
             try:
                 self._place(flight)
-                while True:
-                    delta = flight.take()
+                while (delta := flight.take()) is None or delta.finish is None:
                     if delta is not None:
                         yield delta
-                    if flight.error is not None and delta is None:
+                    elif flight.error is not None:
                         raise flight.error
-                    if flight.finish is not None and (delta is None or delta.finish is not None):
-                        return
-                    if delta is None:
+                    else:
                         await flight.news()
             finally:
                 if alarm is not None:
                     alarm.cancel()
                 self._settle(flight, "the client has what it wants or is gone")
                 stay.until = loop.time()
+        yield delta  # everything is settled: a client that stops reading here holds nothing
 
     # ------------------------------------------------------------ placing
 

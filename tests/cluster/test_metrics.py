@@ -21,6 +21,7 @@ sluice_ingress_end_to_end_seconds histogram
 sluice_ingress_failures counter reason
 sluice_ingress_generated_tokens counter
 sluice_ingress_inter_token_seconds histogram
+sluice_ingress_local_plans counter reason
 sluice_ingress_open_requests gauge
 sluice_ingress_prompt_tokens counter
 sluice_ingress_replays counter
