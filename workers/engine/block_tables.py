@@ -1,0 +1,196 @@
+"""The block tables of sequences over the block manager: admission, growth, victims, what a pull brought.
+
+Groups either grow with a sequence's tokens (all with one block size; hashed, shared) or hold a fixed extent of it
+(`Sequence.extents`; never shared). Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+from workers.engine.block_manager import BlockManager, BlockState
+from workers.engine.sequence import Sequence
+
+_SPARE_SHARE = 50  # an admission leaves up to 1/50 of a group to the growth of those that run
+
+
+class BlockTables:
+    def __init__(self, blocks: BlockManager, chain_root: bytes) -> None:
+        self._blocks = blocks
+        self._chain_root = chain_root
+        self._groups = blocks.groups
+        self._indexes = range(len(self._groups))
+        self.block_size = self._groups[0].block_size  # of every growing group
+
+    # ------------------------------------------------------------------ taking blocks
+
+    def admit(self, seq: Sequence, *, num_running: int) -> bool:
+        """Blocks for all known input, cached ones first. False and nothing changed if there is no room.
+
+        The last known token is always computed, for its logits: the hit ends before its block.
+        """
+        spare = [min(num_running, group.num_blocks // _SPARE_SHARE) for group in self._groups]
+        return self.occupy(seq, (len(seq.tokens) - 1) // self.block_size, spare=spare, for_transfer=False)
+
+    def occupy(self, seq: Sequence, max_hit_blocks: int, *, spare: SequenceOf[int], for_transfer: bool) -> bool:
+        """Gives an empty sequence cached and reserved blocks for all its tokens; `spare` blocks must be left over."""
+        assert not any(seq.block_tables), f"{seq} has blocks"
+        num_tokens = len(seq.tokens)
+        if self._blocks.enable_prefix_cache:
+            seq.extend_hashes(self._chain_root, num_tokens // self.block_size, self.block_size)
+        hits = self._hits(seq, max_hit_blocks)
+        needed = [total - len(hit) for total, hit in zip(self.totals(seq, num_tokens), hits, strict=True)]
+        for index in self._indexes:  # before touching the hits' age
+            if needed[index] + spare[index] > self._blocks.num_available(index):
+                return False
+        for index, hit in enumerate(hits):
+            self._blocks.acquire(index, hit)
+        got = None
+        if all(needed[index] + spare[index] <= self._blocks.num_available(index) for index in self._indexes):
+            got = self._blocks.reserve(needed, for_transfer=for_transfer)
+        if got is None:
+            for index, hit in enumerate(hits):
+                self._blocks.release(index, hit)
+            return False
+        seq.block_tables = [hit + fresh for hit, fresh in zip(hits, got, strict=True)]
+        seq.num_ready_blocks = max(map(len, hits))
+        seq.num_computed = seq.num_confirmed = seq.num_ready_blocks * self.block_size
+        seq.num_known = num_tokens
+        if seq.num_preemptions == 0:
+            seq.prefix_hit_tokens = seq.num_computed
+        self._measure(seq)
+        return True
+
+    def grow(self, seq: Sequence, end: int) -> bool:
+        """Room for the first `end` tokens. False and nothing changed if blocks are short."""
+        got = self._blocks.reserve(self._missing(seq, end))
+        if got is None:
+            return False
+        if seq.fresh is None:
+            seq.fresh = [[] for _ in self._indexes]
+        for table, fresh, blocks in zip(seq.block_tables, seq.fresh, got, strict=True):
+            table += blocks
+            fresh += blocks
+        self._measure(seq)
+        return True
+
+    def victims(self, seq: Sequence, end: int, candidates: Iterable[Sequence]) -> list[Sequence] | None:
+        """Whom to preempt, first candidates first, so that `grow` succeeds; None if all of them do not suffice.
+
+        Blocks that others reference or that are held free nothing; a candidate that frees nothing is spared.
+        """
+        lacking = [missing - self._blocks.num_available(index) for index, missing in enumerate(self._missing(seq, end))]
+        users: defaultdict[tuple[int, int], list[Sequence]] = defaultdict(list)
+        useful: set[int] = set()
+        chosen: list[Sequence] = []
+        for candidate in candidates:
+            chosen.append(candidate)
+            for index, table in enumerate(candidate.block_tables):
+                for block in table:
+                    sharing = users[index, block]
+                    sharing.append(candidate)
+                    free = len(sharing) == self._blocks.num_references(index, block)
+                    if free and not self._blocks.is_held(index, block):
+                        lacking[index] -= 1
+                        useful.update(user.id for user in sharing)
+            if max(lacking) <= 0:
+                return [victim for victim in chosen if victim.id in useful]
+        return None
+
+    # ------------------------------------------------------------------ what blocks hold
+
+    def fill(self, seq: Sequence, confirmed: int) -> None:
+        """Blocks that the first `confirmed` tokens fill become READY under their hashes."""
+        full = confirmed // self.block_size
+        hashed = self._blocks.enable_prefix_cache
+        if hashed:
+            seq.extend_hashes(self._chain_root, full, self.block_size)
+        for group, table in enumerate(seq.block_tables):
+            if seq.grows(group):
+                for index in range(seq.num_ready_blocks, full):
+                    self._blocks.mark_ready(group, table[index], seq.hashes[index] if hashed else None)
+        seq.num_ready_blocks = full
+
+    def keep(self, seq: Sequence, num_valid: int) -> None:
+        """A pull ended with the KV of the first `num_valid` tokens here: keeps their blocks and gives back the rest.
+
+        At least the last known token is left to compute. What would be written next must be ours alone: a shared
+        block, or one that a read may still write into, is given back too.
+        """
+        size = self.block_size
+        valid = min(max(num_valid, seq.num_ready_blocks * size), len(seq.tokens) - 1)
+        growing = [index for index in self._indexes if seq.grows(index)]
+        for position in range(min(seq.num_ready_blocks, valid // size), -(-valid // size)):
+            if not all(self._is_private(index, seq.block_tables[index][position]) for index in growing):
+                valid = position * size
+                break
+        kept = -(-valid // size)
+        for index in growing:
+            table = seq.block_tables[index]
+            self._blocks.release(index, table[kept:])
+            del table[kept:]
+        seq.num_ready_blocks = min(seq.num_ready_blocks, kept)
+        self.fill(seq, valid)
+        seq.num_computed = seq.num_confirmed = valid
+        self._measure(seq)
+
+    def drop(self, seq: Sequence) -> None:
+        """Gives all its blocks back, fenced by the last step that may touch them."""
+        for index, table in enumerate(seq.block_tables):
+            self._blocks.release(index, table, fence=seq.last_step)
+        seq.block_tables = []
+        seq.fresh = None
+        seq.num_computed = seq.num_confirmed = seq.num_ready_blocks = seq.capacity = 0
+
+    # ------------------------------------------------------------------ counting
+
+    def _hits(self, seq: Sequence, max_blocks: int) -> list[list[int]]:
+        """Per group, the cached blocks of the longest prefix that all growing groups have."""
+        hits: list[list[int]] = [[] for _ in self._indexes]
+        if self._blocks.enable_prefix_cache:
+            growing = [index for index in self._indexes if seq.grows(index)]
+            for index in growing:
+                hits[index] = self._blocks.lookup(index, seq.hashes, max_blocks)
+                max_blocks = len(hits[index])
+            for index in growing:
+                del hits[index][max_blocks:]
+        return hits
+
+    def totals(self, seq: Sequence, end: int) -> list[int]:
+        """Blocks per group for the first `end` tokens and all fixed extents."""
+        extents = seq.extents or (None,) * len(self._groups)
+        return [
+            -(-(end if extent is None else extent) // group.block_size)
+            for extent, group in zip(extents, self._groups, strict=True)
+        ]
+
+    def _missing(self, seq: Sequence, end: int) -> list[int]:
+        pairs = zip(self.totals(seq, end), seq.block_tables, strict=True)
+        return [max(0, total - len(table)) for total, table in pairs]
+
+    def _measure(self, seq: Sequence) -> None:
+        lengths = (len(table) for index, table in enumerate(seq.block_tables) if seq.grows(index))
+        seq.capacity = min(lengths) * self.block_size
+
+    def _is_private(self, group: int, block: int) -> bool:
+        blocks = self._blocks
+        return (
+            blocks.state(group, block) is BlockState.FILLING
+            and blocks.num_references(group, block) == 1
+            and not blocks.is_held(group, block)
+        )
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Asserts that the tables of all sequences that have blocks fit the block manager. For tests."""
+        mentions: Counter[tuple[int, int]] = Counter()
+        for seq in sequences:
+            for group, table in enumerate(seq.block_tables):
+                mentions.update((group, block) for block in table)
+                for position, block in enumerate(table):
+                    ready = seq.grows(group) and position < seq.num_ready_blocks
+                    state = BlockState.READY if ready else BlockState.FILLING
+                    assert self._blocks.state(group, block) is state, f"{seq}: block {position} of group {group}"
+        for (group, block), count in mentions.items():
+            assert self._blocks.num_references(group, block) >= count, f"block {block} of group {group} is short"

@@ -1,0 +1,100 @@
+"""A step plan in the making."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from workers.engine.block_manager import BlockRaise
+from workers.engine.sequence import Sequence
+from workers.engine.step_plan import Literal, NewSequence, PreviousRow, ResumedSequence, ScheduledSequence, StepPlan
+
+_NO_APPENDS: tuple[tuple[int, ...], ...] = ()
+
+
+class Launched(NamedTuple):
+    """What `settle` has to remember of a plan: its sequences, row by row, and how often each had been preempted."""
+
+    step: int
+    rows: list[tuple[Sequence, int]]
+    preempted: list[Sequence]
+
+
+class PlanBuilder:
+    """Collects rows under a token budget. Rows keep their order; a victim of preemption loses its row."""
+
+    __slots__ = ("budget", "preempted", "rows", "stalled")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: dict[int, tuple[Sequence, int]] = {}
+        self.preempted: list[Sequence] = []
+        self.stalled = False  # somebody who runs found no blocks
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        self.rows[seq.id] = (seq, num_tokens)
+        self.budget -= num_tokens
+
+    def preempt(self, seq: Sequence) -> None:
+        entry = self.rows.pop(seq.id, None)
+        if entry is not None:
+            self.budget += entry[1]
+        self.preempted.append(seq)
+
+    def build(self, step: int, finished: Iterable[int], raises: Iterable[BlockRaise]) -> tuple[StepPlan, Launched]:
+        """The plan, and the rows' sequences moved on as if it had been computed."""
+        scheduled: list[ScheduledSequence] = []
+        new: list[NewSequence] = []
+        resumed: list[ResumedSequence] = []
+        launched: list[tuple[Sequence, int]] = []
+        num_total = 0
+        for seq, num_tokens in self.rows.values():
+            start = seq.num_computed
+            end = start + num_tokens
+            tokens = seq.tokens
+            known = len(tokens)
+            if start == known:
+                inputs = PreviousRow(seq.row)
+            elif num_tokens == 1:
+                inputs = Literal((tokens[start],))
+            else:
+                inputs = Literal(tuple(tokens[start:end]))
+            appends = _NO_APPENDS
+            if not seq.is_table_sent:
+                _introduce(seq, new, resumed)
+            elif seq.fresh is not None:
+                appends = tuple(map(tuple, seq.fresh))
+            seq.fresh = None
+            sample = end >= known
+            if sample:
+                seq.num_pending += 1
+            seq.num_computed = end
+            seq.last_step = step
+            seq.row = len(scheduled)
+            num_total += num_tokens
+            scheduled.append(ScheduledSequence(seq.id, start, num_tokens, inputs, sample, appends))
+            launched.append((seq, seq.num_preemptions))
+        preempted = tuple(seq.id for seq in self.preempted if seq.is_table_sent)
+        for seq in self.preempted:
+            seq.is_table_sent = False
+        plan = StepPlan(
+            step=step,
+            sequences=tuple(scheduled),
+            new=tuple(new),
+            resumed=tuple(resumed),
+            finished=tuple(finished),
+            preempted=preempted,
+            raises=tuple(raises),
+            num_tokens=num_total,
+        )
+        return plan, Launched(step, launched, self.preempted)
+
+
+def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSequence]) -> None:
+    tables = tuple(map(tuple, seq.block_tables))
+    if seq.is_known_to_ranks:
+        resumed.append(ResumedSequence(seq.id, tables))
+    else:
+        new.append(NewSequence(seq.id, seq.sample, seq.num_prompt, seq.params, seq.extents, tables))
+        seq.is_known_to_ranks = True
+    seq.is_table_sent = True

@@ -1,0 +1,333 @@
+"""Which tokens the next step computes, and whose blocks pay for it.
+
+One token budget, no phases: sequences that decode take one token each, the rest goes to chunks of known input, in
+the order of priority and arrival. Admission never preempts; growth preempts the latest-arrived of the lowest
+priority by recompute. Sequences that pull are never victims, and pinned blocks stay whatever happens to their
+sequence. Knows groups, never model types. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from cluster.request import FinishReason
+from workers.engine.block_manager import BlockManager
+from workers.engine.block_tables import BlockTables
+from workers.engine.plan_builder import Launched, PlanBuilder
+from workers.engine.pulls import PullReservation, Pulls
+from workers.engine.scheduler_limits import SchedulerLimits
+from workers.engine.sequence import Sequence, SequenceQueue, SequenceStatus
+from workers.engine.step_plan import Chunk, SampledToken, StepOutcome, StepPlan
+
+__all__ = ["PullReservation", "Scheduler", "SchedulerLimits"]
+
+
+class Scheduler:
+    """Queues, sequences and the making of plans for one shard.
+
+    A sequence is given in by `add` (compute here) or `reserve_for_pull` (somebody else computes). Either raises
+    RequestTooLong or InvalidRequest for a request that could never be served. At most two plans are unsettled.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        limits: SchedulerLimits,
+        chain_root: bytes,
+        *,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._blocks = blocks
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._tables = BlockTables(blocks, chain_root)
+        self._pulls = Pulls(blocks, self._tables, limits)
+        self._sequences: dict[int, Sequence] = {}  # everything not finished
+        self._waiting = SequenceQueue()
+        self._running = SequenceQueue()
+        self._blocked: Sequence | None = None  # head of the queue that found no room; later ones do not pass it
+        self._lingering: list[Sequence] = []  # finished sources whose blocks the stage may still lease
+        self._ended: list[int] = []  # ids that the ranks may forget
+        self._launched: deque[Launched] = deque()
+        self._step = 0
+
+    # ------------------------------------------------------------------ counts
+
+    @property
+    def num_waiting(self) -> int:
+        """Queued for computing here. Parked sequences are the stage's to count."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_pulling(self) -> int:
+        return len(self._pulls)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Known input that has no KV yet, here and to be computed here. O(sequences)."""
+        waiting = sum(len(seq.tokens) for seq in self._waiting)
+        return waiting + sum(max(0, seq.num_known - seq.num_computed) for seq in self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` may have something to do or to clean up."""
+        return bool(self._running or self._waiting or self._lingering)
+
+    # ------------------------------------------------------------------ in and out
+
+    def check(self, seq: Sequence) -> None:
+        """Raises RequestTooLong or InvalidRequest if the sequence could never finish here."""
+        self._limits.check(seq, self._blocks.groups)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a new or parked sequence to be computed here. Its prefix is looked up when it is admitted."""
+        assert seq.status is SequenceStatus.WAITING and not seq.is_queued, f"{seq} cannot be queued"
+        self._accept(seq)
+        self._enqueue(seq)
+
+    def park(self, seq: Sequence) -> None:
+        """Takes a WAITING sequence out of the queue, if it is there: `add` or `reserve_for_pull` bring it back."""
+        assert seq.status is SequenceStatus.WAITING, f"{seq} cannot be parked"
+        if seq.is_queued:
+            self._dequeue(seq)
+
+    def abort(self, seq: Sequence, fence: int = 0) -> None:
+        """Ends it in any state; idempotent. Its blocks carry the fence of the last step that may touch them."""
+        if not seq.is_finished:
+            seq.last_step = max(seq.last_step, fence)
+            self._finish(seq, None)
+
+    def append_token(self, seq: Sequence, token: int) -> FinishReason | None:
+        """A handoff: a token that the source sampled becomes known input. Says whether the stream ends with it;
+        the stage then aborts the sequence, which moves nothing more. PULLING or parked sequences only."""
+        assert seq.status in (SequenceStatus.PULLING, SequenceStatus.WAITING) and not seq.is_queued, f"{seq}"
+        return seq.accept(token, self._eos_token_ids)
+
+    def _accept(self, seq: Sequence) -> None:
+        if seq.max_total_tokens == 0:
+            self.check(seq)
+            seq.max_total_tokens = self._limits.max_total_tokens(seq)
+            self._sequences[seq.id] = seq
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.is_queued = True
+        self._waiting.insert(seq)
+
+    def _dequeue(self, seq: Sequence) -> None:
+        seq.is_queued = False
+        self._waiting.remove(seq)
+        if self._blocked is seq:
+            self._blocked = None
+
+    def _finish(self, seq: Sequence, reason: FinishReason | None) -> None:
+        match seq.status:
+            case SequenceStatus.RUNNING:
+                self._running.remove(seq)
+            case SequenceStatus.PULLING:
+                self._pulls.remove(seq)
+            case _ if seq.is_queued:
+                self._dequeue(seq)
+        seq.enter(SequenceStatus.FINISHED)
+        seq.finish = reason
+        self._sequences.pop(seq.id, None)
+        if seq.is_known_to_ranks:
+            self._ended.append(seq.id)
+        if reason is not None and seq.stop_after_first:
+            self._lingering.append(seq)
+        else:
+            self._tables.drop(seq)
+
+    # ------------------------------------------------------------------ pulls
+
+    def reserve_for_pull(self, seq: Sequence) -> PullReservation | None:
+        """WAITING (new, parked or queued) -> PULLING: cached blocks are taken, the rest reserved as destinations.
+
+        None: no room now, try again after the next step; meanwhile nobody later is admitted before it.
+        Raises as `add` does, and RequestTooLong if pulls may never hold that much: it can only be computed here.
+        """
+        assert seq.status is SequenceStatus.WAITING, f"{seq} cannot pull"
+        self._accept(seq)
+        self._limits.check_pull(seq, self._blocks.groups)
+        if seq.num_pending or seq.is_unreported:
+            return None  # a step in flight still brings one of its tokens
+        if self._blocked is not None and self._blocked.order < seq.order:
+            return None
+        # As many again as run may be on their way: a slot must not idle while its next user waits for bytes.
+        if len(self._running) + len(self._pulls) >= 2 * self._limits.max_sequences:
+            return None
+        reservation = self._pulls.reserve(seq)
+        if reservation is not None:
+            if seq.is_queued:
+                self._dequeue(seq)
+            seq.enter(SequenceStatus.PULLING)
+        return reservation
+
+    def pull_done(self, seq: Sequence, num_valid_tokens: int) -> None:
+        """PULLING -> RUNNING: the KV of the first `num_valid_tokens` tokens has arrived, the rest is recomputed.
+
+        Destination blocks beyond them are given back (a read that is still posted keeps its pins on them).
+        """
+        assert seq.status is SequenceStatus.PULLING, f"{seq} does not pull"
+        self._pulls.remove(seq)
+        self._tables.keep(seq, num_valid_tokens)
+        seq.enter(SequenceStatus.RUNNING)
+        self._running.insert(seq)
+
+    def release_pull(self, seq: Sequence) -> None:
+        """PULLING -> WAITING, parked: it waited too long for its source; its blocks are given back."""
+        assert seq.status is SequenceStatus.PULLING, f"{seq} does not pull"
+        self._pulls.remove(seq)
+        self._tables.drop(seq)
+        seq.enter(SequenceStatus.WAITING)
+
+    # ------------------------------------------------------------------ the plan
+
+    def schedule(self) -> StepPlan:
+        """The next plan; its tokens count as computed from now on."""
+        assert len(self._launched) < 2, "two plans are unsettled"
+        self._step += 1
+        for seq in self._lingering:
+            self._tables.drop(seq)
+        self._lingering.clear()
+        batch = PlanBuilder(self._limits.max_batched_tokens)
+        self._advance(batch)
+        self._admit(batch)
+        plan, launched = batch.build(self._step, self._ended, self._blocks.drain_raises())
+        self._ended = []
+        self._launched.append(launched)
+        return plan
+
+    def _advance(self, batch: PlanBuilder) -> None:
+        """Rows for what runs: single tokens first, then chunks, both in order."""
+        chunks: list[Sequence] = []
+        rows = batch.rows
+        for seq in self._running.first(self._limits.max_sequences):
+            computed = seq.num_computed
+            known = len(seq.tokens)
+            remaining = known + seq.num_pending - computed
+            if remaining > 1:
+                chunks.append(seq)
+            elif remaining == 1 and seq.status is SequenceStatus.RUNNING:
+                if known == computed and known + 1 >= seq.max_total_tokens:
+                    continue  # the token in flight is its last
+                if computed < seq.capacity or self._grow(seq, computed + 1, batch):
+                    rows[seq.id] = (seq, 1)
+                    batch.budget -= 1
+        for seq in chunks:
+            if batch.budget > 0 and seq.status is SequenceStatus.RUNNING:
+                num_tokens = self._chunk(seq, batch.budget)
+                if self._grow(seq, seq.num_computed + num_tokens, batch):
+                    batch.add(seq, num_tokens)
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """Tokens of the next chunk. One that is not the last ends with a full block where it can."""
+        remaining = len(seq.tokens) - seq.num_computed
+        num_tokens = min(remaining, self._limits.chunk_tokens, budget)
+        if num_tokens < remaining:
+            over = (seq.num_computed + num_tokens) % self._tables.block_size
+            if over < num_tokens:
+                num_tokens -= over
+        return num_tokens
+
+    def _grow(self, seq: Sequence, end: int, batch: PlanBuilder) -> bool:
+        """Room for the first `end` tokens, if need be at the cost of those behind it. False: it sits this step out."""
+        if end <= seq.capacity or self._tables.grow(seq, end):
+            return True
+        behind = [other for other in self._running if other.order > seq.order]
+        victims = self._tables.victims(seq, end, behind[::-1])
+        if victims is None:
+            batch.stalled = True  # what it lacks is held by pulls, leases or quarantine: they end on their own
+            return False
+        for victim in victims:
+            batch.preempt(victim)
+            self._preempt(victim)
+        grown = self._tables.grow(seq, end)
+        assert grown, f"{seq} found no room after preempting {victims}"
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._tables.drop(seq)
+        seq.num_preemptions += 1
+        seq.is_unreported = True
+        seq.enter(SequenceStatus.WAITING)
+        self._enqueue(seq)
+
+    def _admit(self, batch: PlanBuilder) -> None:
+        """First chunks of those that wait, strictly in order: whoever finds no room blocks the ones behind."""
+        claim = self._pulls.take_claim()
+        self._blocked = None
+        while (seq := self._waiting.head()) is not None and batch.budget > 0:
+            if claim is not None and claim < seq.order:
+                return
+            room = (
+                not batch.preempted
+                and not batch.stalled
+                and not seq.is_unreported
+                and seq.num_pending == 0
+                and len(self._running) < self._limits.max_sequences
+                and self._tables.admit(seq, num_running=len(self._running))
+            )
+            if not room:
+                self._blocked = seq
+                return
+            self._dequeue(seq)
+            seq.enter(SequenceStatus.RUNNING)
+            self._running.insert(seq)
+            batch.add(seq, self._chunk(seq, batch.budget))
+
+    # ------------------------------------------------------------------ the outcome
+
+    def settle(self, plan: StepPlan, sampled: Mapping[int, int]) -> StepOutcome:
+        """The step's event has passed: confirms tokens, registers full blocks, applies stop conditions.
+
+        `sampled` has the token of every row with `sample`; tokens of sequences that ended meanwhile are dropped.
+        Plans settle in order.
+        """
+        launched = self._launched.popleft()
+        assert launched.step == plan.step, f"plan {plan.step} settled before plan {launched.step}"
+        self._blocks.retire_fences(plan.step)
+        outcome = StepOutcome(plan.step)
+        block_size = self._tables.block_size
+        eos_token_ids = self._eos_token_ids
+        for row, (seq, num_preemptions) in zip(plan.sequences, launched.rows, strict=True):
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            if seq.num_preemptions == num_preemptions:  # else its blocks are gone, but the token is good
+                confirmed = row.start + row.num_tokens
+                seq.num_confirmed = confirmed
+                if confirmed >= (seq.num_ready_blocks + 1) * block_size:
+                    self._tables.fill(seq, confirmed)
+                if row.start < seq.num_known:
+                    outcome.chunks.append(Chunk(seq, confirmed))
+            if row.sample:
+                seq.num_pending -= 1
+                token = sampled[row.id]
+                finish = seq.accept(token, eos_token_ids)
+                outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish))
+                if finish is not None:
+                    self._finish(seq, finish)
+                    outcome.finished.append(seq)
+        for seq in launched.preempted:
+            seq.is_unreported = False
+            if seq.status is SequenceStatus.WAITING:
+                outcome.preempted.append(seq)
+        return outcome
+
+    def check_integrity(self) -> None:
+        """Asserts that queues, statuses and block references agree. O(everything): for tests and debugging."""
+        self._blocks.check_integrity()
+        running, waiting = list(self._running), list(self._waiting)
+        for seq in self._sequences.values():
+            assert (seq in running) == (seq.status is SequenceStatus.RUNNING), f"{seq}"
+            assert (seq in waiting) == seq.is_queued, f"{seq}"
+            assert (seq in self._pulls) == (seq.status is SequenceStatus.PULLING), f"{seq}"
+            assert seq.num_confirmed <= seq.num_computed <= len(seq.tokens) + seq.num_pending, f"{seq}"
+        held = [seq for seq in self._sequences.values() if seq.status is not SequenceStatus.WAITING]
+        self._tables.check_integrity([*held, *self._lingering])
+        self._pulls.check_integrity()

@@ -1,0 +1,80 @@
+"""What one shard can take on, and the refusal of what it never could."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from cluster.errors import InvalidRequest, RequestTooLong
+from workers.engine.block_manager import GroupCapacity
+from workers.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_batched_tokens: int  # per step, all sequences
+    max_sequences: int  # rows per step
+    max_model_len: int  # tokens of a sequence, the last sampled one included
+    prefill_reserve: float  # share of every group that reservations of pulls leave alone
+    chunk_tokens: int  # known input of one sequence per step
+
+    def __post_init__(self) -> None:
+        if min(self.max_batched_tokens, self.max_sequences, self.chunk_tokens) < 1 or self.max_model_len < 2:
+            raise ValueError(f"{self}: limits must be positive, max_model_len at least 2")
+        if self.max_sequences > self.max_batched_tokens:
+            raise ValueError(f"{self}: every running sequence needs a token per step; lower max_sequences")
+        if not 0.0 <= self.prefill_reserve < 1.0:
+            raise ValueError(f"prefill_reserve={self.prefill_reserve} must be at least 0 and under 1")
+
+    def max_total_tokens(self, seq: Sequence) -> int:
+        """Length at which the sequence ends with LENGTH, over all attempts."""
+        if seq.stop_after_first:
+            return len(seq.tokens) + 1
+        return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len)
+
+    def max_pull_blocks(self, group: GroupCapacity) -> int:
+        """What all waiting reservations together may hold of a group."""
+        return int((1.0 - self.prefill_reserve) * group.num_blocks + 1e-9)
+
+    def check(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
+        """Raises for a sequence that could never finish here, however empty the pool: it would starve unseen."""
+        assert len(seq.extents) in (0, len(groups)), f"{seq}: extents {seq.extents} for {len(groups)} groups"
+        growing = [group for index, group in enumerate(groups) if seq.grows(index)]
+        assert growing and all(g.block_size == groups[0].block_size for g in growing), f"{seq}: growing groups differ"
+        if not 0 < seq.num_prompt <= len(seq.tokens):
+            raise InvalidRequest(f"{seq.num_prompt} prompt tokens; send at least one", "prompt")
+        if seq.num_emitted >= seq.params.max_tokens:
+            raise InvalidRequest(
+                f"max_tokens={seq.params.max_tokens} with {seq.num_emitted} tokens emitted already; raise it",
+                "max_tokens",
+            )
+        if len(seq.tokens) >= self.max_model_len:
+            raise RequestTooLong(
+                f"{len(seq.tokens)} tokens leave no room for a new one in max_model_len={self.max_model_len}; "
+                "shorten the prompt",
+                "prompt",
+            )
+        # The last token is emitted without KV of its own.
+        self._check_pool(seq, groups, self.max_total_tokens(seq) - 1, None)
+
+    def check_pull(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
+        """Raises RequestTooLong if reservations of pulls may never hold that much: compute it locally instead."""
+        self._check_pool(seq, groups, len(seq.tokens), self.prefill_reserve)
+
+    def _check_pool(
+        self, seq: Sequence, groups: SequenceOf[GroupCapacity], num_tokens: int, reserve: float | None
+    ) -> None:
+        for index, group in enumerate(groups):
+            extent = seq.extents[index] if seq.extents else None
+            tokens = num_tokens if extent is None else extent
+            needed = -(-tokens // group.block_size)
+            have = group.num_blocks if reserve is None else self.max_pull_blocks(group)
+            if needed > have:
+                where = (
+                    f"{have} blocks" if reserve is None else f"the {have} blocks that prefill_reserve={reserve} leaves"
+                )
+                raise RequestTooLong(
+                    f"{tokens} tokens need {needed} blocks of group {group.name}, over {where} of this worker; "
+                    "shorten the prompt, lower max_tokens, or give the worker more KV memory",
+                    "max_tokens",
+                )

@@ -1,0 +1,213 @@
+"""One token stream in an engine, and the order in which streams are served."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from enum import Enum
+
+from cluster.hashing import iter_block_hashes
+from cluster.request import FinishReason, RequestKey, SamplingParams
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands; `Sequence.enter` allows only what is drawn.
+
+             reserve_for_pull             pull_done
+    WAITING ─────────────────> PULLING ─────────────> RUNNING
+      │ ^ ^    release_pull       │                    │  │ ^
+      │ │ └───────────────────────┤                    │  │ │
+      │ └─────────────────────────│──── preempted ─────┘  │ │
+      ├───────────────────────────│──── admitted ─────────│─┘
+      └─────> FINISHED <──────────┴───────────────────────┘
+    """
+
+    WAITING = "waiting"
+    PULLING = "pulling"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_NEXT = {
+    SequenceStatus.WAITING: {SequenceStatus.PULLING, SequenceStatus.RUNNING, SequenceStatus.FINISHED},
+    SequenceStatus.PULLING: {SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED},
+    SequenceStatus.RUNNING: {SequenceStatus.WAITING, SequenceStatus.FINISHED},
+    SequenceStatus.FINISHED: set(),
+}
+
+
+class Sequence:
+    """Tokens and block tables of one stream. Owned by the scheduler once added; stages read it, engine thread only.
+
+    `tokens` is prompt + emitted + new and only grows. KV exists for the first `num_computed` of them, which counts
+    steps in flight; `num_confirmed` counts settled ones only: confirmed <= computed, and only confirmed tokens are
+    hashed, emitted or ticketed.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_tables",
+        "capacity",
+        "chain_root",
+        "extents",
+        "finish",
+        "fresh",
+        "hashes",
+        "id",
+        "is_known_to_ranks",
+        "is_queued",
+        "is_table_sent",
+        "is_unreported",
+        "key",
+        "last_step",
+        "max_total_tokens",
+        "num_computed",
+        "num_confirmed",
+        "num_known",
+        "num_pending",
+        "num_preemptions",
+        "num_prompt",
+        "num_ready_blocks",
+        "order",
+        "params",
+        "prefix_hit_tokens",
+        "priority",
+        "row",
+        "sample",
+        "status",
+        "stop_after_first",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        key: RequestKey,
+        tokens: list[int],
+        num_prompt: int,
+        params: SamplingParams,
+        *,
+        arrival: int,
+        sample: int = 0,
+        priority: int = 0,
+        hashes: Iterable[bytes] = (),
+        chain_root: bytes | None = None,
+        extents: tuple[int | None, ...] = (),
+        stop_after_first: bool = False,
+    ) -> None:
+        """`id` is unique in the engine, `arrival` rises; larger `priority` comes first.
+
+        tokens: prompt + emitted, taken over. hashes: of their full blocks, as far as they are known already.
+        chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA, encoder input).
+        extents: per group, the fixed number of tokens it holds for this sequence, or None where it grows with
+        `tokens`; () means that all groups grow.
+        stop_after_first: a source sequence; it ends with LENGTH after one sampled token, the handoff.
+        """
+        self.id = id
+        self.key = key
+        self.tokens = tokens
+        self.num_prompt = num_prompt
+        self.num_known = len(tokens)  # when it was last admitted: what is prefilled, not decoded
+        self.params = params
+        self.arrival = arrival
+        self.sample = sample
+        self.priority = priority
+        self.order = (-priority, arrival, id)  # smaller is served first
+        self.hashes = list(hashes)
+        self.chain_root = chain_root
+        self.extents = extents
+        self.stop_after_first = stop_after_first
+        self.status = SequenceStatus.WAITING
+        self.finish: FinishReason | None = None
+        self.max_total_tokens = 0  # LENGTH when `tokens` is that long; set when the scheduler accepts it
+        self.num_computed = 0
+        self.num_confirmed = 0
+        self.num_pending = 0  # tokens sampled by steps that are not settled yet
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0  # at the first admission
+        self.block_tables: list[list[int]] = []
+        self.fresh: list[list[int]] | None = None  # blocks that the ranks have not been told of
+        self.num_ready_blocks = 0  # leading blocks of the growing groups that are READY
+        self.capacity = 0  # tokens that fit into the blocks of the growing groups
+        self.last_step = 0  # the last step that may touch its blocks
+        self.row = 0  # in the plan of that step
+        self.is_queued = False
+        self.is_unreported = False  # preempted by a plan that is not settled yet
+        self.is_known_to_ranks = False
+        self.is_table_sent = False
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens after the prompt, over all attempts."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def enter(self, status: SequenceStatus) -> None:
+        assert status in _NEXT[self.status], f"sequence {self.id}: {self.status.name} -> {status.name}"
+        self.status = status
+
+    def grows(self, group: int) -> bool:
+        return not self.extents or self.extents[group] is None
+
+    def accept(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Appends a sampled token; says whether and why the stream ends with it."""
+        self.tokens.append(token)
+        params = self.params
+        num_emitted = len(self.tokens) - self.num_prompt
+        stops = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+        if stops and num_emitted >= params.min_tokens:
+            return FinishReason.STOP
+        if self.stop_after_first or len(self.tokens) >= self.max_total_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def extend_hashes(self, root: bytes, num_blocks: int, block_size: int) -> None:
+        """Hashes up to the first `num_blocks` blocks, all of which are full of known tokens."""
+        have = len(self.hashes)
+        if have < num_blocks:
+            tokens = self.tokens[have * block_size : num_blocks * block_size]
+            previous = self.hashes[-1] if have else None
+            self.hashes += iter_block_hashes(self.chain_root or root, tokens, block_size, previous)
+
+    def __repr__(self) -> str:
+        progress = f"{self.num_confirmed}/{self.num_computed}/{len(self.tokens)}"
+        return f"Sequence({self.id}, {self.key.request_id}#{self.key.attempt}, {self.status.name}, {progress})"
+
+
+class SequenceQueue:
+    """Sequences in serving order: priority, then arrival."""
+
+    __slots__ = ("_orders", "_sequences")
+
+    def __init__(self) -> None:
+        self._orders: list[tuple[int, int, int]] = []
+        self._sequences: list[Sequence] = []
+
+    def insert(self, seq: Sequence) -> None:
+        index = bisect_left(self._orders, seq.order)
+        insort(self._orders, seq.order)
+        self._sequences.insert(index, seq)
+
+    def remove(self, seq: Sequence) -> None:
+        index = bisect_left(self._orders, seq.order)
+        assert index < len(self._sequences) and self._sequences[index] is seq, f"{seq} is not queued"
+        del self._orders[index], self._sequences[index]
+
+    def head(self) -> Sequence | None:
+        return self._sequences[0] if self._sequences else None
+
+    def first(self, count: int) -> list[Sequence]:
+        """A copy of the first ones, safe to walk while the queue changes."""
+        return self._sequences[:count]
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __reversed__(self) -> Iterator[Sequence]:
+        return reversed(self._sequences)

@@ -1,0 +1,106 @@
+"""What one step does, as plain values: the plan that every rank gets, and the outcome that the stages get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from cluster.request import FinishReason, SamplingParams
+from workers.engine.block_manager import BlockRaise
+from workers.engine.sequence import Sequence
+
+
+class Literal(NamedTuple):
+    """The tokens at positions start … start + num_tokens − 1."""
+
+    tokens: tuple[int, ...]
+
+
+class PreviousRow(NamedTuple):
+    """The one token that row `row` of the previous plan's `sequences` sampled; it is on the device only."""
+
+    row: int
+
+
+Inputs: TypeAlias = Literal | PreviousRow
+
+
+class ScheduledSequence(NamedTuple):
+    """One row of the batch: compute the KV of positions start … start + num_tokens − 1 (num_tokens >= 1)."""
+
+    id: int
+    start: int
+    num_tokens: int
+    inputs: Inputs
+    sample: bool  # its last position is the last known one: draw the token after it
+    appends: tuple[tuple[int, ...], ...]  # per group, blocks added to the table; () if none
+
+
+class NewSequence(NamedTuple):
+    """First sight of a sequence; the ranks keep all of it until it is finished."""
+
+    id: int
+    sample: int
+    num_prompt: int
+    params: SamplingParams
+    extents: tuple[int | None, ...]  # see Sequence
+    block_tables: tuple[tuple[int, ...], ...]  # per group, this step's appends included
+
+
+class ResumedSequence(NamedTuple):
+    """Back after preemption, with other blocks."""
+
+    id: int
+    block_tables: tuple[tuple[int, ...], ...]
+
+
+class BlockCopy(NamedTuple):
+    """Copy a whole block, all regions and layers, before anything else of the step."""
+
+    group: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A delta against what every rank holds. Ranks apply it in this order:
+
+    raises, copies, finished, preempted, new and resumed, then the rows of `sequences` with their appends.
+    A plan without rows is legal: it still carries the rest.
+    """
+
+    step: int  # rises by one
+    sequences: tuple[ScheduledSequence, ...]
+    new: tuple[NewSequence, ...] = ()
+    resumed: tuple[ResumedSequence, ...] = ()
+    finished: tuple[int, ...] = ()  # ids: forget them
+    preempted: tuple[int, ...] = ()  # ids: forget their tables, keep their parameters
+    raises: tuple[BlockRaise, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    num_tokens: int = 0
+
+
+class SampledToken(NamedTuple):
+    seq: Sequence
+    token: int
+    first_token_index: int  # among the emitted tokens of the request, replays included
+    finish: FinishReason | None
+
+
+class Chunk(NamedTuple):
+    """A piece of known input whose KV is written and may be ticketed."""
+
+    seq: Sequence
+    num_confirmed: int  # falls back when the sequence was preempted in between
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a settled step meant. The blocks of a finished source sequence last until the next `schedule`."""
+
+    step: int
+    tokens: list[SampledToken] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
