@@ -91,9 +91,15 @@ class Desk:
         self.metrics = metrics
 
     async def connect(self, *workers: ScriptedWorker, ready: bool = True) -> None:
+        """Returns when every worker has a session and its load report was heard."""
         self.router.update_membership(membership(*workers))
-        if ready:
-            await eventually(self.router.ready)
+        await eventually(lambda: self.num_sessions == len(workers))
+        await self.router.load()  # answered after the report that each sends first
+        assert self.router.ready() == ready
+
+    @property
+    def num_sessions(self) -> float:
+        return self.metrics.value("sluice_words_sessions", {"peer_kind": "worker"})
 
     def request(self, *, max_tokens: int = 8, deadline_s: float | None = DEADLINE_S, **options: Any) -> RouterRequest:
         sampling = SamplingParams(max_tokens=max_tokens)
@@ -252,7 +258,6 @@ def test_a_dead_decode_worker_is_replayed_elsewhere(words: WordsThread, stage: S
     async def scene() -> None:
         async with desk(words) as at:
             await at.connect(prefill, dying, other)
-            await wait_for(other, lambda w: len(w._sessions) == 1)
             ids, last = await gather(at.router, at.request())
             assert ids == all_tokens(PROMPT, 8) and last.attempt == 2
             (submit,) = other.submits
@@ -303,7 +308,6 @@ def test_a_gap_ends_the_attempt_not_the_request(words: WordsThread, stage: Stage
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(bad, good)
-            await wait_for(good, lambda w: len(w._sessions) == 1)
             ids, last = await gather(at.router, at.request())
             assert ids == all_tokens(PROMPT, 8) and last.attempt == 2
             await wait_for(bad, lambda w: len(w.cancels) == 1)
@@ -320,7 +324,6 @@ def test_busy_tries_another_then_429(words: WordsThread, stage: Stage) -> None:
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(*full, free)
-            await wait_for(free, lambda w: len(w._sessions) == 1)
             ids, last = await gather(at.router, at.request())
             assert ids == all_tokens(PROMPT, 8) and last.attempt == 3
             assert at.metrics.value("sluice_ingress_replays_total") == 0  # turned away is no replay
@@ -404,7 +407,7 @@ def test_a_request_waits_for_a_worker_but_not_for_ever(words: WordsThread, stage
         async with desk(words, local_prefill="always") as at:
             waiting = asyncio.create_task(gather(at.router, at.request()))
             await eventually(lambda: at.router.num_open == 1)
-            await at.connect(decode, ready=False)
+            await at.connect(decode)
             ids, _ = await waiting
             assert ids == all_tokens(PROMPT, 8)
         async with desk(words, worker_wait_s=0.05) as at:
@@ -420,8 +423,6 @@ def test_only_warm_pairs_are_planned(words: WordsThread, stage: Stage) -> None:
     async def scene() -> None:
         async with desk(words, local_prefill="never") as at:
             await at.connect(prefill, decode, ready=False)
-            await wait_for(decode, lambda w: len(w._sessions) == 1)
-            assert not at.router.ready()
             waiting = asyncio.create_task(gather(at.router, at.request()))
             await eventually(lambda: at.router.num_open == 1)
             assert decode.submits == []
@@ -450,7 +451,7 @@ def test_the_fallback_is_counted_and_not_ready_before_it_was_warm(words: WordsTh
             _, last = await gather(at.router, at.request())
             assert last.plan.prefill.name == "prefill-0" and last.plan.local_prefill_allowed
             prefill.stop()
-            await eventually(lambda: at.metrics.value("sluice_words_sessions", {"peer_kind": "worker"}) == 1)
+            await eventually(lambda: at.num_sessions == 1)
             assert at.router.ready()  # it was as configured once: going on locally is what a fallback is for
             await gather(at.router, at.request())
             assert local_plans(at) == 2
@@ -465,7 +466,6 @@ def test_draining_workers_get_nothing_new_and_finish_what_they_have(words: Words
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(draining, other)
-            await wait_for(other, lambda w: len(w._sessions) == 1)
             open_one = asyncio.create_task(gather(at.router, at.request()))
             await wait_for(draining, lambda w: len(w._held) == 1)
             draining.state = MemberState.DRAINING
@@ -493,7 +493,6 @@ def test_a_member_that_left_is_dropped_and_its_requests_go_on(words: WordsThread
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(leaving, other)
-            await wait_for(other, lambda w: len(w._sessions) == 1)
             request = asyncio.create_task(gather(at.router, at.request()))
             await wait_for(leaving, lambda w: len(w._held) == 1)
             at.router.update_membership(membership(other, version=2))
@@ -510,9 +509,6 @@ def test_requests_spread_over_workers_between_reports(words: WordsThread, stage:
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(*workers)
-            for worker in workers:
-                await wait_for(worker, lambda w: len(w._sessions) == 1)
-            await at.router.load()
             tasks = [asyncio.create_task(gather(at.router, at.request(max_tokens=2))) for _ in range(9)]
             for worker in workers:
                 await wait_for(worker, lambda w: len(w.submits) == 3)
@@ -565,9 +561,6 @@ def test_admin_asks_every_worker(words: WordsThread, stage: Stage) -> None:
     async def scene() -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(*workers)
-            for worker in workers:
-                await wait_for(worker, lambda w: len(w._sessions) == 1)
-            await eventually(lambda: at.metrics.value("sluice_words_sessions", {"peer_kind": "worker"}) == 2)
             loads = await at.router.load()
             assert {key: answer.load.num_running for key, answer in loads.items()} == {
                 workers[0].incarnation: 4,
