@@ -102,6 +102,13 @@ class Scheduler:
             seq.last_step = max(seq.last_step, fence)
             self._finish(seq, None)
 
+    def abort_plan(self, plan: StepPlan) -> list[Sequence]:
+        """Its step failed: ends every sequence that has a row in it. To be settled next, with nothing sampled."""
+        failed = [seq for row in plan.sequences if (seq := self._sequences.get(row.id)) is not None]
+        for seq in failed:
+            self.abort(seq)
+        return failed
+
     def append_token(self, seq: Sequence, token: int) -> FinishReason | None:
         """A handoff: a token that the source sampled becomes known input. Says whether the stream ends with it;
         the stage then aborts the sequence, which moves nothing more. PULLING or parked sequences only."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from cluster.errors import WorkerFailed
 from cluster.request import FinishReason, SamplingParams
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
@@ -104,3 +105,5 @@ class StepOutcome:
     chunks: list[Chunk] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
+    failed: list[Sequence] = field(default_factory=list)  # FINISHED without a reason, because the step raised
+    error: WorkerFailed | None = None  # what raised

@@ -1,0 +1,136 @@
+"""A whole engine over the tiny model: real scheduler, block manager, runner and sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from cluster.request import FinishReason, RequestKey, SamplingParams
+from tests.support.tiny_model import ROW, TinyModel
+from workers.attention.interface import KvCache
+from workers.engine.block_manager import BlockManager, GroupCapacity
+from workers.engine.engine import Engine
+from workers.engine.model_runner import ModelRunner
+from workers.engine.scheduler import Scheduler, SchedulerLimits
+from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepOutcome
+
+BLOCK_SIZE = 4
+CPU = torch.device("cpu")
+
+
+class Generations:
+    """A generation table without another process to read it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.entries = [0] * num_blocks
+
+    def raise_to(self, blocks: SequenceOf[int], generations: SequenceOf[int]) -> None:
+        for block, generation in zip(blocks, generations, strict=True):
+            self.entries[block] = max(self.entries[block], generation)
+
+
+def limits(
+    *, max_batched_tokens: int = 64, max_sequences: int = 16, max_model_len: int = 512, chunk_tokens: int = 64
+) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_batched_tokens=max_batched_tokens,
+        max_sequences=max_sequences,
+        max_model_len=max_model_len,
+        prefill_reserve=0.5,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+class Driver:
+    """Feeds an engine and keeps what came out of it. Nothing here decides anything."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, blocks: BlockManager) -> None:
+        self.engine = engine
+        self.scheduler = scheduler
+        self.blocks = blocks
+        self.outcomes: list[StepOutcome] = []
+        self.num_added = 0
+
+    def add(
+        self,
+        tokens: SequenceOf[int],
+        *,
+        max_tokens: int = 16,
+        num_prompt: int | None = None,
+        sample: int = 0,
+        ignore_eos: bool = True,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        min_tokens: int = 0,
+        stop_token_ids: tuple[int, ...] = (),
+        stop_after_first: bool = False,
+    ) -> Sequence:
+        self.num_added += 1
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        seq = Sequence(
+            self.num_added,
+            RequestKey(f"request-{self.num_added}", 0),
+            list(tokens),
+            len(tokens) if num_prompt is None else num_prompt,
+            params,
+            arrival=self.num_added,
+            sample=sample,
+            stop_after_first=stop_after_first,
+        )
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self) -> StepOutcome | None:
+        outcome = self.engine.step()
+        if outcome is not None:
+            self.outcomes.append(outcome)
+        return outcome
+
+    def run(self, max_steps: int = 5000) -> None:
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"still busy after {max_steps} steps: {self.scheduler.num_waiting} waiting")
+
+    def emitted(self, seq: Sequence) -> list[int]:
+        """As the outcomes said, which is what a client sees."""
+        return [token.token for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
+
+    def finish(self, seq: Sequence) -> FinishReason | None:
+        ends = [token.finish for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
+        return ends[-1] if ends else None
+
+
+class TinyEngine(Driver):
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 256,
+        scheduler_limits: SchedulerLimits | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        pages = torch.full((num_blocks + 1, 1, BLOCK_SIZE, ROW), torch.nan, dtype=torch.float64)
+        pages[0] = 0.0  # what nobody wrote must not be read: NaN would spread; the null block pads
+        self.cache = KvCache({"rows": pages})
+        self.model = TinyModel(self.cache, block_size=BLOCK_SIZE)
+        self.generations = Generations(num_blocks + 1)
+        blocks = BlockManager([GroupCapacity("self", num_blocks, BLOCK_SIZE)])
+        scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
+        self.runner = ModelRunner(
+            self.model, [self.cache], [self.generations], [BLOCK_SIZE], device=CPU, eos_token_ids=eos_token_ids
+        )
+        super().__init__(Engine(scheduler, self.runner), scheduler, blocks)

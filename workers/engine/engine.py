@@ -1,0 +1,67 @@
+"""The step: one shard's scheduler and rank, put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from cluster.errors import WorkerFailed
+from workers.engine.model_runner import ModelRunner
+from workers.engine.scheduler import Scheduler
+from workers.engine.step_plan import StepOutcome, StepPlan
+
+
+class Engine:
+    """Engine thread only; the counters may be read from any thread.
+
+    When a step raises, the sequences of its plan end, with `WorkerFailed` in the outcome; everybody else goes on, and
+    so does the engine. None of their tokens were confirmed, so nothing of the step can be hit, leased or emitted.
+    A caller that sees `num_failed_in_a_row` rise has a broken device, not a bad request.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self.num_steps = 0  # those without rows included
+        self.num_failed_steps = 0
+        self.num_failed_in_a_row = 0
+        self.last_step_at = clock()  # end of the last step, seconds of `clock`
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step may have something to do. False: wait for something to come in."""
+        return self._scheduler.has_work
+
+    def step(self) -> StepOutcome | None:
+        """One step from plan to outcome. None: nothing could be scheduled, wait for something to come in."""
+        plan = self._agree(self._scheduler.schedule())
+        try:
+            launched = self._runner.launch(plan)  # build and launch
+            sampled = launched.collect()
+        except Exception as error:  # noqa: BLE001 - the step owns whatever a model, a kernel or the device raises
+            outcome = self._fail(plan, error)
+        else:
+            self.num_failed_in_a_row = 0
+            outcome = self._scheduler.settle(plan, sampled)
+        self.num_steps += 1
+        self.last_step_at = self._clock()
+        return outcome if plan.sequences or outcome.preempted else None
+
+    def _agree(self, plan: StepPlan) -> StepPlan:
+        """What several shards must do alike in this step. One shard agrees with itself."""
+        return plan
+
+    def _fail(self, plan: StepPlan, error: Exception) -> StepOutcome:
+        """Ends the sequences of the plan, then settles it: its place in the order of plans must be taken."""
+        self.num_failed_steps += 1
+        self.num_failed_in_a_row += 1
+        self._runner.drain()
+        failed = self._scheduler.abort_plan(plan)
+        outcome = self._scheduler.settle(plan, {})
+        outcome.failed = failed
+        outcome.error = WorkerFailed(f"step {plan.step} failed on the worker: {type(error).__name__}: {error}")
+        outcome.error.__cause__ = error  # for whoever logs it
+        return outcome

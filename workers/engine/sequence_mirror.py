@@ -1,0 +1,144 @@
+"""What a rank remembers of the sequences between steps: block tables and sampling parameters, in arrays by slot.
+
+Arrays and not objects, so that a batch of any size is gathered by a few numpy calls. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.engine.step_plan import NewSequence, StepPlan
+
+_Array = npt.NDArray[Any]
+_FIRST_SLOTS = 64
+_FIRST_BLOCKS = 16
+
+
+class BlockTableArray:
+    """Block tables of one group, one row per slot; what lies beyond a row's length is the null block."""
+
+    __slots__ = ("block_size", "lengths", "rows")
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.rows = np.zeros((_FIRST_SLOTS, _FIRST_BLOCKS), np.int64)
+        self.lengths = np.zeros(_FIRST_SLOTS, np.int64)
+
+    def append(self, slot: int, blocks: Sequence[int]) -> None:
+        start = int(self.lengths[slot])
+        end = start + len(blocks)
+        if end > self.rows.shape[1]:
+            self.rows = _widen(self.rows, (self.rows.shape[0], max(end, 2 * self.rows.shape[1])))
+        self.rows[slot, start:end] = blocks
+        self.lengths[slot] = end
+
+    def clear(self, slot: int) -> None:
+        self.rows[slot, : self.lengths[slot]] = 0
+        self.lengths[slot] = 0
+
+    def grow(self, num_slots: int) -> None:
+        self.rows = _widen(self.rows, (num_slots, self.rows.shape[1]))
+        self.lengths = _widen(self.lengths, (num_slots,))
+
+
+class SequenceMirror:
+    """Follows the deltas of the plans. `tables[g]` and the other arrays are indexed by slot; read only for others."""
+
+    def __init__(self, block_sizes: Sequence[int], eos_token_ids: frozenset[int]) -> None:
+        self.tables = [BlockTableArray(size) for size in block_sizes]
+        self.num_prompt = np.zeros(_FIRST_SLOTS, np.int64)
+        self.min_tokens = np.zeros(_FIRST_SLOTS, np.int64)
+        self.temperature = np.zeros(_FIRST_SLOTS, np.float32)
+        self.top_k = np.zeros(_FIRST_SLOTS, np.int64)
+        self.top_p = np.ones(_FIRST_SLOTS, np.float32)
+        self.seed = np.zeros(_FIRST_SLOTS, np.uint64)
+        self.sample = np.zeros(_FIRST_SLOTS, np.int64)
+        self._ending: dict[int, tuple[int, ...]] = {}  # slot -> tokens that end it, if min_tokens forbids them at first
+        self._eos_token_ids = eos_token_ids
+        self._slots: dict[int, int] = {}
+        self._free = list(range(_FIRST_SLOTS - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, id_: int) -> bool:
+        return id_ in self._slots
+
+    def apply(self, plan: StepPlan) -> None:
+        """Everything of the plan but raises and copies, in the order that StepPlan names."""
+        for id_ in plan.finished:
+            slot = self._slots.pop(id_)
+            self._clear(slot)
+            self._ending.pop(slot, None)
+            self._free.append(slot)
+        for id_ in plan.preempted:
+            self._clear(self._slots[id_])
+        for new in plan.new:
+            self._add(new)
+        for resumed in plan.resumed:
+            self._append(self._slots[resumed.id], resumed.block_tables)
+        for row in plan.sequences:
+            if row.appends:
+                self._append(self._slots[row.id], row.appends)
+
+    def slots(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
+        slots = self._slots
+        return np.array([slots[id_] for id_ in ids], np.int64)
+
+    def forbidden(
+        self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(index, token ids) of the draws that must not end their sequence yet."""
+        if not self._ending:
+            return ()
+        early = np.flatnonzero(positions - self.num_prompt[slots] < self.min_tokens[slots])
+        return tuple((int(i), self._ending[int(slots[i])]) for i in early if int(slots[i]) in self._ending)
+
+    def _add(self, new: NewSequence) -> None:
+        assert all(extent is None for extent in new.extents), f"sequence {new.id}: groups of fixed extent come later"
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._slots[new.id] = slot
+        params = new.params
+        self.num_prompt[slot] = new.num_prompt
+        self.min_tokens[slot] = params.min_tokens
+        self.temperature[slot] = params.temperature
+        self.top_k[slot] = params.top_k
+        self.top_p[slot] = params.top_p
+        self.seed[slot] = params.seed
+        self.sample[slot] = new.sample
+        if params.min_tokens:
+            eos = frozenset() if params.ignore_eos else self._eos_token_ids
+            ending = tuple(sorted({*params.stop_token_ids, *eos}))
+            if ending:
+                self._ending[slot] = ending
+        self._append(slot, new.block_tables)
+
+    def _append(self, slot: int, blocks: Sequence[Sequence[int]]) -> None:
+        for table, more in zip(self.tables, blocks, strict=True):
+            table.append(slot, more)
+
+    def _clear(self, slot: int) -> None:
+        for table in self.tables:
+            table.clear(slot)
+
+    def _grow(self) -> None:
+        old = len(self.num_prompt)
+        size = 2 * old
+        for table in self.tables:
+            table.grow(size)
+        for name in ("num_prompt", "min_tokens", "temperature", "top_k", "top_p", "seed", "sample"):
+            setattr(self, name, _widen(getattr(self, name), (size,)))
+        self._free.extend(range(size - 1, old - 1, -1))
+
+
+def _widen(array: _Array, shape: tuple[int, ...]) -> _Array:
+    """A larger copy, zeros elsewhere."""
+    wide = np.zeros(shape, array.dtype)
+    wide[tuple(slice(size) for size in array.shape)] = array
+    return wide
