@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import socket
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, cast
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -27,27 +26,27 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import ConfigError, Refused, SessionBroken, SessionError
 from cluster.handshake import DialerHandshake, EpochBook, ListenerHandshake, refusal
-from cluster.parts import FRAME_SLACK_BYTES, MAX_FRAME_BYTES
+from cluster.parts import MAX_FRAME_BYTES
 from cluster.protos import BULK_PATH, SERVICE, SESSION_PATH
 from cluster.protos import worker_pb2 as pb
-from cluster.session import STREAM_ERRORS, Session, SessionHandler, Stream, broken
+from cluster.session import Session, SessionHandler
+from cluster.streams import (
+    OPTIONS,
+    STREAM_ERRORS,
+    Stream,
+    bracketed,
+    broken,
+    is_free,
+    open_stream,
+    say_why,
+)
 from cluster.words_thread import WordsThread
 
 __all__ = ["Dialer", "Session", "SessionHandler", "WordsServer", "WordsThread"]
 
 MAX_PENDING_HANDSHAKES: Final = 256
-_MAX_GRPC_BYTES: Final = 4 * (MAX_FRAME_BYTES + FRAME_SLACK_BYTES)  # far over: gRPC ends the stream before reading it
 _FIRST_BACKOFF_S: Final = 0.05
 _STEADY_S: Final = 1.0  # a session that lived this long lets the backoff start again
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", _MAX_GRPC_BYTES),
-    ("grpc.max_send_message_length", _MAX_GRPC_BYTES),
-    ("grpc.keepalive_time_ms", 2**31 - 1),  # off: heartbeats are frames
-    ("grpc.so_reuseport", 0),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new dial is a new connection
-)
 _log = logging.getLogger(__name__)
 
 
@@ -98,13 +97,13 @@ class WordsServer:
         await server.stop(grace=0.2)  # lets the reasons out
 
     async def _start(self) -> str:
-        server = grpc.aio.server(options=_OPTIONS)
+        server = grpc.aio.server(options=OPTIONS)
         handlers = {
             "Session": grpc.stream_stream_rpc_method_handler(self._accept),
             "Bulk": grpc.stream_stream_rpc_method_handler(self._accept_bulk),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.address = f"{_bracketed(self._host)}:{self._bind(server)}"
+        self.address = f"{bracketed(self._host)}:{self._bind(server)}"
         await server.start()
         self._server = server
         self._words.adopt(self)
@@ -112,10 +111,10 @@ class WordsServer:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         for port in self._ports:
-            if not _is_free(self._host, port):
+            if not is_free(self._host, port):
                 continue
             with suppress(RuntimeError):  # taken since
-                return server.add_insecure_port(f"{_bracketed(self._host)}:{port}")
+                return server.add_insecure_port(f"{bracketed(self._host)}:{port}")
         raise ConfigError(
             "words.port_min",
             f"no free port among {len(self._ports)} from {self._ports[0] if self._ports else '-'} on {self._host}; "
@@ -138,19 +137,17 @@ class WordsServer:
         if session is None:
             return
         await session.carry(context)
-        await context.abort(grpc.StatusCode.ABORTED, str(session.error))
+        await say_why(context, session.error, well=session.finished)
 
     async def _shake(self, stream: Stream) -> Session | None:
         handshake = ListenerHandshake(self._identity, self._secret, self._epochs)
         try:
-            if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
-                raise Refused(
-                    pb.NO_WORKER, f"the engine has work but has not stepped for {limit_s:g} s; dial again later"
-                )
             while True:
                 data = await stream.read()
                 if not isinstance(data, bytes):
                     return None
+                if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
+                    raise Refused(pb.NO_WORKER, f"the engine has work but no step for {limit_s:g} s; dial again later")
                 if len(data) > MAX_FRAME_BYTES:
                     raise Refused(pb.INVALID, f"a frame of {len(data)} bytes in the handshake")
                 reply = handshake.receive(data)
@@ -191,7 +188,7 @@ class WordsServer:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no open session has this bulk token")
             return
         await session.carry_bulk(context)
-        await context.abort(grpc.StatusCode.ABORTED, str(session.error))
+        await say_why(context, session.error, well=session.finished)
 
     def _forget(self, session: Session) -> None:
         if self._sessions.get(session.peer.incarnation) is session:
@@ -277,7 +274,7 @@ class Dialer:
         if link is None:
             return
         if link.session is not None:
-            link.session.end(SessionBroken(f"closed here: {reason}"))
+            link.session.finish(reason)
         if link.task is not None:
             link.task.cancel()
 
@@ -312,11 +309,11 @@ class Dialer:
         link.session = None
         if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
             raise SessionBroken(f"our own engine has work but has not stepped for {limit_s:g} s")
-        async with grpc.aio.insecure_channel(link.address, options=_OPTIONS) as channel:
-            stream = _open_stream(channel, SESSION_PATH)
+        async with grpc.aio.insecure_channel(link.address, options=OPTIONS) as channel:
+            stream = open_stream(channel, SESSION_PATH)
             async with asyncio.timeout(self._words.config.connect_timeout_s):
                 session = await self._shake(link, stream)
-                bulk = _open_stream(channel, BULK_PATH)
+                bulk = open_stream(channel, BULK_PATH)
                 hello = pb.BulkFrame(incarnation=self._identity.incarnation, epoch=session.epoch)
                 hello.token = session.bulk_token
                 await bulk.write(hello.SerializeToString())
@@ -347,12 +344,6 @@ class Dialer:
         return Session(handshake.agreement, self._handler, heart, config, dialed=True, on_end=_nothing)
 
 
-def _open_stream(channel: grpc.aio.Channel, path: str) -> Stream:
-    """Raw bytes in both directions: what arrives is parsed where a mistake can be blamed on its session."""
-    opened = channel.stream_stream(path, request_serializer=None, response_deserializer=None)
-    return cast(Stream, opened(request_iterator=None))
-
-
 async def _tell_refusal(stream: Stream, error: Refused) -> None:
     """Best effort: the listener's log should say why, too. It closes the stream when it has read it."""
     with suppress(TimeoutError, *STREAM_ERRORS):
@@ -367,23 +358,9 @@ async def _end_all(sessions: Sequence[Session], reason: str, flush_s: float) -> 
             async with asyncio.timeout(flush_s):
                 await asyncio.gather(*(session.flush() for session in sessions))
     for session in sessions:
-        session.end(SessionBroken(f"closed here: {reason}"))
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _is_free(host: str, port: int) -> bool:
-    """Asked of the kernel first: gRPC writes every failed bind to stderr."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with closing(socket.socket(family)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        session.finish(reason)
+    if flush_s > 0:
+        await asyncio.gather(*(session.gone() for session in sessions))
 
 
 def _nothing(_: Session) -> None:

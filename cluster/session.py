@@ -11,11 +11,9 @@ import hmac
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, ParamSpec, Protocol
+from typing import Final, ParamSpec, Protocol, cast
 from uuid import uuid4
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -35,12 +33,12 @@ from cluster.parts import (
 )
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
+from cluster.streams import STREAM_ERRORS, DialedStream, Stream, broken, last_word
 
 MAX_OUTBOX_FRAMES: Final = 16_384
 MAX_BULK_OUTBOX_BYTES: Final = 64 << 20
-# What gRPC raises when a stream is gone, on either side.
-STREAM_ERRORS: Final = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
-
+_STATUS_GRACE_S: Final = 0.1
+_FINISH_GRACE_S: Final = 1.0
 _HANDSHAKE: Final = frozenset({"hello", "challenge", "proof", "ready", "refused"})
 _NOT_IN_PARTS: Final = _HANDSHAKE | {"part", "heartbeat"}
 _log = logging.getLogger(__name__)
@@ -68,14 +66,6 @@ class SessionHandler(Protocol):
         """The peer reads too slowly: what waited about this request is dropped, and so is what follows, until a
         frame that ends it (Cancel, Release, KvFailed, tokens with a finish reason)."""
         ...
-
-
-class Stream(Protocol):
-    """One bidirectional gRPC stream of raw bytes, seen from either side. `read` returns grpc.aio.EOF at its end."""
-
-    async def read(self) -> object: ...
-
-    async def write(self, message: bytes, /) -> None: ...
 
 
 class Session:
@@ -121,7 +111,10 @@ class Session:
         self._bulk_outbox = BulkOutbox(lambda: self._post(self._wake_bulk.set), max_bytes=MAX_BULK_OUTBOX_BYTES)
         self._assembler = Assembler()
         self._bulk_assembler = BulkAssembler()
+        self.finished = False  # ended of our own will
         self._num_writing = 0
+        self._num_carried = 0  # streams
+        self._num_read_out = 0  # streams that the peer ended well
         self._opened = False
         self._error: SessionError | None = None
         self._ended = asyncio.Event()
@@ -162,7 +155,7 @@ class Session:
 
     def close(self, reason: str) -> None:
         """Ends the session soon; what is queued is dropped. The handler's `on_broken` tells when."""
-        self._post(self.end, SessionBroken(f"closed here: {reason}"))
+        self._post(self.finish, reason)
 
     def beat(self, frame: bytes) -> None:
         """A tick of our heart: our heartbeat leaves, and the peer's silence is judged on the words thread."""
@@ -193,6 +186,11 @@ class Session:
             _log.info("session %s with %s ended: %s", self.id, self.peer.name, error)
             self._tell(self._handler.on_broken, self, error)
 
+    def finish(self, reason: str) -> None:
+        """Ends the session of our own will: what was written before still reaches the peer."""
+        self.finished = self.finished or self._error is None
+        self.end(SessionBroken(f"closed here: {reason}"))
+
     async def carry(self, stream: Stream) -> None:
         """Moves the frames of the Session stream until the session ends."""
         await self._carry(stream, self._receive, self._outbox.take, self._wake)
@@ -212,31 +210,49 @@ class Session:
         while self._error is None and (self._num_writing or self.num_queued_frames or self.num_queued_bytes):
             await asyncio.sleep(0.005)
 
+    async def gone(self) -> None:
+        """Returns when the session has ended and let go of its streams."""
+        while self._error is None or self._num_carried:
+            await asyncio.sleep(0.005)
+
     async def _carry(
         self, stream: Stream, receive: Callable[[bytes], None], take: Callable[[], bytes | None], wake: asyncio.Event
     ) -> None:
-        tasks = [asyncio.create_task(self._read(stream, receive)), asyncio.create_task(self._write(stream, take, wake))]
+        reader = asyncio.create_task(self._read(stream, receive))
+        writer = asyncio.create_task(self._write(stream, take, wake))
+        self._num_carried += 1
         try:
             await self._ended.wait()
+            if self.finished and self.dialed:
+                writer.cancel()
+                with suppress(*STREAM_ERRORS):
+                    await cast(DialedStream, stream).done_writing()
+                await asyncio.wait((reader,), timeout=_FINISH_GRACE_S)  # until the listener has read it all
         except asyncio.CancelledError:
             self.end(SessionBroken(f"{self.peer.name} closed its stream or its process ended"))
             raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            self._num_carried -= 1
 
     async def _read(self, stream: Stream, receive: Callable[[bytes], None]) -> None:
         try:
             while isinstance(data := await stream.read(), bytes):
-                receive(data)
-                if self._error is not None:
-                    return
-            self.end(SessionBroken(f"{self.peer.name} closed its stream"))
+                if self._error is None:
+                    receive(data)
+            self._num_read_out += 1
+            if self._num_read_out < self._num_carried:
+                # A peer that finishes ends both streams well; what is on its way on the other one still counts.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended.wait(), _FINISH_GRACE_S)
+            reason = await last_word(cast(DialedStream, stream)) if self.dialed else ""
+            self.end(SessionBroken(f"{self.peer.name} closed its stream{reason}"))
         except SessionError as error:
             self.end(error)
         except STREAM_ERRORS as error:
-            self.end(broken(self.peer.name, error))
+            await self._end_unless_told(error, told_elsewhere=receive == self._receive_bulk)
 
     async def _write(self, stream: Stream, take: Callable[[], bytes | None], wake: asyncio.Event) -> None:
         try:
@@ -250,9 +266,14 @@ class Session:
                 await stream.write(data)
                 self._num_writing -= 1
         except STREAM_ERRORS as error:
-            # The reader knows more: it gets the status of the stream. It ends the session unless it is stuck itself.
-            await asyncio.sleep(0.1)
-            self.end(broken(self.peer.name, error))
+            await self._end_unless_told(error, told_elsewhere=True)
+
+    async def _end_unless_told(self, error: Exception, *, told_elsewhere: bool) -> None:
+        """The reader of the Session stream gets the status that says why; the others only see that it is over."""
+        if told_elsewhere:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _STATUS_GRACE_S)
+        self.end(broken(self.peer.name, error))
 
     # ------------------------------------------------------------ what arrives
 
@@ -326,13 +347,6 @@ class Session:
     def _post(self, call: Callable[..., None], *args: object) -> None:
         with suppress(RuntimeError):  # the words thread has stopped, and ended every session before
             self._loop.call_soon_threadsafe(call, *args)
-
-
-def broken(name: str, error: Exception) -> SessionBroken:
-    """What an error of gRPC means for the session with `name`."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return SessionBroken(f"the stream to {name} broke: {error.code().name}: {error.details()}")
-    return SessionBroken(f"the stream to {name} broke: {error!r}")
 
 
 def _parse(data: bytes) -> pb.Frame:

@@ -97,6 +97,8 @@ def test_tokens_do_not_wait_behind_bulk_dumps(pair: Pair) -> None:
 
 
 def test_a_closed_session_is_reported_once_to_each_side_and_dialed_again(pair: Pair) -> None:
+    pair.dialed.send_bulk("t", b"")
+    pair.at_worker.wait("bulk")  # both streams are up
     pair.accepted.close("a test")
     pair.accepted.close("again")
     assert "closed here: a test" in str(pair.at_worker.wait("broken").error)
@@ -119,15 +121,19 @@ def test_a_dropped_peer_is_not_dialed_again(pair: Pair) -> None:
     assert pair.dialer.sessions() == [] and pair.at_ingress.count("open") == 1
 
 
-def test_stop_can_wait_for_what_is_queued(pair: Pair) -> None:
-    accepted = pair.accepted
+@pytest.mark.parametrize("stopped", ["server", "dialer"])
+def test_stop_can_wait_for_what_is_queued(pair: Pair, stopped: str) -> None:
+    at_worker_end, at_ingress_end = pair.accepted, pair.dialed
+    sender, reader = (at_worker_end, pair.at_ingress) if stopped == "server" else (at_ingress_end, pair.at_worker)
     for i in range(500):
-        accepted.send_tokens(i, [tokens(RequestKey(str(i), 0), 0, i)])
-    accepted.send(submit("large", 300_000))
-    pair.server.stop(flush_s=10)
-    pair.at_ingress.wait("broken")
-    assert pair.at_ingress.tokens() == list(range(500))
-    assert pair.at_ingress.wait("frame", matching=lambda event: event.frame.HasField("submit"))
+        sender.send_tokens(i, [tokens(RequestKey(str(i), 0), 0, i)])
+    sender.send(submit("large", 300_000))
+    sender.send_bulk("late", bytes(1 << 20))
+    (pair.server if stopped == "server" else pair.dialer).stop(flush_s=10)
+    reader.wait("broken")
+    assert reader.tokens() == list(range(500))
+    assert [len(event.payload) for event in reader.events if event.kind == "bulk"] == [1 << 20]
+    assert [event.kind for event in reader.events if event.frame.HasField("submit")] == ["frame"]
 
 
 def test_an_error_in_a_handler_ends_its_session_only(words: WordsThread) -> None:
@@ -227,7 +233,7 @@ def test_an_engine_that_hangs_ends_its_sessions_and_admits_no_new_ones() -> None
         at_ingress.wait("open")
         age = StepAge(7.0, True)
         assert "no step for 7.0 s with work waiting" in str(at_ingress.wait("broken").error)
-        assert "has not stepped for 5 s; dial again later" in str(failed.get(timeout=DEADLINE_S))
+        assert "has work but no step for 5 s; dial again later" in str(failed.get(timeout=DEADLINE_S))
         age = StepAge(0.0, True)
         at_ingress.wait("open", 2)
 
