@@ -144,7 +144,7 @@ class Scheduler:
         self._sequences.pop(seq.id, None)
         if seq.is_known_to_ranks:
             self._ended.append(seq.id)
-        if reason is not None and seq.stop_after_first:
+        if seq.stop_after_first and reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._lingering.append(seq)
         else:
             self._tables.drop(seq)

@@ -1,0 +1,239 @@
+"""Sequences and schedulers for tests, and a rank without a model: it follows plans as deltas over block memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+
+from cluster.hashing import chain_root
+from cluster.request import RequestKey, SamplingParams
+from workers.engine.block_manager import BlockManager, BlockState, GroupCapacity
+from workers.engine.scheduler import Scheduler, SchedulerLimits
+from workers.engine.sequence import Sequence
+from workers.engine.step_plan import Literal, ScheduledSequence, StepOutcome, StepPlan
+
+ROOT = chain_root(b"engine tests")
+EOS = 0
+VOCABULARY = 50
+
+
+def history(previous: int, token: int) -> int:
+    """What the KV of a position stands for: everything up to it."""
+    return (previous * 1_000_003 + token + 1) % (1 << 61)
+
+
+def next_token(state: int) -> int:
+    """The token that the test's model draws after a history; EOS is rare."""
+    return (state >> 7) % VOCABULARY
+
+
+def histories(tokens: Iterable[int]) -> list[int]:
+    states, state = [], 0
+    for token in tokens:
+        state = history(state, token)
+        states.append(state)
+    return states
+
+
+def expected_tokens(prompt: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """What a request must emit, however it is scheduled, counted from its prompt."""
+    tokens = list(prompt)
+    state = histories(tokens)[-1]
+    while True:
+        token = next_token(state)
+        tokens.append(token)
+        state = history(state, token)
+        emitted = len(tokens) - len(prompt)
+        ends = token in params.stop_token_ids or (token == EOS and not params.ignore_eos)
+        if (ends and emitted >= params.min_tokens) or emitted >= params.max_tokens or len(tokens) >= max_model_len:
+            return tokens[len(prompt) :]
+
+
+class RankDouble:
+    """Block memory and the mirror of one rank. Asserts that plans are deltas it can follow, that no READY or CACHED
+    block is written, and that every position it attends to holds exactly its history."""
+
+    def __init__(self, blocks: BlockManager, *, group: int = 0) -> None:
+        self.blocks = blocks
+        self.group = group
+        self.block_size = blocks.groups[group].block_size
+        self.memory: dict[int, list[int]] = {}
+        self.tables: dict[int, list[list[int]]] = {}
+        self.known: set[int] = set()
+        self.previous: list[int | None] = []
+        self.num_rows = 0
+        self.step = 0
+
+    def run(self, plan: StepPlan, *, overlapped: bool = False) -> dict[int, int]:
+        """Computes the plan; returns the sampled tokens. Overlapped, finished sequences may still have rows."""
+        assert plan.step == self.step + 1
+        self.step = plan.step
+        for id_ in plan.finished:
+            self.known.remove(id_)
+            self.tables.pop(id_, None)
+        for id_ in plan.preempted:
+            del self.tables[id_]
+        for new in plan.new:
+            assert new.id not in self.known
+            self.known.add(new.id)
+            self.tables[new.id] = [list(table) for table in new.block_tables]
+        for resumed in plan.resumed:
+            assert resumed.id in self.known and resumed.id not in self.tables
+            self.tables[resumed.id] = [list(table) for table in resumed.block_tables]
+        assert len({row.id for row in plan.sequences}) == len(plan.sequences)
+        assert plan.num_tokens == sum(row.num_tokens for row in plan.sequences)
+        sampled: dict[int, int] = {}
+        outputs: list[int | None] = []
+        for row in plan.sequences:
+            self.num_rows += 1
+            state = self._compute(row, overlapped)
+            outputs.append(next_token(state))
+            if row.sample:
+                sampled[row.id] = next_token(state)
+        self.previous = outputs
+        return sampled
+
+    def _compute(self, row: ScheduledSequence, overlapped: bool) -> int:
+        tables = self.tables[row.id]
+        for table, blocks in zip(tables, row.appends, strict=False):
+            table.extend(blocks)
+        if isinstance(row.inputs, Literal):
+            tokens = row.inputs.tokens
+        else:
+            token = self.previous[row.inputs.row]
+            assert token is not None
+            tokens = (token,)
+        assert len(tokens) == row.num_tokens >= 1
+        table = tables[self.group]
+        state = self.at(table, row.start - 1) if row.start else 0
+        for position, token in enumerate(tokens, row.start):
+            state = history(state, token)
+            self.write(table[position // self.block_size], position % self.block_size, state, overlapped)
+        return state
+
+    def at(self, table: list[int], position: int) -> int:
+        return self.memory[table[position // self.block_size]][position % self.block_size]
+
+    def write(self, block: int, slot: int, state: int, overlapped: bool = False) -> None:
+        if not overlapped:
+            assert self.blocks.state(self.group, block) is BlockState.FILLING, "a block in use by others was written"
+        self.memory.setdefault(block, [-1] * self.block_size)[slot] = state
+
+    def receive(self, blocks: Iterable[int], first_block: int, tokens: list[int]) -> None:
+        """A transfer brings the KV of `tokens` into the blocks from position `first_block` on."""
+        states = histories(tokens)
+        for index, block in enumerate(blocks, first_block):
+            for slot, state in enumerate(states[index * self.block_size : (index + 1) * self.block_size]):
+                self.write(block, slot, state)
+
+    def check(self, table: list[int], tokens: list[int]) -> None:
+        """The blocks hold the KV of these tokens."""
+        assert [self.at(table, position) for position in range(len(tokens))] == histories(tokens)
+
+
+class EngineDouble:
+    """Scheduler, block manager and rank, stepped by hand or with one step of overlap."""
+
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        *,
+        max_batched_tokens: int = 16,
+        max_sequences: int = 4,
+        max_model_len: int = 64,
+        prefill_reserve: float = 0.25,
+        chunk_tokens: int = 8,
+        enable_prefix_cache: bool = True,
+        extra_groups: tuple[GroupCapacity, ...] = (),
+    ) -> None:
+        groups = [GroupCapacity("self", num_blocks, block_size), *extra_groups]
+        self.blocks = BlockManager(groups, enable_prefix_cache=enable_prefix_cache)
+        self.limits = SchedulerLimits(
+            max_batched_tokens=max_batched_tokens,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
+            prefill_reserve=prefill_reserve,
+            chunk_tokens=chunk_tokens,
+        )
+        self.scheduler = Scheduler(self.blocks, self.limits, ROOT, eos_token_ids=frozenset({EOS}))
+        self.rank = RankDouble(self.blocks)
+        self.emitted: dict[int, list[int]] = {}
+        self.in_flight: tuple[StepPlan, dict[int, int]] | None = None
+        self._ids = count(1)
+
+    def sequence(
+        self,
+        tokens: list[int],
+        *,
+        num_prompt: int | None = None,
+        priority: int = 0,
+        stop_after_first: bool = False,
+        extents: tuple[int | None, ...] = (),
+        params: SamplingParams | None = None,
+    ) -> Sequence:
+        id_ = next(self._ids)
+        return Sequence(
+            id_,
+            RequestKey(f"r{id_}", 0),
+            list(tokens),
+            len(tokens) if num_prompt is None else num_prompt,
+            params or SamplingParams(max_tokens=8, ignore_eos=True),
+            arrival=id_,
+            priority=priority,
+            stop_after_first=stop_after_first,
+            extents=extents,
+        )
+
+    def step(self) -> tuple[StepPlan, StepOutcome]:
+        """schedule, compute, settle."""
+        plan = self.scheduler.schedule()
+        outcome = self.scheduler.settle(plan, self.rank.run(plan))
+        self._collect(outcome)
+        return plan, outcome
+
+    def step_overlapped(self) -> StepOutcome | None:
+        """Launches the next plan before the one in flight is settled."""
+        plan = self.scheduler.schedule()
+        sampled = self.rank.run(plan, overlapped=True)
+        before, self.in_flight = self.in_flight, (plan, sampled)
+        return self._settle(before)
+
+    def land(self) -> StepOutcome | None:
+        """Settles the plan in flight."""
+        before, self.in_flight = self.in_flight, None
+        return self._settle(before)
+
+    def run(self, max_steps: int = 500) -> list[StepOutcome]:
+        """Steps until nothing is left to do."""
+        outcomes = []
+        while self.scheduler.has_work:
+            outcomes.append(self.step()[1])
+            self.scheduler.check_integrity()
+            assert len(outcomes) < max_steps, "no end in sight"
+        return outcomes
+
+    def check_empty(self) -> None:
+        """Nothing is left over: after the cache is cleared, every block is FREE."""
+        self.scheduler.check_integrity()
+        self.scheduler.schedule()  # lets finished sources go
+        for group, capacity in enumerate(self.blocks.groups):
+            counts = self.blocks.counts(group)
+            assert counts.free + counts.cached == capacity.num_blocks, counts
+        self.blocks.clear_cache()
+        self.blocks.check_integrity()
+        for group, capacity in enumerate(self.blocks.groups):
+            assert self.blocks.counts(group).free == capacity.num_blocks
+
+    def _settle(self, flight: tuple[StepPlan, dict[int, int]] | None) -> StepOutcome | None:
+        if flight is None:
+            return None
+        outcome = self.scheduler.settle(*flight)
+        self._collect(outcome)
+        return outcome
+
+    def _collect(self, outcome: StepOutcome) -> None:
+        for seq, token, index, _ in outcome.tokens:
+            emitted = self.emitted.setdefault(seq.id, [])
+            assert index == seq.num_emitted - 1 and token == seq.tokens[-1]
+            emitted.append(token)
