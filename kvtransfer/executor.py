@@ -138,6 +138,7 @@ class Executor:
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self.failure: BaseException | None = None  # what ended the bytes thread: the worker is unhealthy then
 
     # ------------------------------------------------------------------ any thread
 
@@ -202,9 +203,19 @@ class Executor:
         return bool(self._jobs)
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        except BaseException as error:
+            self.failure = error
+            log.critical("the bytes thread of rank %d has ended: no pull is reported any more", self._rank)
+            raise
+
+    def _drive(self) -> None:
         pause = POLL_S
-        while not self._stopping:
+        while True:
             self._wake.clear()
+            if self._stopping:  # after the clear, which may have swallowed the call for it
+                return
             if self.run_once():
                 self._wake.wait(pause)
                 pause = min(2 * pause, MAX_POLL_S)
