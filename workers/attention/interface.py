@@ -80,7 +80,6 @@ class AttentionProblem:
     head_dim: int  # D
     block_size: int
     dtype: torch.dtype
-    device_type: str  # "cpu", "cuda"
     scale: float
 
     @property

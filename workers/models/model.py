@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtransfer.layout import GroupSpec
 from workers.attention.interface import AttentionBatch, KvCache
+from workers.attention.resolver import Choice, Environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,8 +44,12 @@ class CausalModel(Protocol):
         """The logical, unsharded KV of the model."""
         ...
 
-    def bind_kv(self, caches: Sequence[KvCache]) -> None:
-        """One cache per group of `kv_groups`, with that block size. Called once, before the first forward."""
+    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
+        """One cache per group of `kv_groups`, with that block size. Called once, before the first forward.
+
+        Returns which attention backend was chosen and why, for the log. The environment is probed when not given.
+        Raises ConfigError when no backend computes this model here.
+        """
         ...
 
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:

@@ -1,0 +1,194 @@
+"""Causal attention over K/V pages in plain torch: the oracle of every kernel, and what CPU workers run.
+
+Shapes: T tokens of the step, B sequences, H query heads, K key/value heads, G = H / K, D head size, S block size,
+M blocks, C context.
+
+Decodes are sorted by length into a few buckets. Each bucket gathers its pages once, head by head, so that the copy
+is already [B, K, C, D], and one call attends all of it, the G query heads of a key as query rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
+
+MAX_BUCKETS = 4
+MIN_BUCKET_SEQUENCES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Decodes [start, end) in the order of their lengths, attended by one call."""
+
+    start: int
+    end: int
+    context: int  # C, of the longest
+    rows: Tensor  # [2 * B * K * M] int64: flat page rows of layer 0
+    mask: Tensor | None  # [B, 1, 1, C]: 0 or -inf; None when all are equally long
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One sequence with several query tokens, rows [start, end) of T."""
+
+    start: int
+    end: int
+    context: int  # C
+    rows: Tensor | None  # [2 * K * M] int64; None when nothing is cached: the step's own k and v are all there is
+    mask: Tensor | None  # [end - start, C]: 0 or -inf
+
+
+class ReferenceAttention:
+    """Stateless but for the problem. See `AttentionBackend`."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.problem = problem
+
+    @property
+    def name(self) -> str:
+        return "reference"
+
+    def begin(self, batch: AttentionBatch, group: int, cache: KvCache, region: str) -> ReferenceStep:
+        pages = cache.pages(region)
+        table = batch.groups[group].block_table.to(torch.int64)
+        self._clear_started(batch, table, pages)
+        order = sorted(range(batch.num_decodes), key=batch.context_lens.__getitem__)
+        buckets = self._buckets(batch, order, table, pages.shape[1])
+        chunks = [self._chunk(batch, b, table, pages) for b in range(batch.num_decodes, batch.num_sequences)]
+        return ReferenceStep(self.problem, pages, batch.groups[group].slot_mapping, order, buckets, chunks)
+
+    def _clear_started(self, batch: AttentionBatch, table: Tensor, pages: Tensor) -> None:
+        """Zeroes the last block of sequences that start it now and do not fill it.
+
+        What an earlier owner left behind the context is gathered under the mask, and a NaN survives every mask.
+        """
+        size = self.problem.block_size
+        started = [
+            (sequence, context // size)
+            for sequence, (context, new) in enumerate(zip(batch.context_lens, batch.query_lens, strict=True))
+            if context % size and context // size * size >= context - new
+        ]
+        if started:
+            sequences, columns = torch.tensor(started, device=table.device).unbind(1)
+            pages.index_fill_(0, table[sequences, columns], 0)
+
+    def _rows(self, blocks: Tensor, num_layers: int) -> Tensor:
+        """Block ids [B, M] -> rows [2 * B * K * M] of layer 0 in pages seen as [blocks * layers * 2 * K, S * D]."""
+        heads = self.problem.num_kv_heads
+        first = (blocks * (num_layers * 2 * heads)).view(1, len(blocks), 1, -1)
+        halves = torch.arange(0, 2 * heads, heads, device=blocks.device).view(2, 1, 1, 1)
+        return (first + halves + torch.arange(heads, device=blocks.device).view(1, 1, heads, 1)).flatten()
+
+    def _buckets(self, batch: AttentionBatch, order: list[int], table: Tensor, num_layers: int) -> list[_Bucket]:
+        if not order:
+            return []
+        size = self.problem.block_size
+        count = min(MAX_BUCKETS, max(1, len(order) // MIN_BUCKET_SEQUENCES))
+        edges = [len(order) * i // count for i in range(count + 1)]
+        buckets: list[_Bucket] = []
+        for start, end in pairwise(edges):
+            members = order[start:end]
+            contexts = torch.tensor([batch.context_lens[b] for b in members], device=table.device).view(-1, 1)
+            longest = batch.context_lens[members[-1]]
+            blocks = table[members, : -(-longest // size)]
+            # Shorter sequences repeat their own first block: nobody else's bytes are ever multiplied, not even by 0.
+            held = torch.arange(blocks.shape[1], device=table.device) * size < contexts
+            blocks = torch.where(held, blocks, blocks[:, :1])
+            mask = None
+            if batch.context_lens[members[0]] < longest:
+                mask = self._mask(torch.arange(longest, device=table.device) < contexts).view(len(members), 1, 1, -1)
+            buckets.append(_Bucket(start, end, longest, self._rows(blocks, num_layers), mask))
+        return buckets
+
+    def _chunk(self, batch: AttentionBatch, sequence: int, table: Tensor, pages: Tensor) -> _Chunk:
+        start, end = batch.query_starts[sequence : sequence + 2]
+        context = batch.context_lens[sequence]
+        if context == end - start:
+            return _Chunk(start, end, context, None, None)
+        blocks = table[sequence : sequence + 1, : -(-context // self.problem.block_size)]
+        last_seen = torch.arange(context - (end - start), context, device=table.device).view(-1, 1)
+        mask = self._mask(torch.arange(context, device=table.device) <= last_seen)
+        return _Chunk(start, end, context, self._rows(blocks, pages.shape[1]), mask)
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        zeros = torch.zeros(seen.shape, dtype=self.problem.dtype, device=seen.device)
+        return zeros.masked_fill_(~seen, float("-inf"))
+
+
+class ReferenceStep:
+    """See `AttentionStep`. Reads and writes the pages it was begun with."""
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        pages: Tensor,
+        slots: Tensor,
+        order: list[int],
+        buckets: list[_Bucket],
+        chunks: list[_Chunk],
+    ) -> None:
+        self._problem = problem
+        self._pages = pages  # [blocks, layers, 2, K, S, D]
+        self._flat = pages.view(-1, problem.block_size * problem.head_dim)
+        self._blocks = slots // problem.block_size
+        self._offsets = slots % problem.block_size
+        self._order = torch.tensor(order, device=pages.device)
+        self._buckets = buckets
+        self._chunks = chunks
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._pages[:, layer].unbind(1)  # [blocks, K, S, D]
+        keys[self._blocks, :, self._offsets] = k
+        values[self._blocks, :, self._offsets] = v
+        out = torch.empty_like(q)  # [T, H, D]
+        if self._buckets:
+            self._decode(layer, q, out)
+        for chunk in self._chunks:
+            out[chunk.start : chunk.end] = self._prefill(layer, chunk, q, k, v)
+        return out.view(len(q), -1)
+
+    def _gather(self, layer: int, rows: Tensor, num_sequences: int, context: int) -> tuple[Tensor, Tensor]:
+        """K and V of whole contexts, each [B, K, C, D]."""
+        problem = self._problem
+        copies = self._flat.index_select(0, rows + layer * (2 * problem.num_kv_heads))
+        both = copies.view(2, num_sequences, problem.num_kv_heads, -1, problem.head_dim)[:, :, :, :context]
+        return both[0], both[1]
+
+    def _decode(self, layer: int, q: Tensor, out: Tensor) -> None:
+        problem = self._problem
+        grouped = q[: len(self._order)].index_select(0, self._order)
+        grouped = grouped.view(-1, problem.num_kv_heads, problem.group_size, problem.head_dim)
+        for bucket in self._buckets:
+            size = bucket.end - bucket.start
+            keys, values = self._gather(layer, bucket.rows, size, bucket.context)
+            queries = grouped[bucket.start : bucket.end]
+            part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bucket.mask, scale=problem.scale)
+            out.index_copy_(0, self._order[bucket.start : bucket.end], part.reshape(size, *out.shape[1:]))
+
+    def _prefill(self, layer: int, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[end - start, H, D]. The K/V heads are the batch, and their G query heads read them without a copy."""
+        problem = self._problem
+        num_tokens = chunk.end - chunk.start
+        queries = q[chunk.start : chunk.end].view(num_tokens, problem.num_kv_heads, problem.group_size, -1)
+        if chunk.rows is None:
+            keys, values = (part[chunk.start : chunk.end].transpose(0, 1) for part in (k, v))
+        else:
+            keys, values = (part[0] for part in self._gather(layer, chunk.rows, 1, chunk.context))
+        keys, values = (
+            part.unsqueeze(1).expand(-1, problem.group_size, -1, -1) for part in (keys, values)
+        )  # [K, G, C, D]
+        part = F.scaled_dot_product_attention(
+            queries.permute(1, 2, 0, 3),
+            keys,
+            values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=problem.scale,
+        )
+        return part.permute(2, 0, 1, 3).reshape(num_tokens, problem.num_heads, -1)

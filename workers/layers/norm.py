@@ -1,0 +1,23 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from workers.layers.linear import Partition
+
+
+class RmsNorm(nn.Module):
+    """Over the last dim, in fp32, rounded to the input's dtype before the weight is applied (as checkpoints expect)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.partition = Partition.REPLICATED
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)

@@ -1,0 +1,142 @@
+"""A checkpoint folder becomes a model: weights that are views of the mapped files, or random ones (dummy)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import CheckpointError
+from cluster.hashing import HASH_BYTES
+from workers.layers.linear import Embedding, Linear
+from workers.models.checkpoint import Checkpoint, read_json
+from workers.models.fields import ConfigFields
+from workers.models.model import DTYPES, CausalModel
+from workers.models.registry import find_model
+
+_DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and everybody computes
+_ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: CausalModel
+    weights_identity: bytes  # 16 B: the stored weights, or the dummy seed
+    config_json: str  # what config.json says about the model: one line, sorted, free of how the file came to be
+
+
+def load(path: str | Path, *, dtype: str = "auto", load_format: str = "auto", dummy_seed: int = 0) -> LoadedModel:
+    """The model of a Hugging Face folder, on the CPU.
+
+    `dtype` "auto" takes the checkpoint's. Where it equals the stored one nothing is copied: processes that load the
+    same folder share its pages. `load_format` "dummy" needs config.json only. Raises CheckpointError naming file,
+    tensor or key, and the remedy.
+    """
+    folder = Path(path)
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    fields = ConfigFields(config_path, config)
+    architecture, model_class = find_model(config.get("architectures"), config_path)
+    resolved = _resolve_dtype(fields, dtype)
+    with torch.device("meta"):
+        model = model_class.from_fields(
+            fields, architecture=architecture, dtype=resolved, eos_token_ids=_eos_token_ids(folder, fields)
+        )
+    if load_format == "dummy":
+        weights, identity = _dummy(model, dummy_seed), _dummy_identity(dummy_seed)
+    elif load_format == "auto":
+        checkpoint = Checkpoint(folder)
+        weights, identity = _stored(model, checkpoint), checkpoint.identity()
+    else:
+        raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
+    model.load_state_dict(weights, assign=True)
+    kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
+    return LoadedModel(model.eval(), identity, json.dumps(kept, sort_keys=True, separators=(",", ":")))
+
+
+def _resolve_dtype(fields: ConfigFields, wanted: str) -> str:
+    if wanted == "auto":
+        key = "dtype" if fields.text("dtype", "") else "torch_dtype"
+        wanted = fields.text(key, "float32")
+        if wanted not in DTYPES:
+            fields.refuse(key, f"set model.dtype to one of {', '.join(DTYPES)}")
+    if wanted not in DTYPES:
+        raise CheckpointError(f"dtype = {wanted!r}; use auto or one of {', '.join(DTYPES)}")
+    return wanted
+
+
+def _eos_token_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:
+    """generation_config.json knows chat models' extra end tokens and wins over config.json."""
+    path = folder / "generation_config.json"
+    generation = ConfigFields(path, read_json(path)).token_ids("eos_token_id") if path.exists() else None
+    return generation if generation is not None else fields.token_ids("eos_token_id") or ()
+
+
+def _stored(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    wanted = dict(model.named_parameters())
+    stored = checkpoint.tensors
+    missing = sorted(wanted.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {_some(missing)} missing; download it again, or correct config.json if it "
+            "describes another model"
+        )
+    # A tied head may be stored although nobody reads it: the embedding is the same matrix.
+    extra = [
+        name
+        for name in sorted(stored.keys() - wanted.keys())
+        if name != "lm_head.weight" and not name.endswith(_DERIVED)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.file_of(extra[0])}: {_some(extra)} unknown to {type(model).__name__}; config.json describes "
+            "another model, or one that is not computed here"
+        )
+    weights: dict[str, Tensor] = {}
+    for name, parameter in wanted.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.file_of(name)}: tensor {name} has shape {list(stored[name].shape)}, config.json asks for "
+                f"{list(parameter.shape)}; they belong to different models"
+            )
+        if not stored[name].dtype.is_floating_point or stored[name].dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{checkpoint.file_of(name)}: tensor {name} is stored as {stored[name].dtype}; use a checkpoint in "
+                f"{', '.join(DTYPES)}"
+            )
+        weights[name] = checkpoint.read(name).to(parameter.dtype)
+    return weights
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    tail = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return f"{'tensors' if len(listed) > 1 else 'tensor'} {', '.join(listed[:3])}{tail}"
+
+
+def _dummy(model: nn.Module, seed: int) -> Mapping[str, Tensor]:
+    """Weights that neither collapse to one repeated token nor explode: matrices with std 4 / sqrt(inputs), embeddings
+    0.1, biases 0, norms 1. Each tensor depends on (seed, name, shape) alone."""
+    weights: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for suffix, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{suffix}"
+            if isinstance(module, Linear | Embedding) and suffix == "weight":
+                std = 0.1 if isinstance(module, Embedding) else 4 / parameter.shape[1] ** 0.5
+                digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+                weights[name] = torch.randn(parameter.shape, generator=generator).mul_(std).to(parameter.dtype)
+            elif suffix == "bias":
+                weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            else:
+                weights[name] = torch.ones(parameter.shape, dtype=parameter.dtype)
+    return weights
+
+
+def _dummy_identity(seed: int) -> bytes:
+    return blake2b(str(seed).encode(), digest_size=HASH_BYTES, person=b"sluice.dummy").digest()
