@@ -1,0 +1,154 @@
+"""From settings to the parts of a worker, wired up and not yet running."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig, WordsConfig
+from cluster.errors import ConfigError
+from cluster.hashing import chain_root
+from cluster.membership import Member, MemberState, Rank
+from kvtransfer.connector import Done, Executor, ReadLimits, Sink, Source
+from kvtransfer.layout import KvGeometry, RankLayout, compatibility_hash
+from kvtransfer.ledger import Ledger
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.pool import KvPool
+from workers.attention.kv_views import kv_cache
+from workers.engine.block_manager import BlockManager, GroupCapacity
+from workers.engine.engine import Engine
+from workers.engine.model_runner import ModelRunner
+from workers.engine.scheduler import Scheduler, SchedulerLimits
+from workers.models import loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Who a worker is, and the sections of the config that are its business."""
+
+    name: str
+    incarnation: str
+    pool: str
+    resources: PoolConfig
+    model: ModelConfig
+    kv: KvConfig
+    scheduler: SchedulerConfig
+    transfer: TransferConfig
+    words: WordsConfig
+    secret: bytes
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return self.resources.roles
+
+    def member(self, address: str, compatibility: bytes, pid: int) -> Member:
+        return Member(
+            name=self.name,
+            pool=self.pool,
+            incarnation=self.incarnation,
+            address=address,
+            roles=self.roles,
+            ranks=(Rank(rank=0),),
+            compatibility_hash=compatibility,
+            pid=pid,
+            state=MemberState.READY,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The engine thread owns all of it but the executors, which have threads of their own."""
+
+    compatibility_hash: bytes
+    block_size: int
+    blocks: BlockManager
+    scheduler: Scheduler
+    engine: Engine
+    ledger: Ledger
+    source: Source
+    sink: Sink
+    executors: list[Executor]
+    pool: KvPool  # kept alive for as long as a peer may read it
+    next_id: Callable[[], int]
+
+
+def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assembly:
+    """Loads the model, allocates the KV pool, registers it. Raises CheckpointError and ConfigError."""
+    torch.set_num_threads(settings.resources.threads)
+    model_config, kv = settings.model, settings.kv
+    loaded = loader.load(
+        Path(model_config.path),
+        dtype=model_config.dtype,
+        load_format=model_config.load_format,
+        dummy_seed=model_config.dummy_seed,
+    )
+    model, spec = loaded.model, loaded.model.spec
+    groups = model.kv_groups(kv.block_size)
+    geometry = KvGeometry(groups, rope_convention=spec.rope_convention)
+    compatibility = compatibility_hash(loaded.weights_identity, loaded.config_json, spec.dtype, geometry)
+    max_model_len = min(model_config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    num_blocks = _num_blocks(settings, sum(group.block_bytes() for group in groups))
+    capacities = [GroupCapacity(group.name, num_blocks, group.block_size) for group in groups]
+    pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks] * len(groups))
+    caches = [kv_cache(group, storages) for group, storages in zip(groups, pool.regions, strict=True)]
+    model.bind_kv(caches)
+
+    eos = frozenset(spec.eos_token_ids)
+    limits = settings.scheduler
+    blocks = BlockManager(capacities, enable_prefix_cache=kv.prefix_cache)
+    scheduler = Scheduler(
+        blocks,
+        SchedulerLimits(
+            max_batched_tokens=limits.max_batched_tokens,
+            max_sequences=limits.max_sequences,
+            max_model_len=max_model_len,
+            prefill_reserve=kv.prefill_reserve,
+            chunk_tokens=limits.chunk_tokens,
+        ),
+        chain_root(compatibility),
+        eos_token_ids=eos,
+    )
+    runner = ModelRunner(
+        model,
+        caches,
+        pool.generations,
+        [group.block_size for group in groups],
+        device=torch.device("cpu"),
+        eos_token_ids=eos,
+    )
+    transfer = settings.transfer
+    ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
+    transport = NixlTransport(f"{settings.name}-{settings.incarnation}-0")
+    read_limits = ReadLimits(transfer.late_read_s, transfer.stuck_read_s)
+    return Assembly(
+        compatibility_hash=compatibility,
+        block_size=kv.block_size,
+        blocks=blocks,
+        scheduler=scheduler,
+        engine=Engine(scheduler, runner),
+        ledger=ledger,
+        source=Source(ledger),
+        sink=Sink(ledger),
+        executors=[Executor(pool, transport, read_limits, on_done)],
+        pool=pool,
+        next_id=itertools.count(1).__next__,
+    )
+
+
+def _num_blocks(settings: WorkerSettings, block_bytes: int) -> int:
+    """Blocks per group; groups share the memory evenly by block count."""
+    kv = settings.kv
+    if (count := settings.resources.num_blocks or kv.num_blocks) is not None:
+        return count
+    memory = kv.memory_bytes or int(psutil.virtual_memory().available * kv.memory_fraction)
+    if memory < block_bytes:
+        raise ConfigError(
+            "kv.memory_bytes",
+            f"{memory} bytes hold no block of {block_bytes} bytes; raise it, or lower kv.block_size",
+        )
+    return memory // block_bytes

@@ -1,0 +1,104 @@
+"""The sources this worker may read from: a session to each, and its blocks within reach and measured.
+
+    dialed ──on_open: TransportQuery──▶ asked ──TransportOffer──▶ connecting ──every rank connected──▶ WARM
+       ▲                                                              │ refused: said once, not paired
+       └──────────────── session broken: executors disconnect ◀───────┴───────────────────────────────────
+
+Only warm pairs are used, so the first long prompt never pays for connections. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from cluster.log import Log
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from cluster.session import Session
+from kvtransfer.connector import Connected, Executor
+
+
+@dataclass(slots=True)
+class _Pair:
+    session: Session
+    pid: int = 0
+    connected: dict[int, Connected] = field(default_factory=dict)  # by our rank
+    warm: bool = False
+
+
+class Pairs:
+    """`post` hands a Connected, made on a bytes thread, to `connected` on the engine thread."""
+
+    def __init__(
+        self, executors: Collection[Executor], post: Callable[[Session, Connected], None], metrics: Metrics, log: Log
+    ) -> None:
+        self._executors = executors
+        self._post = post
+        self._metrics = metrics
+        self._log = log
+        self._pairs: dict[str, _Pair] = {}  # by the source's incarnation
+        self.changed = False  # since the last report
+
+    def opened(self, session: Session) -> None:
+        """A session that we dialed to a worker with blocks."""
+        self._pairs[session.peer.incarnation] = _Pair(session)
+        transports = sorted({executor.transport_name for executor in self._executors})
+        session.send(pb.Frame(transport_query=pb.TransportQuery(transports=transports)))
+
+    def offered(self, session: Session, offer: pb.TransportOffer) -> None:
+        pair = self._pairs.get(session.peer.incarnation)
+        if pair is None or pair.session is not session:
+            return
+        if offer.HasField("failure"):
+            self._log.warning("source cannot be read", peer=session.peer.name, reason=offer.failure.message)
+            return
+        for executor in self._executors:
+            executor.connect(session.peer.incarnation, offer, lambda result: self._post(session, result))
+
+    def connected(self, session: Session, result: Connected) -> None:
+        pair = self._pairs.get(session.peer.incarnation)
+        if pair is None or pair.session is not session:
+            return
+        if result.error is not None:
+            self._log.warning("source cannot be read", peer=session.peer.name, reason=str(result.error))
+            return
+        pair.connected[result.rank] = result
+        pair.warm = len(pair.connected) == len(self._executors)
+        self.changed = True
+        rate = min(each.bytes_per_s for each in pair.connected.values())
+        self._metrics.transfer_rate.labels(result.transport, session.peer.name).set(rate)
+        self._log.info("source is warm", peer=session.peer.name, transport=result.transport, rate_bytes_per_s=rate)
+
+    def broken(self, session: Session) -> None:
+        pair = self._pairs.get(session.peer.incarnation)
+        if pair is None or pair.session is not session:
+            return
+        del self._pairs[session.peer.incarnation]
+        self.changed = True
+        for executor in self._executors:
+            executor.disconnect(session.peer.incarnation)
+
+    def pick(self, wanted: Iterable[pb.WorkerRef], exclude: Collection[str]) -> Session | None:
+        """The first warm source among `wanted`, else any other, never one of `exclude` (incarnations)."""
+        for incarnation in (*(ref.incarnation for ref in wanted), *self._pairs):
+            pair = self._pairs.get(incarnation)
+            if pair is not None and pair.warm and pair.session.open and incarnation not in exclude:
+                return pair.session
+        return None
+
+    def transport(self, session: Session) -> str:
+        pair = self._pairs.get(session.peer.incarnation)
+        return next((each.transport for each in pair.connected.values()), "") if pair else ""
+
+    def reports(self) -> list[pb.PairReport]:
+        """For load reports: what the router may pair."""
+        return [
+            pb.PairReport(
+                source_incarnation=incarnation,
+                warm=pair.warm and pair.session.open,
+                transport=next((each.transport for each in pair.connected.values()), ""),
+                bytes_per_s=min((each.bytes_per_s for each in pair.connected.values()), default=0.0),
+            )
+            for incarnation, pair in self._pairs.items()
+        ]

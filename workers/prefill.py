@@ -1,0 +1,183 @@
+"""The prefill stage: computes prompts for sinks and leases them the blocks, chunk by chunk.
+
+    KvRequest ─▶ computing ──first token sampled──▶ computed ──Release──▶ gone
+                    │ Cancel, deadline, session broken
+                    ▼
+                 aborted ──Release, or the ledger's quarantine──▶ gone
+
+Engine thread only. A ticket leaves after the step of its chunk has settled, so its blocks are written. Leased
+blocks are pinned by the ledger: the sequence goes as soon as its last ticket is out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cluster import hashing
+from cluster.config import SchedulerConfig
+from cluster.errors import Busy, DeadlineExceeded, NoWorker, RequestError
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from cluster.request import RequestKey, SamplingParams
+from cluster.session import Session
+from kvtransfer.connector import BlockSpan
+from workers.assembly import Assembly
+from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepOutcome
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt being computed for one sink."""
+
+    key: RequestKey
+    ask: int
+    session: Session
+    sequence: Sequence
+    next_block: int  # position of the first block without a ticket
+    accepted_at: float
+    deadline: float | None
+    started_at: float | None = None
+    num_chunks: int = 0
+
+
+class PrefillStage:
+    """What a worker with the role `prefill` does with the engine and the connector."""
+
+    def __init__(self, parts: Assembly, metrics: Metrics, limits: SchedulerConfig, name: str) -> None:
+        self._scheduler = parts.scheduler
+        self._source = parts.source
+        self._next_id = parts.next_id
+        self._block_size = parts.block_size
+        self._metrics = metrics
+        self._limits = limits
+        self._name = name
+        self._prompts: dict[RequestKey, Prompt] = {}
+        self._by_sequence: dict[int, Prompt] = {}
+        self.draining = False
+
+    @property
+    def num_open(self) -> int:
+        """Prompts being computed; leases are the ledger's to count."""
+        return len(self._prompts)
+
+    def request(self, session: Session, ask: pb.KvRequest, now: float) -> None:
+        """Queues a prompt; what cannot be queued is answered with KvFailed."""
+        key = RequestKey.of(ask.key)
+        if key in self._prompts:
+            self._drop(self._prompts[key])
+        sequence_id = self._next_id()
+        sequence = Sequence(
+            sequence_id,
+            key,
+            list(ask.token_ids),
+            ask.num_prompt_tokens,
+            SamplingParams.of(ask.sampling),
+            arrival=sequence_id,
+            priority=ask.priority,
+            hashes=hashing.split(ask.block_hashes),
+            stop_after_first=True,
+        )
+        deadline = now + ask.deadline_ms / 1000 if ask.deadline_ms else None
+        prompt = Prompt(key, ask.ask, session, sequence, ask.first_block, now, deadline)
+        try:
+            if self.draining:
+                raise NoWorker(f"{self._name} is draining; ask another source")
+            if self._scheduler.num_waiting >= self._limits.max_waiting:
+                raise Busy(f"{self._name} has {self._limits.max_waiting} prompts waiting; ask another source")
+            self._scheduler.add(sequence)
+        except RequestError as error:
+            self._refuse(prompt, error)
+            return
+        self._prompts[key] = self._by_sequence[sequence_id] = prompt
+
+    def cancel(self, session: Session, key: RequestKey) -> None:
+        """Stops computing. What was leased stays so until the sink's Release: it may be reading."""
+        prompt = self._prompts.get(key)
+        if prompt is not None and prompt.session is session:
+            self._drop(prompt)
+
+    def release(self, session: Session, release: pb.Release) -> None:
+        """The sink has its blocks, or wants them no more."""
+        key = RequestKey.of(release.key)
+        prompt = self._prompts.get(key)
+        if prompt is not None:
+            if prompt.session is not session or prompt.ask != release.ask:
+                return
+            self._drop(prompt)
+        self._source.release(key)
+
+    def session_broken(self, session: Session, now: float) -> None:
+        """A sink is gone, maybe in the middle of a read."""
+        for prompt in [each for each in self._prompts.values() if each.session is session]:
+            self._drop(prompt)
+        self._source.end_session(session.id, now)
+
+    def tick(self, now: float) -> None:
+        late = [each for each in self._prompts.values() if each.deadline is not None and each.deadline <= now]
+        for prompt in late:
+            self._drop(prompt)
+            self._refuse(prompt, DeadlineExceeded(f"the deadline of {prompt.key.request_id} passed during prefill"))
+
+    def settle(self, outcome: StepOutcome, now: float) -> None:
+        """A ticket for every chunk that this step finished; the last one brings the first token."""
+        tokens = {sampled.seq.id: sampled.token for sampled in outcome.tokens}
+        for sequence, num_confirmed in outcome.chunks:
+            prompt = self._by_sequence.get(sequence.id)
+            if prompt is not None:
+                self._ticket(prompt, num_confirmed, tokens.get(sequence.id), now)
+
+    def fail(self, sequence: Sequence, error: RequestError) -> None:
+        """The step of this sequence failed."""
+        prompt = self._by_sequence.get(sequence.id)
+        if prompt is not None:
+            self._drop(prompt)
+            self._refuse(prompt, error)
+
+    def _ticket(self, prompt: Prompt, num_confirmed: int, token: int | None, now: float) -> None:
+        if prompt.started_at is None:
+            prompt.started_at = now
+            self._metrics.queue.labels("prefill").observe(now - prompt.accepted_at)
+            self._metrics.prefix_hit_tokens.labels("prefill").inc(prompt.sequence.prefix_hit_tokens)
+            self._metrics.prefix_lookup_tokens.labels("prefill").inc(len(prompt.sequence.tokens))
+        last = token is not None
+        end = -(-num_confirmed // self._block_size) if last else num_confirmed // self._block_size
+        if end <= prompt.next_block and not last:
+            return
+        spans = [
+            BlockSpan(group, prompt.next_block, tuple(table[prompt.next_block : end]))
+            for group, table in enumerate(prompt.sequence.block_tables)
+            if end > prompt.next_block
+        ]
+        runs = self._source.publish(prompt.key, prompt.session.id, spans, now) if spans else ()
+        ticket = pb.Ticket(
+            key=prompt.key.wire(),
+            chunk=prompt.num_chunks,
+            runs=[run.wire() for run in runs],
+            num_tokens=num_confirmed,
+            last=last,
+            ask=prompt.ask,
+            pid=os.getpid(),
+        )
+        prompt.num_chunks += 1
+        prompt.next_block = max(prompt.next_block, end)
+        if token is not None:
+            ticket.handoff.token_ids.append(token)
+            ticket.prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
+            ticket.queue_s = prompt.started_at - prompt.accepted_at
+            ticket.compute_s = now - prompt.started_at
+            self._forget(prompt)
+        prompt.session.send(pb.Frame(ticket=ticket), prompt.key)
+
+    def _refuse(self, prompt: Prompt, error: RequestError) -> None:
+        failure = pb.Failure(code=error.code, message=str(error))
+        frame = pb.KvFailed(key=prompt.key.wire(), failure=failure, ask=prompt.ask)
+        prompt.session.send(pb.Frame(kv_failed=frame), prompt.key)
+
+    def _drop(self, prompt: Prompt) -> None:
+        self._forget(prompt)
+        self._scheduler.abort(prompt.sequence)
+
+    def _forget(self, prompt: Prompt) -> None:
+        del self._prompts[prompt.key], self._by_sequence[prompt.sequence.id]

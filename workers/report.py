@@ -1,0 +1,38 @@
+"""What a worker tells of its load: to the router in frames, to Prometheus as gauges. The same figures."""
+
+from __future__ import annotations
+
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from workers.assembly import Assembly
+from workers.decode import DecodeStage
+from workers.pairs import Pairs
+
+
+def load_report(
+    parts: Assembly, decode: DecodeStage, pairs: Pairs, metrics: Metrics, *, draining: bool
+) -> pb.LoadReport:
+    """Engine thread. Sets the gauges, too."""
+    scheduler, ledger = parts.scheduler, parts.ledger
+    groups: list[pb.GroupLoad] = []
+    for index, group in enumerate(parts.blocks.groups):
+        counts = parts.blocks.counts(index)._asdict()
+        groups.append(pb.GroupLoad(name=group.name, num_blocks=group.num_blocks, **counts))
+        metrics.set_blocks(group.name, counts)
+    num_waiting = scheduler.num_waiting + decode.num_pending
+    metrics.waiting.set(num_waiting)
+    metrics.running.set(scheduler.num_running)
+    metrics.pulling.set(scheduler.num_pulling)
+    metrics.leases.set(ledger.num_leases)
+    metrics.leased_blocks.set(ledger.num_leased_blocks)
+    return pb.LoadReport(
+        num_waiting=num_waiting,
+        num_running=scheduler.num_running,
+        num_pulling=scheduler.num_pulling,
+        queued_prefill_tokens=scheduler.queued_prefill_tokens,
+        groups=groups,
+        num_leases=ledger.num_leases,
+        draining=draining,
+        num_steps=parts.engine.num_steps,
+        pairs=pairs.reports(),
+    )

@@ -1,0 +1,114 @@
+"""A request on the decode worker that serves it, and the frames in which its tokens leave."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster import hashing
+from cluster.errors import RequestError
+from cluster.protos import worker_pb2 as pb
+from cluster.request import FinishReason, RequestKey, SamplingParams
+from cluster.session import Session
+from workers.engine.sequence import Sequence
+from workers.fetch import Fetch
+
+
+class Phase(Enum):
+    """Drawn in workers/decode.py."""
+
+    PENDING = "pending"
+    PULLING = "pulling"
+    RUNNING = "running"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from submit to settle."""
+
+    key: RequestKey
+    session: Session  # of the ingress
+    sequence: Sequence
+    sources: tuple[pb.WorkerRef, ...]  # as planned: the first, then the spare
+    remote: bool  # the plan puts prefill on another worker
+    local_allowed: bool
+    accepted_at: float
+    deadline: float | None
+    route: pb.Route
+    phase: Phase = Phase.PENDING
+    fetch: Fetch | None = None
+    not_before: float = 0.0
+    num_asks: int = 0
+    refused: frozenset[str] = field(default=frozenset())
+
+    @classmethod
+    def of(cls, session: Session, submit: pb.Submit, me: pb.WorkerRef, sequence_id: int, now: float) -> Request:
+        key = RequestKey.of(submit.key)
+        sequence = Sequence(
+            sequence_id,
+            key,
+            [*submit.prompt_token_ids, *submit.emitted_token_ids],
+            len(submit.prompt_token_ids),
+            SamplingParams.of(submit.sampling),
+            arrival=sequence_id,
+            priority=submit.priority,
+            hashes=hashing.split(submit.block_hashes),
+        )
+        stages = [stage for stage in submit.plan.stages if stage.stage == pb.PREFILL]
+        sources = tuple(
+            ref
+            for stage in stages
+            for ref in (stage.worker, stage.spare)
+            if ref.incarnation and ref.incarnation != me.incarnation
+        )
+        return cls(
+            key=key,
+            session=session,
+            sequence=sequence,
+            sources=sources,
+            remote=any(stage.worker.incarnation != me.incarnation for stage in stages),
+            local_allowed=submit.plan.local_prefill_allowed,
+            accepted_at=now,
+            deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
+            route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
+        )
+
+    def wait(self, until: float) -> None:
+        self.not_before = until
+
+    def remaining_ms(self, now: float) -> int:
+        """For the next hop; 0 means none, so the last millisecond stays one."""
+        return 0 if self.deadline is None else max(1, int((self.deadline - now) * 1000))
+
+
+class Tokens:
+    """Collects what one turn of the loop tells each ingress."""
+
+    def __init__(self) -> None:
+        self._out: dict[Session, list[pb.SequenceTokens]] = {}
+
+    def add(self, request: Request, first_token_index: int, tokens: list[int]) -> None:
+        self._out.setdefault(request.session, []).append(
+            pb.SequenceTokens(key=request.key.wire(), first_token_index=first_token_index, token_ids=tokens)
+        )
+
+    def end(self, request: Request, finish: FinishReason, error: RequestError | None) -> None:
+        """The last word about a request. Nothing follows it."""
+        last = pb.SequenceTokens(
+            key=request.key.wire(),
+            first_token_index=len(request.sequence.tokens) - request.sequence.num_prompt,
+            finish=finish.value,
+            route=request.route,
+        )
+        if error is not None:
+            last.failure.CopyFrom(pb.Failure(code=error.code, message=str(error)))
+        self._out.setdefault(request.session, []).append(last)
+
+    def forget(self, session: Session) -> None:
+        self._out.pop(session, None)
+
+    def flush(self, step: int) -> None:
+        for session, sequences in self._out.items():
+            session.send_tokens(step, sequences)
+        self._out.clear()

@@ -1,0 +1,70 @@
+"""A worker as a plain process, without Ray: for tests, benchmarks and `generate`.
+
+    python -m workers.standalone --config FILE [--set KEY=VALUE] --pool decode --name decode-0
+
+Prints its membership entry as one JSON line once it listens, takes a membership (JSON, one line) from standard
+input whenever it changes, and ends, drained by nobody, when standard input closes. The cluster secret comes from the
+environment variable that the config names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from uuid import uuid4
+
+from cluster import config_file
+from cluster.config import SluiceConfig
+from cluster.errors import ConfigError
+from cluster.log import Log
+from cluster.membership import Membership
+from kvtransfer import nixl_transport
+from workers.assembly import WorkerSettings
+from workers.worker import Worker
+
+CRASHED = 70  # exit status
+
+
+def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes) -> Worker:
+    """The worker of this process: prepares it for NIXL, and a crash of the engine loop ends it."""
+    nixl_transport.prepare_environment(config.transfer.ucx_tls)
+    settings = WorkerSettings(
+        name=name,
+        incarnation=uuid4().hex,
+        pool=pool,
+        resources=config.pools[pool],
+        model=config.model,
+        kv=config.kv,
+        scheduler=config.scheduler,
+        transfer=config.transfer,
+        words=config.words,
+        secret=secret,
+    )
+    return Worker(settings, Log.open("worker", config.log), on_crash=lambda _: os._exit(CRASHED))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--pool", required=True)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args()
+    config = config_file.load(options.config, options.overrides)
+    secret = os.environ.get(config.words.secret_env, "")
+    if not secret:
+        raise ConfigError("words.secret_env", f"environment variable {config.words.secret_env} is empty; set it")
+    if options.pool not in config.pools:
+        raise ConfigError("pools", f"no pool is named {options.pool!r}; there are {', '.join(config.pools)}")
+    worker = make_worker(config, options.pool, options.name, secret.encode())
+    member = worker.start()
+    sys.stdout.buffer.write(Membership(1, (member,)).to_wire() + b"\n")
+    sys.stdout.flush()
+    for line in sys.stdin.buffer:
+        worker.update_members(Membership.from_wire(line))
+    worker.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""One worker: its words on the words thread, its engine loop on the engine thread, joined by one inbox.
+
+    words thread   on_frame, on_open, on_broken ──┐
+    bytes threads  Done, Connected ───────────────┤ inbox ──▶ engine thread: drain, tick, step, settle, flush
+    anyone         members, drain ────────────────┘                        └──▶ session outboxes (never awaited)
+
+The engine thread alone owns scheduler, block manager, ledger and stages.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from cluster.config import Role
+from cluster.errors import SessionError
+from cluster.heart import StepAge
+from cluster.log import Log
+from cluster.membership import Member, Membership, MemberState, diff
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from cluster.request import RequestKey
+from cluster.rpc import Dialer, WordsServer, WordsThread
+from cluster.session import Session
+from kvtransfer.connector import Connected, Done
+from workers.assembly import WorkerSettings, assemble
+from workers.decode import DecodeStage
+from workers.engine.step_plan import StepOutcome
+from workers.pairs import Pairs
+from workers.prefill import PrefillStage
+from workers.report import load_report
+
+TICK_S = 0.01  # deadlines, retries and waits are looked at this often
+REPORT_S = 0.1  # between two load reports
+DRAINED_POLL_S = 0.02
+
+_STAGES = {Role.ENCODE: pb.ENCODE, Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE}
+
+
+class Worker:
+    """One shard on one rank. `start` loads the model and listens; the object implements SessionHandler."""
+
+    def __init__(self, settings: WorkerSettings, log: Log, on_crash: Callable[[BaseException], None]) -> None:
+        """`on_crash` is called on the engine thread when its loop dies of a bug: end the process there."""
+        self._settings = settings
+        self._log = log.bind(worker=settings.name, pool=settings.pool)
+        self._on_crash = on_crash
+        self.metrics = Metrics()
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._membership = Membership()
+        self._sessions: set[Session] = set()
+        self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
+        self._stopping = threading.Event()
+        self._drained = threading.Event()
+        self._draining = False
+        self._turned_at = time.monotonic()
+        self._ticked_at = self._reported_at = 0.0
+        self._idle = True
+
+    # ------------------------------------------------------------------ life
+
+    def start(self) -> Member:
+        """Loads, listens, starts the threads. Blocks; raises CheckpointError, ConfigError."""
+        settings = self._settings
+        parts = self._parts = assemble(settings, self._done)
+        self._words = WordsThread(self.step_age, settings.words).start()
+        identity = pb.Identity(
+            kind=pb.WORKER,
+            name=settings.name,
+            incarnation=settings.incarnation,
+            compatibility_hash=parts.compatibility_hash,
+            roles=[_STAGES[role] for role in settings.roles],
+            ranks=[pb.RankInfo(rank=0, shard=0, tp_rank=0, tp_size=1)],
+        )
+        me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
+        self._pairs = Pairs(parts.executors, self._connected, self.metrics, self._log)
+        self._prefill = PrefillStage(parts, self.metrics, settings.scheduler, settings.name)
+        self._decode = DecodeStage(parts, self._pairs, self.metrics, settings.scheduler, me)
+        self._dialer = Dialer(self._words, identity, settings.secret, self)
+        self._server = WordsServer(self._words, identity, settings.secret, self)
+        for executor in parts.executors:
+            executor.start()
+        self._engine_thread.start()
+        address = self._server.start()
+        self._log.info("listening", address=address, num_blocks=parts.blocks.groups[0].num_blocks)
+        return settings.member(address, parts.compatibility_hash, os.getpid())
+
+    def update_members(self, membership: Membership) -> None:
+        """Dials the sources that joined and drops those that left. Any thread."""
+        self._post(partial(self._update_members, membership))
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests; returns whether the open ones, leases included, ended in time. Blocks."""
+        self._post(self._begin_drain)
+        return self._drained.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Ends sessions and threads. Peers see the sessions break; drain first. Idempotent."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._post(lambda: None)
+        if self._engine_thread.ident is not None:
+            self._engine_thread.join()
+        self._words.stop()
+        for executor in self._parts.executors:
+            executor.stop()
+
+    def healthy(self) -> bool:
+        """Whether the engine's loop turns."""
+        alive = self._engine_thread.is_alive() and not self._stopping.is_set()
+        return alive and not self.step_age().stuck(self._settings.words.step_timeout_s)
+
+    def step_age(self) -> StepAge:
+        """Any thread. An idle loop turns too, so only a hung one ages."""
+        return StepAge(time.monotonic() - self._turned_at, self._engine_thread.is_alive())
+
+    # ------------------------------------------------------------------ words thread
+
+    def on_open(self, session: Session) -> None:
+        self._post(partial(self._opened, session))
+
+    def on_frame(self, session: Session, frame: pb.Frame) -> None:
+        self._post(partial(self._frame, session, frame))
+
+    def on_bulk(self, session: Session, topic: str, payload: bytes) -> None:
+        session.close(f"nothing listens to bulk topic {topic!r} ({len(payload)} bytes)")
+
+    def on_broken(self, session: Session, error: SessionError) -> None:
+        self._post(partial(self._broken, session, error))
+
+    def on_overflow(self, session: Session, key: RequestKey) -> None:
+        self._post(lambda: self._decode.overflow(key, time.monotonic()))
+
+    # ------------------------------------------------------------------ bytes threads
+
+    def _done(self, done: Done) -> None:
+        self._post(lambda: self._decode.pulled(done, time.monotonic()))
+
+    def _connected(self, session: Session, result: Connected) -> None:
+        self._post(lambda: self._pairs.connected(session, result))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.put(command)
+
+    # ------------------------------------------------------------------ engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except BaseException as error:
+            self._log.error("the engine loop died", exception=error)
+            self._on_crash(error)
+            raise
+
+    def _turn(self) -> None:
+        """One turn of the loop. Steps as long as there is work, otherwise waits for the inbox or the next tick."""
+        engine = self._parts.engine
+        self._drain_inbox(TICK_S if self._idle else 0.0)
+        now = self._turned_at = time.monotonic()
+        if now - self._ticked_at >= TICK_S:
+            self._tick(now)
+        outcome = engine.step() if engine.has_work else None
+        self._idle = outcome is None
+        if outcome is not None:
+            self._settle(outcome, now)
+        self._decode.flush(engine.num_steps)
+
+    def _settle(self, outcome: StepOutcome, started_at: float) -> None:
+        now = time.monotonic()
+        if outcome.error is not None:
+            for sequence in outcome.failed:
+                self._prefill.fail(sequence, outcome.error)
+                self._decode.fail(sequence, outcome.error, now)
+        self._prefill.settle(outcome, now)
+        self._decode.settle(outcome, now)
+        self.metrics.step.observe(now - started_at)
+        self.metrics.batch_size.observe(len(outcome.tokens) + len(outcome.chunks))
+        self.metrics.preemptions.inc(len(outcome.preempted))
+
+    def _drain_inbox(self, wait_s: float) -> None:
+        try:
+            command = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                command()
+                command = self._inbox.get_nowait()
+        except Empty:
+            return
+
+    def _tick(self, now: float) -> None:
+        self._ticked_at = now
+        for session in self._sessions:
+            self._parts.source.renew(session.id, now)  # open: its heartbeats arrive
+        self.metrics.expired_leases.inc(len(self._parts.source.tick(now).leases))
+        self._prefill.tick(now)
+        self._decode.tick(now)
+        if now - self._reported_at >= REPORT_S or self._pairs.changed:
+            self._report(now)
+        if self._draining and not self._open_work():
+            self._drained.set()
+
+    def _open_work(self) -> int:
+        return self._decode.num_open + self._prefill.num_open + self._parts.ledger.num_leases
+
+    def _report(self, now: float) -> None:
+        self._reported_at = now
+        self._pairs.changed = False
+        frame = pb.Frame(load_report=self._load())
+        for session in self._sessions:
+            if session.peer.kind in (pb.INGRESS, pb.TOOL):
+                session.send(frame)
+
+    def _load(self) -> pb.LoadReport:
+        return load_report(self._parts, self._decode, self._pairs, self.metrics, draining=self._draining)
+
+    def _begin_drain(self) -> None:
+        self._draining = self._prefill.draining = self._decode.draining = True
+
+    def _update_members(self, membership: Membership) -> None:
+        change = diff(self._membership, membership)
+        self._membership = membership
+        for member in change.left:
+            self._dialer.drop(member.incarnation)
+        if Role.DECODE not in self._settings.roles:
+            return
+        for member in membership.members:
+            readable = Role.PREFILL in member.roles and member.compatibility_hash == self._parts.compatibility_hash
+            alive = member.address and member.state is not MemberState.GONE
+            if readable and alive and member.incarnation != self._settings.incarnation:
+                self._dialer.keep(member.address, member.incarnation)
+
+    def _opened(self, session: Session) -> None:
+        self._sessions.add(session)
+        self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).inc()
+        if session.dialed:
+            self._pairs.opened(session)
+        self._reported_at = 0.0  # whoever joined learns the load at the next tick
+
+    def _broken(self, session: Session, error: SessionError) -> None:
+        self._sessions.discard(session)
+        self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).dec()
+        self.metrics.broken_sessions.labels(type(error).__name__).inc()
+        now = time.monotonic()
+        self._pairs.broken(session)
+        self._prefill.session_broken(session, now)
+        self._decode.session_broken(session, now)
+
+    def _frame(self, session: Session, frame: pb.Frame) -> None:
+        """A peer's mistake ends its session; nothing it sends ends the worker."""
+        try:
+            self._dispatch(session, frame, time.monotonic())
+        except ValueError as error:
+            session.close(f"bad {frame.WhichOneof('kind')} frame: {error}")
+
+    def _dispatch(self, session: Session, frame: pb.Frame, now: float) -> None:
+        match frame.WhichOneof("kind"):
+            case "submit":
+                self._decode.submit(session, frame.submit, now)
+            case "cancel":
+                key = RequestKey.of(frame.cancel.key)
+                self._decode.cancel(session, key, now)
+                self._prefill.cancel(session, key)
+            case "kv_request":
+                self._prefill.request(session, frame.kv_request, now)
+            case "ticket":
+                self._decode.ticket(session, frame.ticket, now)
+            case "release":
+                self._prefill.release(session, frame.release)
+            case "kv_failed":
+                self._decode.kv_failed(session, frame.kv_failed, now)
+            case "transport_query":
+                session.send(pb.Frame(transport_offer=self._offer(frame.transport_query)))
+            case "transport_offer":
+                self._pairs.offered(session, frame.transport_offer)
+            case "admin_request":
+                session.send(pb.Frame(admin_response=self._administer(frame.admin_request)))
+            case "goodbye" | "unsupported" | "load_report" | "admin_response":
+                pass
+            case kind:
+                raise ValueError(f"a worker takes no {kind}")
+
+    def _offer(self, query: pb.TransportQuery) -> pb.TransportOffer:
+        name = self._parts.executors[0].transport_name
+        if name not in query.transports:
+            text = f"{self._settings.name} has {name}, the sink {', '.join(query.transports)}; set transfer.transport"
+            return pb.TransportOffer(failure=pb.Failure(code=pb.INCOMPATIBLE, message=text))
+        late_ms = int(self._settings.transfer.late_read_s * 1000)
+        return pb.TransportOffer(
+            transport=name, ranks=[executor.offer() for executor in self._parts.executors], late_read_ms=late_ms
+        )
+
+    def _administer(self, ask: pb.AdminRequest) -> pb.AdminResponse:
+        if ask.clear_cache:
+            self._parts.blocks.clear_cache()
+        return pb.AdminResponse(id=ask.id, load=self._load(), counters=self._counters())
+
+    def _counters(self) -> dict[str, float]:
+        samples = (sample for family in self.metrics.registry.collect() for sample in family.samples)
+        return {
+            sample.name + "".join(f"|{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+            for sample in samples
+            if "_bucket" not in sample.name and "_created" not in sample.name
+        }
