@@ -11,7 +11,7 @@ about a request to its decode worker only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 from cluster.config import LimitsConfig, Role, RouterConfig
@@ -121,7 +121,7 @@ class Router:
         """Drops the cached blocks of every connected worker; their loads afterwards, by incarnation."""
         return await self._admin.ask(pb.AdminRequest(clear_cache=True))
 
-    async def generate(self, request: RouterRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: RouterRequest) -> AsyncGenerator[TokenDelta]:
         """The tokens of one request, in order, each index once; the last delta has `finish`.
 
         Raises the RequestError family. Closing the iterator early, or cancelling the task, cancels the request.

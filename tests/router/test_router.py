@@ -371,7 +371,7 @@ def test_closing_the_stream_cancels(words: WordsThread, stage: Stage) -> None:
         async with desk(words, local_prefill="always") as at:
             await at.connect(decode)
             request = at.request()
-            async with aclosing(at.router.generate(request)) as deltas:  # type: ignore[type-var]
+            async with aclosing(at.router.generate(request)) as deltas:
                 await anext(deltas)
             await wait_for(decode, lambda w: w.cancels == [RequestKey(request.request_id, 1)])
             task = asyncio.create_task(gather(at.router, at.request()))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import uuid4
@@ -268,8 +270,9 @@ class ScriptedWorker:
         """Calls from a thread of its own when the peer has got what the session holds."""
 
         def wait_and_call() -> None:
-            self._words.wait(session.flush())
-            call()
+            with suppress(CancelledError, RuntimeError):  # another script stopped the worker meanwhile
+                self._words.wait(session.flush())
+                call()
 
         threading.Thread(target=wait_and_call, daemon=True).start()
 

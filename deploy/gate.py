@@ -1,0 +1,85 @@
+"""What every HTTP request passes first: its id, its key, the size of its body. Plain ASGI, no routing."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Collection
+from typing import Final
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.openai_errors import body, response
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})  # for probes and scrapers, which hold no key
+
+
+class Gate:
+    """Answers 401 and 413 itself. `scope["state"]["request_id"]` is what the client sent, or a new one."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
+        """No keys: everybody may come in."""
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        if self._keys and scope["path"] not in _OPEN_PATHS and not self._knows(headers.get("authorization", "")):
+            refusal = body(401, "the API key is missing or wrong; send the header Authorization: Bearer KEY")
+            answer = response(401, refusal, {"www-authenticate": "Bearer"})
+            await answer(scope, receive, send_with_id)
+            return
+        whole = await self._read(headers, receive)
+        if whole is None:
+            limit = f"the body is over the limit of {self._max_body_bytes} bytes; send a shorter prompt"
+            await response(413, body(413, limit, code="body_too_large"))(scope, receive, send_with_id)
+            return
+        await self._app(scope, _Replay(whole, receive), send_with_id)
+
+    def _knows(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
+        found = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(found)
+
+    async def _read(self, headers: Headers, receive: Receive) -> list[Message] | None:
+        """The messages of the whole body, or what came before the client left; None: it is too long."""
+        announced = headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > self._max_body_bytes:
+            return None
+        messages: list[Message] = []
+        num_bytes = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                return None
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return messages
+
+
+class _Replay:
+    """First the messages already read, then what else comes."""
+
+    def __init__(self, messages: list[Message], receive: Receive) -> None:
+        self._messages = messages[::-1]
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        return self._messages.pop() if self._messages else await self._receive()

@@ -1,0 +1,39 @@
+"""What the front door must know of the model that it serves, read from the checkpoint's config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import SluiceConfig
+from cluster.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    max_model_len: int  # prompt and output, in tokens
+    vocab_size: int
+    created: int  # seconds since 1970: when the checkpoint was written
+
+    @classmethod
+    def read(cls, config: SluiceConfig) -> ServedModel:
+        """Raises CheckpointError, naming the file and what it lacks."""
+        path = Path(config.model.path) / "config.json"
+        try:
+            tree = json.loads(path.read_text())
+            text = tree.get("text_config", tree)
+            vocab_size, longest = int(text["vocab_size"]), int(text["max_position_embeddings"])
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}; name the directory of a Hugging Face model") from None
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: no JSON object of a model ({error}); save it again") from None
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error} is missing; the model cannot be served without it") from None
+        return cls(
+            name=config.served_name,
+            max_model_len=min(longest, config.model.max_model_len or longest),
+            vocab_size=vocab_size,
+            created=int(path.stat().st_mtime),
+        )

@@ -1,0 +1,82 @@
+"""Text to token ids and back, for one model: what the checkpoint's directory says. Encoding leaves the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec
+
+from cluster.errors import CheckpointError, InvalidRequest
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+P = ParamSpec("P")
+
+# Any of these makes a directory one with a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_THREADS = 2  # the library drops the GIL while it encodes
+
+
+class Tokenizer:
+    """`encode` and `encode_chat` from any event loop; `backend` is safe to read from any thread."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+        self._fast = fast
+        self.backend: tokenizers.Tokenizer = fast.backend_tokenizer
+        self.backend.no_truncation()  # a prompt is never cut silently
+        self.backend.no_padding()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sluice-tokenize")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer | None:
+        """None if the directory has no tokenizer: prompts are token ids then. Takes seconds; raises CheckpointError."""
+        path = Path(directory)
+        if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}; save it again") from error
+        if getattr(fast, "backend_tokenizer", None) is None:
+            raise CheckpointError(f"{path}: {type(fast).__name__} is no fast tokenizer; convert it to tokenizer.json")
+        return cls(fast)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._fast.chat_template)
+
+    async def encode(self, text: str) -> list[int]:
+        """With the special tokens that the model puts around a text."""
+        return await self._run(self._encode, text, True)
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The chat template applied, up to where the assistant's answer begins. Raises InvalidRequest."""
+        return await self._run(self._encode_chat, messages)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, call: Callable[P, list[int]], *args: P.args, **kwargs: P.kwargs) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
+        try:
+            text = self._fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from None
+        assert isinstance(text, str)
+        return self._encode(text, False)  # the template writes the special tokens itself
