@@ -151,7 +151,7 @@ class ReferenceStep:
             self._decode(layer, q, out)
         for chunk in self._chunks:
             out[chunk.start : chunk.end] = self._prefill(layer, chunk, q, k, v)
-        return out.view(len(q), -1)
+        return out.flatten(1)
 
     def _gather(self, layer: int, rows: Tensor, num_sequences: int, context: int) -> tuple[Tensor, Tensor]:
         """K and V of whole contexts, each [B, K, C, D]."""
@@ -174,8 +174,7 @@ class ReferenceStep:
     def _prefill(self, layer: int, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[end - start, H, D]. The K/V heads are the batch, and their G query heads read them without a copy."""
         problem = self._problem
-        num_tokens = chunk.end - chunk.start
-        queries = q[chunk.start : chunk.end].view(num_tokens, problem.num_kv_heads, problem.group_size, -1)
+        queries = q[chunk.start : chunk.end].unflatten(1, (problem.num_kv_heads, -1))
         if chunk.rows is None:
             keys, values = (part[chunk.start : chunk.end].transpose(0, 1) for part in (k, v))
         else:
@@ -191,4 +190,4 @@ class ReferenceStep:
             is_causal=chunk.mask is None,
             scale=problem.scale,
         )
-        return part.permute(2, 0, 1, 3).reshape(num_tokens, problem.num_heads, -1)
+        return part.permute(2, 0, 1, 3).flatten(1, 2)

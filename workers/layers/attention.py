@@ -39,4 +39,4 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(step.attend(self.layer, q, k, self._heads(self.v_proj(x))))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.head_dim)
+        return x.unflatten(-1, (-1, self.head_dim))

@@ -1,0 +1,42 @@
+"""Norm and rotary embeddings give the numbers that transformers gives."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from tests.support.checkpoints import LLAMA3_ROPE
+from workers.layers.norm import RmsNorm
+from workers.layers.rotary import Llama3Scaling, RotaryEmbedding
+
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs, ours = LlamaRMSNorm(48, 1e-5), RmsNorm(48, 1e-5)
+    weight = torch.rand(48, generator=torch.Generator().manual_seed(1))
+    theirs.weight.data, ours.weight.data = weight.to(dtype), weight.to(dtype)
+    bound = 1e-6 if dtype == torch.float32 else 0.0
+    torch.testing.assert_close(ours(x), theirs(x), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary(scaled: bool, dtype: torch.dtype) -> None:
+    parameters = LLAMA3_ROPE if scaled else {"rope_type": "default", "rope_theta": 10000.0}
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters=dict(parameters))
+    )
+    ours = RotaryEmbedding(32, 10000.0, SCALING if scaled else None)
+    torch.testing.assert_close(ours.frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+    positions = torch.tensor([0, 1, 7, 63, 64, 5000])
+    x = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cos, sin = theirs(x, positions[None])
+    wanted, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    got = ours.rotation(positions, dtype).apply(x)
+    bound = 2e-3 if dtype == torch.float32 else 2e-2  # at position 5000 an ulp of a frequency is seen
+    torch.testing.assert_close(got, wanted[0].transpose(0, 1), rtol=bound, atol=bound)
+    exact = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got[:5], wanted[0].transpose(0, 1)[:5], rtol=exact, atol=exact)
