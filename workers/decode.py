@@ -22,17 +22,17 @@ from cluster.errors import (
     TransferError,
     from_failure,
 )
-from cluster.metrics import DropReason, Metrics, PullOutcome
+from cluster.metrics import DropReason, Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey
 from cluster.session import Session
-from kvtransfer.connector import BlockRun, BlockSpan, Done, Outcome, PullResult
+from kvtransfer.connector import BlockRun, BlockSpan, Done, Outcome
 from workers.assembly import Assembly
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import StepOutcome
 from workers.fetch import Fetch
 from workers.pairs import Pairs
-from workers.serving import Phase, Request, Tokens
+from workers.serving import Phase, Request, Tokens, count_pull
 
 RETRY_S = 0.05  # before a source that was busy, or a pool that was full, is asked again
 
@@ -46,6 +46,7 @@ class DecodeStage:
         self._scheduler = parts.scheduler
         self._sink = parts.sink
         self._executors = parts.executors
+        self._transport = parts.executors[0].transport_name
         self._next_id = parts.next_id
         self._block_size = parts.block_size
         self._pairs = pairs
@@ -150,7 +151,7 @@ class DecodeStage:
         result = self._sink.done(done, now)
         if result is None:
             return
-        self._count(result)
+        count_pull(self._metrics, result, self._transport)
         key = result.key
         if result.abandoned:
             if key in self._lingering and not self._sink.num_pulls_of(key):
@@ -378,14 +379,6 @@ class DecodeStage:
         request.phase = Phase.RUNNING
         self._scheduler.add(request.sequence)
 
-    def _count(self, result: PullResult) -> None:
-        self._metrics.pulls.labels(PullOutcome(result.outcome)).inc()
-        self._metrics.pulled_blocks.inc(len(result.valid_pairs))
-        peer = result.pull.peer
-        transport = self._executors[0].transport_name
-        self._metrics.transfer_bytes.labels(transport, peer).inc(result.num_bytes)
-        self._metrics.transfer_seconds.labels(transport, peer).observe(result.seconds)
-
     # ------------------------------------------------------------------ the end
 
     def _settle(
@@ -401,5 +394,5 @@ class DecodeStage:
             finish = FinishReason.ERROR
         assert finish is not None
         if request.route.blocks:
-            request.route.transport = self._executors[0].transport_name
+            request.route.transport = self._transport
         self._tokens.end(request, finish, error)

@@ -8,9 +8,11 @@ from enum import Enum
 
 from cluster import hashing
 from cluster.errors import RequestError
+from cluster.metrics import Metrics, PullOutcome
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
 from cluster.session import Session
+from kvtransfer.connector import PullResult
 from workers.engine.sequence import Sequence
 from workers.fetch import Fetch
 
@@ -112,3 +114,10 @@ class Tokens:
         for session, sequences in self._out.items():
             session.send_tokens(step, sequences)
         self._out.clear()
+
+
+def count_pull(metrics: Metrics, result: PullResult, transport: str) -> None:
+    metrics.pulls.labels(PullOutcome(result.outcome)).inc()
+    metrics.pulled_blocks.inc(len(result.valid_pairs))
+    metrics.transfer_bytes.labels(transport, result.pull.peer).inc(result.num_bytes)
+    metrics.transfer_seconds.labels(transport, result.pull.peer).observe(result.seconds)

@@ -111,8 +111,9 @@ class Worker:
             executor.stop()
 
     def healthy(self) -> bool:
-        """Whether the engine's loop turns."""
+        """Whether the engine's loop turns and bytes can move."""
         alive = self._engine_thread.is_alive() and not self._stopping.is_set()
+        alive = alive and all(executor.failure is None for executor in self._parts.executors)
         return alive and not self.step_age().stuck(self._settings.words.step_timeout_s)
 
     def step_age(self) -> StepAge:

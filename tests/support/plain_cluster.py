@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -23,7 +23,7 @@ from cluster.log import Log
 from cluster.membership import Member, Membership
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, RequestKey, SamplingParams
+from cluster.request import FinishReason, SamplingParams
 from cluster.words_thread import WordsThread
 from router.flight import RouterRequest
 from router.router import Router
@@ -160,11 +160,9 @@ class PlainCluster:
             yield list(delta.token_ids), answer
 
     async def ask(self, prompt: list[int], sampling: SamplingParams, request_id: str = "") -> Answer:
-        answer = None
-        async for _, answer in self.stream(prompt, sampling, request_id):
-            pass
-        assert answer is not None
-        return answer
+        answers = [answer async for _, answer in self.stream(prompt, sampling, request_id)]
+        assert answers[-1] is not None
+        return answers[-1]
 
     # ------------------------------------------------------------ counters
 
@@ -234,4 +232,15 @@ async def plain_cluster(
         words.stop()
 
 
-__all__ = ["Answer", "PlainCluster", "RequestKey", "plain_cluster"]
+@contextmanager
+def running_cluster(
+    settings: Mapping[str, object], *, prefill: int = 1, decode: int = 1, mixed: int = 0
+) -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
+    """For tests that share a cluster: run their coroutines on the runner, its loop is the router's."""
+    with asyncio.Runner() as runner:
+        context = plain_cluster(settings, prefill=prefill, decode=decode, mixed=mixed)
+        cluster = runner.run(context.__aenter__())
+        try:
+            yield cluster, runner
+        finally:
+            runner.run(context.__aexit__(None, None, None))
