@@ -7,6 +7,7 @@ them alone. After `stop` nothing that it started is left: no process, no file.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -146,8 +147,7 @@ class LocalCluster:
                 object_store_memory=OBJECT_STORE_BYTES,
                 namespace="sluice",
                 log_to_driver=show_logs,
-                logging_level="warning" if show_logs else "error",
-                configure_logging=True,
+                logging_level=logging.WARNING if show_logs else logging.ERROR,
                 _temp_dir=str(self.directory),
                 _node_ip_address="127.0.0.1",
             )

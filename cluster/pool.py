@@ -1,0 +1,383 @@
+"""ActorPool: the workers of one pool as Ray actors. Start, watch, replace, drain, resize, adopt.
+
+Lives in the event loop of the controller, the only owner of pools; nothing here is thread-safe. What a pool does
+next is decided in `cluster.reconcile`; this file does it. A worker is one detached actor, named
+`<app>:<pool>:<index>:<first 8 of the incarnation>`, in a detached placement group of the same name: both outlive
+the controller, and the next controller finds them by name.
+
+The actor class (`workers.actor.WorkerActor`; passed in, never imported) is constructed with a WorkerSpec and has
+
+    describe() -> Description               at once, also while it starts
+    start() -> bytes                        Membership wire of one member, READY; a second call joins the first
+    alive() -> None                         never returns: it fails when the process dies
+    healthy() -> bool                       false: it has work and does not step
+    update_members(wire: bytes) -> None     Membership wire; versions not above the last one are dropped
+    drain(timeout_s: float) -> None         refuse new requests, return when the open ones have ended or time is up
+    stop() -> None                          close everything; the actor is killed afterwards
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray import PlacementGroupID
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import PoolConfig, SluiceConfig
+from cluster.log import Log
+from cluster.membership import Member, Membership, MemberState
+from cluster.placement import WorkerPlacement, place, worker_name
+from cluster.reconcile import Standing, Wanted, backoff_s, decide
+from cluster.worker_spec import ActorName, Description, Failure, WorkerSpec, fingerprint
+
+NAMESPACE = "sluice"
+
+_SURGE_WAIT_S = 3.0
+_PROVEN_S = 30.0  # a worker that was ready for so long starts its place's count of failures anew
+_LAST_WORDS_S = 5.0  # for the answer to stop(), and to a drain whose time is up
+
+ActorHandle = Any  # a Ray handle: its methods exist at run time only
+
+
+class _Worker:
+    """One actor and what the pool knows of it. Mutable; owned by the pool."""
+
+    __slots__ = ("actor", "actor_name", "asked_at", "fingerprint", "index", "member", "placed", "ready_at", "retired")
+
+    def __init__(self, actor_name: ActorName, member: Member, fingerprint: str) -> None:
+        self.actor_name = actor_name
+        self.index = actor_name.index
+        self.member = member
+        self.fingerprint = fingerprint
+        self.actor: ActorHandle = None  # until it was asked for
+        self.asked_at = time.monotonic()
+        self.ready_at: float | None = None
+        self.placed = False
+        self.retired = False  # its end is our wish, not a failure
+
+    def standing(self, now: float) -> Standing:
+        return Standing(
+            incarnation=self.member.incarnation,
+            index=self.index,
+            fingerprint=self.fingerprint,
+            state=self.member.state,
+            placed=self.placed,
+            age_s=now - self.asked_at,
+        )
+
+
+class ActorPool:
+    """`changed` is called after every change of `members`. `noticed` returns when routers know the latest ones."""
+
+    def __init__(
+        self,
+        app: str,
+        name: str,
+        actor_class: type,
+        changed: Callable[[], None],
+        noticed: Callable[[], Awaitable[None]],
+        log: Log,
+    ) -> None:
+        self.name = name
+        self._app = app
+        self._actor_class = actor_class
+        self._changed = changed
+        self._noticed = noticed
+        self._log = log.bind(pool=name)
+        self._config: SluiceConfig | None = None
+        self._wanted = Wanted(num_workers=0, fingerprint="")
+        self._workers: list[_Worker] = []  # oldest first
+        self._failures: dict[int, Failure] = {}
+        self._not_before: dict[int, float] = {}
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop_task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------ what the controller asks
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(worker.member for worker in self._workers)
+
+    def failures(self) -> tuple[Failure, ...]:
+        """Of places that have no ready worker now."""
+        ready = {w.index for w in self._workers if w.member.state is MemberState.READY}
+        return tuple(failure for index, failure in sorted(self._failures.items()) if index not in ready)
+
+    def start(self, config: SluiceConfig) -> None:
+        """Brings the pool to what `config` says; returns at once. A pool that it does not name is drained."""
+        pool = config.pools.get(self.name)
+        self._config = config
+        self._wanted = Wanted(
+            num_workers=pool.workers if pool else 0, fingerprint=fingerprint(config, self.name) if pool else ""
+        )
+        self._not_before.clear()
+        self._failures.clear()
+        self._wake.set()
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._run())
+
+    async def adopt(self, actor_name: ActorName) -> None:
+        """Takes over a worker that a former controller started. One that cannot be reached is removed."""
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, str(actor_name), NAMESPACE)
+            description: Description = await _call_within(_LAST_WORDS_S, actor.describe)
+        except (RayError, ValueError, TimeoutError) as error:
+            self._log.warning("not adopted", worker=str(actor_name), error=_reason(error))
+            await asyncio.to_thread(remove_worker, actor_name)
+            return
+        worker = _Worker(actor_name, _only_member(description.member), description.fingerprint)
+        worker.actor, worker.placed = actor, True
+        if worker.member.state is not MemberState.STARTING:
+            worker.ready_at = time.monotonic()
+        self._log.info("adopted", worker=worker.member.name, incarnation=worker.member.incarnation)
+        draining = worker.member.state is MemberState.DRAINING
+        self._workers.append(worker)
+        self._spawn(self._live(worker))
+        if draining:
+            self._spawn(self._retire(worker))
+        self._changed()
+
+    def push(self, wire: bytes) -> None:
+        """Tells every placed worker who is alive."""
+        for worker in self._workers:
+            if worker.placed and not worker.retired:
+                self._spawn(self._tell(worker, wire))
+
+    async def drain(self) -> None:
+        """Every worker ends its requests and goes; returns when the pool is empty, and starts nothing again."""
+        self._wanted = replace(self._wanted, num_workers=0)
+        self._wake.set()
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._run())
+        while self._workers:
+            await asyncio.sleep(0.02)
+        self._loop_task.cancel()
+        await asyncio.gather(self._loop_task, *self._tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------ the loop
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            now = time.monotonic()
+            standing = [worker.standing(now) for worker in self._workers]
+            actions = decide(standing, self._wanted, now, self._not_before, _SURGE_WAIT_S)
+            for incarnation in actions.drain:
+                worker = next(w for w in self._workers if w.member.incarnation == incarnation)
+                worker.member = replace(worker.member, state=MemberState.DRAINING)
+                self._spawn(self._retire(worker))
+            for index in actions.start:
+                self._launch(index)
+            if actions.start or actions.drain:
+                self._changed()
+            try:
+                async with asyncio.timeout(self._check_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    @property
+    def _check_s(self) -> float:
+        return self._config.controller.check_s if self._config else 0.5
+
+    def _launch(self, index: int) -> None:
+        assert self._config is not None
+        incarnation = uuid4().hex
+        name = worker_name(self.name, index)
+        roles = self._config.pools[self.name].roles
+        member = Member(name=name, pool=self.name, incarnation=incarnation, address="", roles=roles)
+        worker = _Worker(ActorName(self._app, self.name, index, incarnation[:8]), member, self._wanted.fingerprint)
+        self._workers.append(worker)
+        self._log.info("starting", worker=name, incarnation=incarnation)
+        self._spawn(self._live(worker))
+
+    # ------------------------------------------------------------ one worker
+
+    async def _live(self, worker: _Worker) -> None:
+        """From the actor's creation to its end, whatever that is."""
+        try:
+            if worker.actor is None:
+                worker.actor = await asyncio.to_thread(self._create, worker)
+                if worker.retired:  # meanwhile; what was to be removed was not there yet
+                    raise TimeoutError("no longer wanted")
+            await self._bring_up(worker)
+            reason = await self._watch(worker)
+        except (RayError, ValueError, TimeoutError) as error:
+            reason = _reason(error)
+        await self._bury(worker, reason)
+
+    async def _bring_up(self, worker: _Worker) -> None:
+        assert self._config is not None or worker.placed
+        start_timeout_s = self._config.controller.start_timeout_s if self._config else 300.0
+        try:
+            async with asyncio.timeout(start_timeout_s):
+                await _call(worker.actor.describe)  # answered as soon as the process runs
+                worker.placed = True
+                if worker.member.state is not MemberState.STARTING:
+                    return
+                started = _only_member(await _call(worker.actor.start))
+        except TimeoutError:
+            where = "did not get ready" if worker.placed else "found no room in the cluster (nodes, cpus, gpus)"
+            raise TimeoutError(
+                f"{worker.member.name} {where} within controller.start_timeout_s = {start_timeout_s:g}"
+            ) from None
+        if worker.member.state is MemberState.STARTING:  # it may be draining by now
+            worker.member = started
+            worker.ready_at = time.monotonic()
+            self._log.info(
+                "ready", worker=started.name, incarnation=started.incarnation, address=started.address, pid=started.pid,
+                elapsed_s=worker.ready_at - worker.asked_at,
+            )  # fmt: skip
+            self._changed()
+            self._wake.set()
+
+    async def _watch(self, worker: _Worker) -> str:
+        """Returns why the worker is no more, or no longer worth keeping."""
+        ended = asyncio.ensure_future(_call(worker.actor.alive))
+        try:
+            while True:
+                await asyncio.wait({ended}, timeout=self._check_s)
+                if ended.done():
+                    error = ended.exception()
+                    return _reason(error) if error else "its process ended"
+                step_timeout_s = self._config.words.step_timeout_s if self._config else 5.0
+                try:
+                    if not await _call_within(2 * step_timeout_s, worker.actor.healthy):
+                        return f"it has work and has not stepped for {step_timeout_s:g} s"
+                except TimeoutError:
+                    return f"no answer for {2 * step_timeout_s:g} s"
+        finally:
+            ended.cancel()
+
+    async def _retire(self, worker: _Worker) -> None:
+        """A worker marked DRAINING finishes what it has and is stopped."""
+        worker.retired = True
+        timeout_s = self._config.controller.drain_timeout_s if self._config else 300.0
+        self._log.info("draining", worker=worker.member.name, incarnation=worker.member.incarnation)
+        if worker.ready_at is not None:
+            await self._noticed()
+            try:
+                await _call_within(timeout_s + _LAST_WORDS_S, worker.actor.drain, timeout_s)
+                await _call_within(_LAST_WORDS_S, worker.actor.stop)
+            except (RayError, TimeoutError) as error:
+                self._log.warning("not drained", worker=worker.member.name, reason=_reason(error))
+        await asyncio.to_thread(remove_worker, worker.actor_name)
+
+    async def _bury(self, worker: _Worker, reason: str) -> None:
+        now = time.monotonic()
+        if worker.retired:
+            self._log.info("stopped", worker=worker.member.name, incarnation=worker.member.incarnation)
+        else:
+            proven = worker.ready_at is not None and now - worker.ready_at > _PROVEN_S
+            before = self._failures.get(worker.index)
+            count = 1 if before is None or proven else before.count + 1
+            self._failures[worker.index] = Failure(worker=worker.member.name, count=count, error=reason)
+            self._not_before[worker.index] = now + backoff_s(count)
+            self._log.warning(
+                "lost", worker=worker.member.name, incarnation=worker.member.incarnation, reason=reason,
+                num_restarts=count,
+            )  # fmt: skip
+        self._workers.remove(worker)
+        self._changed()
+        self._wake.set()
+        await asyncio.to_thread(remove_worker, worker.actor_name)
+
+    async def _tell(self, worker: _Worker, wire: bytes) -> None:
+        try:
+            await _call(worker.actor.update_members, wire)
+        except RayError as error:  # its death is the watcher's business
+            self._log.debug("members not delivered", worker=worker.member.name, reason=_reason(error))
+
+    def _create(self, worker: _Worker) -> ActorHandle:
+        """Blocks for some milliseconds: called in a thread. The actor waits in Ray for its placement group."""
+        assert self._config is not None
+        placement = _placement(self._config, worker.index, self.name)
+        name = str(worker.actor_name)
+        group = placement_group(
+            [bundle.resources() for bundle in placement.bundles],
+            strategy=placement.strategy,
+            name=name,
+            lifetime="detached",
+        )
+        bundle = placement.bundles[0]  # one rank today
+        spec = WorkerSpec(
+            name=worker.member.name,
+            pool=self.name,
+            incarnation=worker.member.incarnation,
+            fingerprint=worker.fingerprint,
+            config=self._config.model_dump_json(),
+        )
+        return (
+            ray.remote(self._actor_class)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=0,
+                num_cpus=bundle.cpus,
+                num_gpus=bundle.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            )
+            .remote(spec)
+        )
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("a pool's task failed", exception=error, error=_reason(error))
+
+
+def _placement(config: SluiceConfig, index: int, pool: str) -> WorkerPlacement:
+    alone: dict[str, PoolConfig] = {pool: config.pools[pool].model_copy(update={"workers": index + 1})}
+    return place(alone)[index]
+
+
+async def _call(method: Any, *args: object) -> Any:
+    return await method.remote(*args)
+
+
+async def _call_within(timeout_s: float, method: Any, *args: object) -> Any:
+    async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+        return await method.remote(*args)
+
+
+def _only_member(wire: bytes) -> Member:
+    (member,) = Membership.from_wire(wire).members
+    return member
+
+
+def remove_worker(actor_name: ActorName) -> None:
+    """Kills the actor and frees its place, each if it is there. Blocks: called in a thread."""
+    try:
+        ray.kill(ray.get_actor(str(actor_name), NAMESPACE), no_restart=True)
+    except (RayError, ValueError):  # gone already
+        pass
+    for id_hex, entry in placement_group_table().items():  # names are found in the job's namespace only
+        if entry["name"] == str(actor_name) and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(id_hex)))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the cause's own words where a call failed in the other process."""
+    cause = getattr(error, "cause", None)
+    shown = cause if isinstance(cause, BaseException) else error
+    lines = str(shown).strip().splitlines() or [""]
+    return f"{type(shown).__name__}: {lines[0]}" if lines[0] else type(shown).__name__

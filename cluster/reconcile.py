@@ -1,0 +1,84 @@
+"""What a pool must do next, decided from plain values: nothing here talks to Ray.
+
+A pool has one place per worker, numbered from 0. A worker carries the fingerprint of the config it was started
+with; one with another fingerprint than the wanted one is stale and is replaced, one place at a time, and drained
+only when its successor is ready. Where the cluster has no room for both, the stale one goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.membership import MemberState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """One worker as the pool sees it. `age_s`: since its actor was asked for."""
+
+    incarnation: str
+    index: int
+    fingerprint: str
+    state: MemberState
+    placed: bool  # its process runs: the cluster had room
+    age_s: float
+
+    @property
+    def live(self) -> bool:
+        return self.state in (MemberState.STARTING, MemberState.READY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the config asks of a pool."""
+
+    num_workers: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actions:
+    """`start`: places that get a new worker. `drain`: incarnations that finish their requests and go."""
+
+    start: tuple[int, ...] = ()
+    drain: tuple[str, ...] = ()
+
+
+def decide(
+    standing: Sequence[Standing],
+    wanted: Wanted,
+    now: float,
+    not_before: Mapping[int, float],
+    surge_wait_s: float,
+) -> Actions:
+    """`not_before`: per place, the earliest time of the next start (backoff). Oldest workers first in `standing`.
+
+    `surge_wait_s`: a successor that found no room for this long takes the place of its predecessor.
+    """
+    live = [worker for worker in standing if worker.live]
+    rolling = any(w.state is MemberState.STARTING and w.fingerprint == wanted.fingerprint for w in live)
+    start: list[int] = []
+    drain = [worker.incarnation for worker in live if worker.index >= wanted.num_workers]
+    for index in range(wanted.num_workers):
+        here = [worker for worker in live if worker.index == index]
+        fresh = [worker for worker in here if worker.fingerprint == wanted.fingerprint]
+        stale = [worker for worker in here if worker.fingerprint != wanted.fingerprint]
+        # A stale worker that is not ready serves nobody.
+        drain += [worker.incarnation for worker in stale if worker.state is MemberState.STARTING]
+        serving = [worker.incarnation for worker in stale if worker.state is MemberState.READY]
+        if not fresh:
+            if now >= not_before.get(index, 0.0) and not (serving and rolling):
+                start.append(index)
+                rolling = True
+            continue
+        kept = next((worker for worker in fresh if worker.state is MemberState.READY), fresh[0])
+        drain += [worker.incarnation for worker in fresh if worker is not kept]
+        if kept.state is MemberState.READY or (not kept.placed and kept.age_s >= surge_wait_s):
+            drain += serving
+    return Actions(start=tuple(start), drain=tuple(drain))
+
+
+def backoff_s(num_failures: int, first_s: float = 0.2, max_s: float = 30.0) -> float:
+    """Pause before the start that follows the `num_failures`-th failure in a row; the first one costs nothing."""
+    return 0.0 if num_failures <= 1 else min(max_s, first_s * 2 ** min(num_failures - 2, 20))
