@@ -85,7 +85,14 @@ class ApiService:
         )
         self.metrics.prompt_tokens.inc(len(prompt))
         detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer.backend)
-        return Completion(self.router, request, tally, detokenizer=detokenizer, stops=tuple(body.stop or ()))
+        return Completion(
+            self.router,
+            request,
+            tally,
+            detokenizer=detokenizer,
+            stops=tuple(body.stop or ()),
+            eos_token_ids=self.model.eos_token_ids,
+        )
 
     def _fit(self, prompt: list[int], max_tokens: int | None, param: str) -> int:
         """max_tokens, all that is left where none is asked for."""

@@ -84,12 +84,14 @@ class Completion:
         *,
         detokenizer: Detokenizer | None,
         stops: tuple[str, ...] = (),
+        eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._router = router
         self.request = request
         self.tally = tally
         self._detokenizer = detokenizer
         self._finder = StopFinder(stops)
+        self._silent = eos_token_ids.union(request.sampling.stop_token_ids)  # no text, where they end the request
         self._num_tokens = 0
         self._last: TokenDelta | None = None
         self._route: pb.Route | None = None
@@ -124,9 +126,9 @@ class Completion:
         text = ""
         for count, token_id in enumerate(delta.token_ids, 1):
             self._num_tokens += 1
-            last = delta.finish is not None and count == len(delta.token_ids)
-            if self._detokenizer is None or (last and delta.finish is FinishReason.STOP):
-                continue  # the token that says stop is no text
+            ends = delta.finish is FinishReason.STOP and count == len(delta.token_ids)
+            if self._detokenizer is None or (ends and token_id in self._silent):
+                continue
             new = self._detokenizer.push(token_id)
             if self._num_tokens < self.request.sampling.min_tokens:
                 text += self._finder.flush() + new

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.config import SluiceConfig
 from cluster.errors import CheckpointError
@@ -16,24 +18,35 @@ class ServedModel:
     max_model_len: int  # prompt and output, in tokens
     vocab_size: int
     created: int  # seconds since 1970: when the checkpoint was written
+    eos_token_ids: frozenset[int] = frozenset()
 
     @classmethod
     def read(cls, config: SluiceConfig) -> ServedModel:
         """Raises CheckpointError, naming the file and what it lacks."""
         path = Path(config.model.path) / "config.json"
         try:
-            tree = json.loads(path.read_text())
+            tree = _read(path)
             text = tree.get("text_config", tree)
             vocab_size, longest = int(text["vocab_size"]), int(text["max_position_embeddings"])
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}; name the directory of a Hugging Face model") from None
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: no JSON object of a model ({error}); save it again") from None
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise CheckpointError(f"{path}: {error} is missing; the model cannot be served without it") from None
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: a value has the wrong type ({error}); save the model again") from None
+        defaults = path.with_name("generation_config.json")
+        eos = (_read(defaults) if defaults.is_file() else {}).get("eos_token_id", text.get("eos_token_id"))
         return cls(
             name=config.served_name,
             max_model_len=min(longest, config.model.max_model_len or longest),
             vocab_size=vocab_size,
             created=int(path.stat().st_mtime),
+            eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON ({error}); save the model again") from None

@@ -512,7 +512,7 @@ def test_requests_spread_over_workers_between_reports(words: WordsThread, stage:
             tasks = [asyncio.create_task(gather(at.router, at.request(max_tokens=2))) for _ in range(9)]
             for worker in workers:
                 await wait_for(worker, lambda w: len(w.submits) == 3)
-                worker.script[:] = [FOREVER]
+                worker.script = [FOREVER]
                 worker._held = [(attempt, [FOREVER]) for attempt, _ in worker._held]
                 worker.go_on()
             await asyncio.gather(*tasks)

@@ -197,7 +197,7 @@ class ScriptedWorker:
         config: WordsConfig | None = None,
     ) -> None:
         self.name = name
-        self.script = list(script)
+        self.script: Sequence[Action] = script
         self.text: list[int] | None = None  # says these token ids, again and again, instead
         self.roles = tuple(roles)
         self.incarnation = uuid4().hex
