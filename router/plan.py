@@ -108,9 +108,14 @@ def make_plan(
         reason = LocalReason.CONFIGURED if option.bound else LocalReason.NO_SOURCE
         return Plan(decode=decode, prefill=decode, local_prefill_allowed=True, local_reason=reason)
     prefill = policy.pick(Role.PREFILL, option.sources)
-    others = [source for source in option.sources if source is not prefill]
-    spare = policy.pick(Role.PREFILL, others) if want_spare and others else None
+    spare = _spare(prefill, option.sources) if want_spare else None
     return Plan(decode=decode, prefill=prefill, spare=spare, local_prefill_allowed=may_compute)
+
+
+def _spare(prefill: Candidate, sources: Sequence[Candidate]) -> Candidate | None:
+    """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
+    others = [source for source in sources if source is not prefill]
+    return min(others, key=lambda c: (c.queued_tokens, c.num_requests, c.name < prefill.name, c.name), default=None)
 
 
 class _Option:

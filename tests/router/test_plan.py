@@ -79,6 +79,18 @@ def test_the_spare_is_another_source() -> None:
     assert names(plan(decode("d", "p0", "p1"), prefill("p0"), prefill("p1"), spare=False))[2] is None
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_sources", [2, 3])
+def test_the_choice_of_a_spare_takes_no_turn(policy: str, num_sources: int) -> None:
+    """Otherwise every second source would only ever be a spare."""
+    sources = [f"p{index}" for index in range(num_sources)]
+    chooser = POLICIES[policy]()
+    candidates = [decode("d", *sources), *map(prefill, sources)]
+    made = [names(make_plan(candidates, chooser, local_prefill="never", want_spare=True)) for _ in sources * 2]
+    assert [source for _, source, _ in made] == sources * 2
+    assert {spare for _, _, spare in made} == set(sources)
+
+
 def test_only_warm_connected_equal_sources_are_paired() -> None:
     cold, lost, other = prefill("p0"), prefill("p1", connected=False), prefill("p2", compatibility_hash=b"x")
     worker = decode("d", "p1", "p2")
