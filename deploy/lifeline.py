@@ -25,7 +25,7 @@ _ANSWER_S = 5.0
 
 
 class Lifeline:
-    """`on_members` is called in the event loop of `start`, with every new membership."""
+    """`on_members(membership, num_ingresses)` is called in the event loop of `start`, when either changes."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Lifeline:
         revision: int,
         ingress_id: str,
         worker_class: type,
-        on_members: Callable[[Membership], None],
+        on_members: Callable[[Membership, int], None],
         log: Log,
     ) -> None:
         self.num_ingresses = 1
@@ -78,7 +78,10 @@ class Lifeline:
             if renewal.removing:  # it was about to end: the next one will be ours
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            self.num_ingresses, self.renewed_at = max(1, renewal.num_ingresses), time.monotonic()
+            self.renewed_at = time.monotonic()
+            if self.num_ingresses != max(1, renewal.num_ingresses):
+                self.num_ingresses = max(1, renewal.num_ingresses)
+                self._on_members(self._membership, self.num_ingresses)
             try:
                 async with asyncio.timeout(pause_s):
                     await self._lost.wait()
@@ -101,7 +104,7 @@ class Lifeline:
             membership = Membership.from_wire(wire)
             if membership.version != self._membership.version:
                 self._membership = membership
-                self._on_members(membership)
+                self._on_members(membership, self.num_ingresses)
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
         async with asyncio.timeout(timeout_s):

@@ -26,12 +26,12 @@ from workers.worker import Worker
 CRASHED = 70  # exit status
 
 
-def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes) -> Worker:
+def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes, incarnation: str | None = None) -> Worker:
     """The worker of this process: prepares it for NIXL, and a crash of the engine loop ends it."""
     nixl_transport.prepare_environment(config.transfer.ucx_tls)
     settings = WorkerSettings(
         name=name,
-        incarnation=uuid4().hex,
+        incarnation=incarnation or uuid4().hex,
         pool=pool,
         resources=config.pools[pool],
         model=config.model,

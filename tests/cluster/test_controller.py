@@ -54,7 +54,7 @@ def test_a_restarted_controller_adopts_its_workers_and_the_ingress_follows(local
         seen: list[Membership] = []
         config = idle_config("adopt", decode=2, prefill=1)
         log = Log.open("test", LogConfig(level="error"))
-        lifeline = Lifeline(config, 9, "ingress-1", IdleActor, seen.append, log)
+        lifeline = Lifeline(config, 9, "ingress-1", IdleActor, lambda membership, _: seen.append(membership), log)
         lifeline.start()
         await until(lambda: bool(seen) and all_ready(3)(seen[-1]), "the ingress sees three ready workers")
         before = seen[-1]

@@ -1,0 +1,68 @@
+"""`deploy.app:build`: the one way from a config to a Serve application.
+
+Our CLI, `serve build deploy.app:build`, `serve deploy` and RayService's serveConfigV2 all go through it. It starts
+nothing: the first ingress replica makes the controller, which makes the workers.
+
+    args:
+      config: path of a YAML file, as seen where the application is built
+      config_inline: or its content
+      overrides: ["pools.decode.workers=2", …]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray import serve
+
+from cluster.config import SluiceConfig
+from cluster.config_file import load
+from cluster.errors import ConfigError
+from deploy.ingress import Ingress
+
+NUM_CPUS = 0.1  # of a replica: a scheduling figure
+
+
+class AppArgs(BaseModel):
+    """What a Serve config file may say under `args`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str | None = None
+    config_inline: dict[str, object] | None = None
+    overrides: list[str] = []
+
+    def read(self) -> SluiceConfig:
+        """Raises ConfigError."""
+        if self.config is not None and self.config_inline is not None:
+            raise ConfigError("args", "both config and config_inline are given; remove one")
+        return load(self.config, self.overrides, self.config_inline)
+
+
+def build(args: Mapping[str, object]) -> serve.Application:
+    """Raises ConfigError. The revision is drawn here: a later build wins, a restarted replica keeps its own."""
+    try:
+        config = AppArgs.model_validate(args).read()
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(["args", *map(str, first["loc"])])
+        raise ConfigError(path, f"{first['msg']}; there are {', '.join(AppArgs.model_fields)}") from None
+    return bind(config, revision=time.time_ns())
+
+
+def bind(config: SluiceConfig, revision: int) -> serve.Application:
+    http = config.http
+    deployment = serve.deployment(
+        name="Ingress",
+        num_replicas=http.replicas,
+        max_ongoing_requests=http.max_ongoing_requests,
+        graceful_shutdown_timeout_s=http.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        max_surge_percent=100,  # a successor is there before its predecessor stops
+        ray_actor_options={"num_cpus": NUM_CPUS},
+    )(Ingress)
+    return deployment.bind(config.model_dump_json(), revision)

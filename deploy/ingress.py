@@ -1,0 +1,109 @@
+"""One ingress replica: the OpenAI API over the router, tied to the controller. A Ray Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from uuid import uuid4
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster.config import Role, SluiceConfig
+from cluster.errors import ConfigError
+from cluster.log import Log
+from cluster.membership import Membership
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from cluster.words_thread import WordsThread
+from deploy.api_service import ApiService
+from deploy.lifeline import Lifeline
+from deploy.openai_api import create_app
+from deploy.served_model import ServedModel
+from deploy.tokenizer import Tokenizer
+from router.router import Router
+from workers.actor import WorkerActor
+
+_WARM_S = 10.0
+
+
+@serve.ingress()
+class Ingress:
+    """Everything is made on the replica; what travels there is the config (JSON) and its revision."""
+
+    def __init__(self, config: str, revision: int) -> None:
+        self._config = SluiceConfig.model_validate_json(config)
+        self._revision = revision
+        self._membership: Membership | None = None
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once, on the event loop that will serve the app."""
+        config = self._config
+        ingress_id = f"ingress-{uuid4().hex[:8]}"
+        log = Log.open("ingress", config.log, worker=ingress_id)
+        metrics = Metrics()
+        model, tokenizer = await asyncio.to_thread(_read_model, config)
+        self._words = WordsThread(config=config.words).start()
+        identity = pb.Identity(kind=pb.INGRESS, name=ingress_id, incarnation=uuid4().hex)
+        self._router = Router(
+            config.router,
+            config.limits,
+            self._words,
+            identity,
+            cluster_secret(config),
+            metrics,
+            log,
+            block_size=config.kv.block_size,
+        )
+        await self._router.start()
+        self._lifeline = Lifeline(config, self._revision, ingress_id, WorkerActor, self._follow, log)
+        self._lifeline.start()
+        await self._get_warm()
+        return create_app(
+            ApiService(
+                router=self._router,
+                tokenizer=tokenizer,
+                model=model,
+                http=config.http,
+                limits=config.limits,
+                metrics=metrics,
+                log=log,
+            )
+        )
+
+    async def _get_warm(self) -> None:
+        """Where workers serve already, this replica takes requests once it has dialed them: a redeploy loses none."""
+        deadline = time.monotonic() + _WARM_S
+        while time.monotonic() < deadline and not self._router.ready():
+            if self._membership is not None and not self._membership.ready(Role.DECODE):
+                return
+            await asyncio.sleep(0.02)
+
+    def _follow(self, membership: Membership, num_ingresses: int) -> None:
+        self._membership = membership
+        self._router.set_replicas(num_ingresses)
+        self._router.update_membership(membership)
+
+    async def __del__(self) -> None:
+        """Called by Serve once, when the open requests have ended."""
+        if hasattr(self, "_lifeline"):
+            await self._lifeline.stop()
+            await self._router.stop()
+            await asyncio.to_thread(self._words.stop)
+
+
+def cluster_secret(config: SluiceConfig) -> bytes:
+    """From the environment. Raises ConfigError when it is empty."""
+    secret = os.environ.get(config.words.secret_env, "")
+    if not secret:
+        raise ConfigError(
+            "words.secret_env",
+            f"environment variable {config.words.secret_env} is empty on this node; "
+            "give every Ray node the same secret in it",
+        )
+    return secret.encode()
+
+
+def _read_model(config: SluiceConfig) -> tuple[ServedModel, Tokenizer | None]:
+    return ServedModel.read(config), Tokenizer.load(config.model.path)
