@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import httpx
 import uvicorn
 
 from cluster.config import HttpConfig, LimitsConfig, LogConfig, RouterConfig
@@ -25,6 +27,7 @@ from tests.support.scripted_worker import ScriptedWorker, membership
 from tests.support.words import SECRET, identity, words_config
 
 DEADLINE_S = 20.0
+PROMPT = [5, 6, 7]
 T = TypeVar("T")
 
 
@@ -124,3 +127,28 @@ def _serve(service: ApiService, listener: socket.socket) -> Iterator[asyncio.Abs
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
         loop.close()
+
+
+def post(door: FrontDoor, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{door.url}{path}", json={"model": "tiny", **body}, timeout=30)
+
+
+def complete(door: FrontDoor, **body: Any) -> httpx.Response:
+    return post(door, "/v1/completions", **{"prompt": PROMPT, "max_tokens": 8, **body})
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a whole stream, which ends as OpenAI's do."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def text_of(worker: ScriptedWorker, tokenizer: Tokenizer, count: int) -> str:
+    told = worker.text or []
+    return tokenizer.backend.decode([told[i % len(told)] for i in range(count)])

@@ -147,10 +147,12 @@ class Fail:
 
 @dataclass(frozen=True)
 class Stop:
-    """Finishes early."""
+    """The next tokens, the last of which says that it is over."""
+
+    count: int = 0
 
     def __call__(self, attempt: Attempt) -> bool:
-        attempt.send(attempt.index, [], finish=pb.STOP)
+        attempt.send(attempt.index, attempt.tokens(attempt.index, self.count), finish=pb.STOP)
         return False
 
 
