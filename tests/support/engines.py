@@ -1,4 +1,4 @@
-"""A whole engine over the tiny model: real scheduler, block manager, runner and sampler."""
+"""Whole engines for tests, over the tiny model or a loaded one: real scheduler, block manager, runner and sampler."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from cluster.request import FinishReason, RequestKey, SamplingParams
+from kvtransfer.layout import KvGeometry, RankLayout
+from kvtransfer.pool import KvPool
 from tests.support.tiny_model import ROW, TinyModel
 from workers.attention.interface import KvCache
+from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import StepOutcome
+from workers.models.loader import LoadedModel
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -134,3 +138,33 @@ class TinyEngine(Driver):
             self.model, [self.cache], [self.generations], [BLOCK_SIZE], device=CPU, eos_token_ids=eos_token_ids
         )
         super().__init__(Engine(scheduler, self.runner), scheduler, blocks)
+
+
+class LoadedEngine(Driver):
+    """The way a worker puts one together, in process. A model serves one engine: its caches are bound here."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        scheduler_limits: SchedulerLimits | None = None,
+    ) -> None:
+        groups = loaded.model.kv_groups(block_size)
+        geometry = KvGeometry(groups, loaded.model.spec.rope_convention)
+        self.pool = KvPool.allocate(geometry, RankLayout(0, 0, 1), [num_blocks] * len(groups))
+        caches = [kv_cache(group, regions) for group, regions in zip(groups, self.pool.regions, strict=True)]
+        loaded.model.bind_kv(caches)
+        blocks = BlockManager([GroupCapacity(group.name, num_blocks, block_size) for group in groups])
+        eos_token_ids = frozenset(loaded.model.spec.eos_token_ids)
+        scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
+        runner = ModelRunner(
+            loaded.model,
+            caches,
+            self.pool.generations,
+            [block_size] * len(groups),
+            device=CPU,
+            eos_token_ids=eos_token_ids,
+        )
+        super().__init__(Engine(scheduler, runner), scheduler, blocks)

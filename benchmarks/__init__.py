@@ -1,0 +1,1 @@
+"""Time: best of several, against a reference measured in the same run. Tests say order and counts."""

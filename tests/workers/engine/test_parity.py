@@ -1,0 +1,94 @@
+"""The engine against transformers, token for token, in fp32 on the CPU: one test per way a prompt gets its KV."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.checkpoints import checkpoint, greedy, ragged_prompts
+from tests.support.engines import LoadedEngine, limits
+from workers.engine.scheduler import SchedulerLimits
+from workers.models.loader import load
+
+FAMILIES = ["llama"]  # names of tests.support.checkpoints.FAMILIES
+NUM_TOKENS = 64
+NUM_PROMPTS = 8
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def engine(family: str, *, num_blocks: int = 256, scheduler_limits: SchedulerLimits | None = None) -> LoadedEngine:
+    return LoadedEngine(load(checkpoint(family)), num_blocks=num_blocks, scheduler_limits=scheduler_limits)
+
+
+def expect_greedy(family: str, loaded: LoadedEngine, prompts: list[list[int]]) -> None:
+    """Runs the prompts together, and compares every token."""
+    sequences = [loaded.add(prompt, max_tokens=NUM_TOKENS) for prompt in prompts]
+    loaded.run()
+    for prompt, seq in zip(prompts, sequences, strict=True):
+        assert loaded.emitted(seq) == greedy(family, tuple(prompt), NUM_TOKENS)
+    seen = {token for seq in sequences for token in loaded.emitted(seq)}
+    assert len(seen) >= 100, f"{len(seen)} different tokens prove little"
+    loaded.scheduler.check_integrity()
+
+
+def test_ragged_prompts_in_one_batch(family: str) -> None:
+    loaded = engine(family, scheduler_limits=limits(max_batched_tokens=512, chunk_tokens=512))
+    expect_greedy(family, loaded, ragged_prompts(NUM_PROMPTS))
+    assert max(len(outcome.tokens) for outcome in loaded.outcomes) == NUM_PROMPTS
+
+
+def test_chunked_prompts_beside_decodes(family: str) -> None:
+    loaded = engine(family, scheduler_limits=limits(max_batched_tokens=40, chunk_tokens=16))
+    prompts = ragged_prompts(NUM_PROMPTS, longest=100)
+    expect_greedy(family, loaded, prompts)
+    num_chunks: dict[int, int] = {}
+    for outcome in loaded.outcomes:
+        for chunk in outcome.chunks:
+            num_chunks[chunk.seq.id] = num_chunks.get(chunk.seq.id, 0) + 1
+    assert sum(count >= 3 for count in num_chunks.values()) >= 3, num_chunks
+    assert any(outcome.chunks and len(outcome.tokens) > len(outcome.chunks) for outcome in loaded.outcomes)
+
+
+def test_prefix_hits(family: str) -> None:
+    loaded = engine(family)
+    prompts = ragged_prompts(NUM_PROMPTS)
+    shared = ragged_prompts(2, longest=50, seed=1)[-1]
+    loaded.add(shared, max_tokens=2)
+    loaded.run()
+    extended = [shared + prompt for prompt in prompts]
+    sequences = [loaded.add(prompt, max_tokens=NUM_TOKENS) for prompt in extended]
+    loaded.run()
+    for prompt, seq in zip(extended, sequences, strict=True):
+        assert seq.prefix_hit_tokens > 0
+        assert loaded.emitted(seq) == greedy(family, tuple(prompt), NUM_TOKENS)
+    assert len({token for seq in sequences for token in loaded.emitted(seq)}) >= 100
+
+
+def test_preempted_and_recomputed(family: str) -> None:
+    loaded = engine(family, num_blocks=26, scheduler_limits=limits(max_sequences=8))
+    expect_greedy(family, loaded, ragged_prompts(NUM_PROMPTS))
+    assert sum(len(outcome.preempted) for outcome in loaded.outcomes) > 0
+
+
+def test_seeded_draws_alone_in_a_batch_in_chunks_and_after_replay(family: str) -> None:
+    prompts = ragged_prompts(NUM_PROMPTS, longest=50)
+    options = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "max_tokens": 24}
+    loaded = engine(family, scheduler_limits=limits(max_batched_tokens=512, chunk_tokens=512))
+    sequences = [loaded.add(prompt, seed=1000 + i, **options) for i, prompt in enumerate(prompts)]
+    loaded.run()
+    together = [loaded.emitted(seq) for seq in sequences]
+    assert len({token for tokens in together for token in tokens}) >= 60
+    assert together[-1] != greedy(family, tuple(prompts[-1]), 24)
+
+    chunked = engine(family, scheduler_limits=limits(max_batched_tokens=16, chunk_tokens=8))
+    for i, prompt in enumerate(prompts):
+        alone = chunked.add(prompt, seed=1000 + i, **options)
+        chunked.run()
+        assert chunked.emitted(alone) == together[i]
+        chunked.blocks.clear_cache()
+        replayed = chunked.add([*prompt, *together[i][:11]], num_prompt=len(prompt), seed=1000 + i, **options)
+        chunked.run()
+        assert chunked.emitted(replayed) == together[i][11:]
