@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 VOCAB_SIZE = 512
 LLAMA3_ROPE = {
@@ -42,10 +50,60 @@ def _llama(**changes: object) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))  # pyright: ignore[reportArgumentType]
 
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 64,
+}
+_DEEPSEEK: Mapping[str, object] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "max_position_embeddings": 512,
+    "eos_token_id": VOCAB_SIZE - 1,
+    "bos_token_id": 0,
+}
+INDEX_TOPK = 16  # of the "deepseek-v32" families: most of a run is sparse
+
+
+def _deepseek_v32(**changes: object) -> PreTrainedModel:
+    indexer = {"index_topk": INDEX_TOPK, "index_n_heads": 16, "index_head_dim": 24}
+    config = DeepseekV32Config(**({**_DEEPSEEK, **indexer} | changes))  # pyright: ignore[reportArgumentType]
+    return DeepseekV32ForCausalLM(config)
+
+
+def _deepseek_v3(**changes: object) -> PreTrainedModel:
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**({**_DEEPSEEK} | changes)))  # pyright: ignore[reportArgumentType]
+
+
 FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama-mha-bias": lambda: _llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
     "llama3-tied": lambda: _llama(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, num_key_value_heads=1),
+    "deepseek-v32": _deepseek_v32,
+    "deepseek-v32-yarn": lambda: _deepseek_v32(rope_parameters=YARN_ROPE, attention_bias=True),
+    "deepseek-v3": _deepseek_v3,
+    "deepseek-v3-lite": lambda: _deepseek_v3(q_lora_rank=None),  # queries without a latent
 }
 
 
@@ -76,6 +134,9 @@ def redraw(model: nn.Module) -> None:
             parameter.normal_(0, std)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(-1.0, 0.3)  # most biased scores are negative, so that masking with 0 would show
 
 
 @cache

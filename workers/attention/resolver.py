@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from cluster.errors import ConfigError
 from workers.attention.interface import AttentionBackend, AttentionProblem
+from workers.attention.mla_interface import MlaBackend, MlaProblem
+from workers.attention.mla_reference import ReferenceMla
 from workers.attention.reference import ReferenceAttention
+
+_P_contra = TypeVar("_P_contra", contravariant=True)
+_B_co = TypeVar("_B_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +50,46 @@ def _reference_refuses(problem: AttentionProblem, environment: Environment) -> s
     return None
 
 
+def _mla_reference_refuses(problem: MlaProblem, environment: Environment) -> str | None:
+    if environment.device_type != "cpu":
+        return f"runs on cpu, not on {environment.device_type}"
+    if problem.sliding_window is not None:
+        return f"every token sees its whole context, not a window of {problem.sliding_window}"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    refuses: Callable[[AttentionProblem, Environment], str | None]
-    build: Callable[[AttentionProblem], AttentionBackend]
+class _Candidate(Generic[_P_contra, _B_co]):
+    refuses: Callable[[_P_contra, Environment], str | None]
+    build: Callable[[_P_contra], _B_co]
 
 
-_CANDIDATES = {"reference": _Candidate(_reference_refuses, ReferenceAttention)}  # best first
+# Best first.
+_CANDIDATES = {"reference": _Candidate(_reference_refuses, ReferenceAttention)}
+_MLA_CANDIDATES = {"reference": _Candidate(_mla_reference_refuses, ReferenceMla)}
 
 
-def resolve(problem: AttentionProblem, environment: Environment, wanted: Sequence[str] = ()) -> Choice:
+def resolve(problem: AttentionProblem | MlaProblem, environment: Environment, wanted: Sequence[str] = ()) -> Choice:
     """The first of `wanted` (all backends, best first, when empty) that takes the problem.
 
     Raises ConfigError with every reason when none does.
     """
+    if isinstance(problem, MlaProblem):
+        return _resolve(problem, environment, wanted, _MLA_CANDIDATES)
+    return _resolve(problem, environment, wanted, _CANDIDATES)
+
+
+def _resolve(
+    problem: _P_contra,
+    environment: Environment,
+    wanted: Sequence[str],
+    candidates: Mapping[str, _Candidate[_P_contra, object]],
+) -> Choice:
     rejected: list[tuple[str, str]] = []
-    for name in wanted or _CANDIDATES:
-        candidate = _CANDIDATES.get(name)
+    for name in wanted or candidates:
+        candidate = candidates.get(name)
         reason = (
-            f"no such backend, known are {', '.join(_CANDIDATES)}"
+            f"no such backend, known are {', '.join(candidates)}"
             if candidate is None
             else candidate.refuses(problem, environment)
         )
@@ -75,3 +102,7 @@ def resolve(problem: AttentionProblem, environment: Environment, wanted: Sequenc
 
 def build(choice: Choice, problem: AttentionProblem) -> AttentionBackend:
     return _CANDIDATES[choice.chosen].build(problem)
+
+
+def build_mla(choice: Choice, problem: MlaProblem) -> MlaBackend:
+    return _MLA_CANDIDATES[choice.chosen].build(problem)

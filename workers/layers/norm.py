@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.layers.linear import Partition
@@ -21,3 +22,17 @@ class RmsNorm(nn.Module):
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Over the last dim: mean away, unit variance, weight and bias."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.partition = Partition.REPLICATED
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in the half-split convention: feature i is paired with i + D / 2."""
+"""Rotary position embeddings. Half-split pairs feature i with i + D / 2, interleaved pairs 2i with 2i + 1."""
 
 from __future__ import annotations
 
@@ -19,6 +19,23 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """Frequencies that turn fewer than `beta_slow` times in the original context slowed by `factor`, those that turn
+    more than `beta_fast` times kept, those between blended; cos and sin times `attention_factor`."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+    attention_factor: float
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much YaRN sharpens attention: 1 where the context is not stretched."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """cos and sin of a step's positions, each [T, 1, D / 2], in the dtype of the activations."""
@@ -27,24 +44,38 @@ class Rotation:
     sin: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [T, heads, D], rotated; a new tensor."""
+        """x [T, heads, D], half-split, rotated; a new tensor."""
         left, right = x.chunk(2, -1)
         return torch.cat((left * self.cos - right * self.sin, right * self.cos + left * self.sin), -1)
+
+    def apply_interleaved(self, x: Tensor) -> Tensor:
+        """x [T, heads, D], interleaved, rotated in place of its features; a new tensor."""
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * self.cos - odd * self.sin, odd * self.cos + even * self.sin), -1).flatten(-2)
 
 
 class RotaryEmbedding:
     """Frequencies of a model; holds no weight and follows the device of the positions."""
 
-    def __init__(self, head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: Llama3Scaling | YarnScaling | None = None) -> None:
         # fp32 on the CPU whatever the model's dtype or device: a rounding of a frequency grows with the position.
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         frequencies = 1.0 / (theta**exponents)
-        self.frequencies = frequencies if scaling is None else _llama3(frequencies, scaling)
+        self.magnitude = 1.0  # of cos and sin
+        if isinstance(scaling, Llama3Scaling):
+            frequencies = _llama3(frequencies, scaling)
+        elif isinstance(scaling, YarnScaling):
+            frequencies = _yarn(frequencies, theta, scaling)
+            self.magnitude = scaling.attention_factor
+        self.frequencies = frequencies
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """positions [T] int64."""
         angles = positions.view(-1, 1, 1).float() * self.frequencies.to(positions.device)
-        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+        cos, sin = angles.cos(), angles.sin()
+        if self.magnitude != 1.0:
+            cos, sin = cos * self.magnitude, sin * self.magnitude
+        return Rotation(cos.to(dtype), sin.to(dtype))
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -58,3 +89,20 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     blended = (1 - kept) * slowed / scaling.factor + kept * slowed
     between = (lengths >= longest_kept) & (lengths <= shortest_slowed)
     return torch.where(between, blended, slowed)
+
+
+def _yarn(frequencies: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
+    head_dim = 2 * len(frequencies)
+
+    def feature(turns: float) -> float:
+        """Which feature turns that often in the original context."""
+        length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    low = max(math.floor(feature(scaling.beta_fast)), 0)
+    high = min(math.ceil(feature(scaling.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device) - low) / max(
+        high - low, 0.001
+    )
+    slowed = ramp.clamp_(0, 1)
+    return frequencies / scaling.factor * slowed + frequencies * (1 - slowed)

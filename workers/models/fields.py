@@ -29,12 +29,19 @@ class ConfigFields:
             self.refuse(key, f"must be an integer >= {minimum}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def optional_integer(self, key: str) -> int | None:
+        """None when absent."""
+        return None if self._content.get(key) is None else self.integer(key)
+
+    def number(self, key: str, default: float | None = None, *, minimum: float | None = None) -> float:
+        """Above 0, or at least `minimum`."""
         value = self._content.get(key)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            self.refuse(key, "must be a number > 0")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(key, "must be a number")
+        if value <= 0 if minimum is None else value < minimum:
+            self.refuse(key, "must be a number > 0" if minimum is None else f"must be a number >= {minimum:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -52,6 +59,15 @@ class ConfigFields:
         if not isinstance(value, str):
             self.refuse(key, "must be a string")
         return value
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """A list of strings, None when absent."""
+        value = self._content.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.refuse(key, "must be a list of strings")
+        return tuple(value)
 
     def section(self, key: str) -> ConfigFields | None:
         """The object under `key`, None when absent."""

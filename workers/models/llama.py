@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
@@ -17,6 +16,7 @@ from workers.attention.interface import AttentionBackend, AttentionBatch, Attent
 from workers.attention.resolver import Choice, Environment, build, resolve
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Embedding, Linear, Partition
+from workers.layers.mlp import GatedMlp
 from workers.layers.norm import RmsNorm
 from workers.layers.rotary import Llama3Scaling, RotaryEmbedding, Rotation
 from workers.models.fields import ConfigFields
@@ -96,20 +96,6 @@ def _read_rope(fields: ConfigFields) -> tuple[float, Llama3Scaling | None]:
     )
 
 
-class LlamaMlp(nn.Module):
-    """x [T, d] -> [T, d]: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(d, inner, partition=Partition.COLUMN, bias=bias, dtype=dtype)
-        self.up_proj = Linear(d, inner, partition=Partition.COLUMN, bias=bias, dtype=dtype)
-        self.down_proj = Linear(inner, d, partition=Partition.ROW, bias=bias, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
-
-
 class LlamaLayer(nn.Module):
     def __init__(self, index: int, config: LlamaConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -124,7 +110,7 @@ class LlamaLayer(nn.Module):
             dtype=dtype,
         )
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = LlamaMlp(config, dtype)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, dtype=dtype, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, rotation: Rotation, step: AttentionStep) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, step)

@@ -51,7 +51,7 @@ def load(path: str | Path, *, dtype: str = "auto", load_format: str = "auto", du
         weights, identity = _dummy(model, dummy_seed), _dummy_identity(dummy_seed)
     elif load_format == "auto":
         checkpoint = Checkpoint(folder)
-        weights, identity = _stored(model, checkpoint), checkpoint.identity()
+        weights, identity = _stored(model, checkpoint, model.spec.dropped_prefixes), checkpoint.identity()
     else:
         raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
     model.load_state_dict(weights, assign=True)
@@ -77,7 +77,7 @@ def _eos_token_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:
     return generation if generation is not None else fields.token_ids("eos_token_id") or ()
 
 
-def _stored(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+def _stored(model: nn.Module, checkpoint: Checkpoint, dropped: tuple[str, ...]) -> Mapping[str, Tensor]:
     wanted = dict(model.named_parameters())
     stored = checkpoint.tensors
     missing = sorted(wanted.keys() - stored.keys())
@@ -90,7 +90,7 @@ def _stored(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     extra = [
         name
         for name in sorted(stored.keys() - wanted.keys())
-        if name != "lm_head.weight" and not name.endswith(_DERIVED)
+        if name != "lm_head.weight" and not name.endswith(_DERIVED) and not name.startswith(dropped)
     ]
     if extra:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _dummy(model: nn.Module, seed: int) -> Mapping[str, Tensor]:
                 digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
                 weights[name] = torch.randn(parameter.shape, generator=generator).mul_(std).to(parameter.dtype)
-            elif suffix == "bias":
+            elif suffix.endswith("bias"):
                 weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
             else:
                 weights[name] = torch.ones(parameter.shape, dtype=parameter.dtype)

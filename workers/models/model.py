@@ -28,6 +28,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: str  # of weights and activations: a key of DTYPES
     rope_convention: str  # of cached keys: "interleaved", "half_split", "none"
+    dropped_prefixes: tuple[str, ...] = ()  # tensors that checkpoints hold and this model does not compute with
 
     @property
     def torch_dtype(self) -> torch.dtype:
