@@ -53,8 +53,9 @@ class RankDouble:
     """Block memory and the mirror of one rank. Asserts that plans are deltas it can follow, that no READY or CACHED
     block is written, and that every position it attends to holds exactly its history."""
 
-    def __init__(self, blocks: BlockManager, *, group: int = 0) -> None:
+    def __init__(self, blocks: BlockManager, *, group: int = 0, late: bool = False) -> None:
         self.blocks = blocks
+        self.late = late  # plans run some time after they were made
         self.group = group
         self.block_size = blocks.groups[group].block_size
         self.memory: dict[int, list[int]] = {}
@@ -64,8 +65,8 @@ class RankDouble:
         self.num_rows = 0
         self.step = 0
 
-    def run(self, plan: StepPlan, *, overlapped: bool = False) -> dict[int, int]:
-        """Computes the plan; returns the sampled tokens. Overlapped, finished sequences may still have rows."""
+    def run(self, plan: StepPlan) -> dict[int, int]:
+        """Computes the plan; returns the sampled tokens."""
         assert plan.step == self.step + 1
         self.step = plan.step
         for id_ in plan.finished:
@@ -86,14 +87,14 @@ class RankDouble:
         outputs: list[int | None] = []
         for row in plan.sequences:
             self.num_rows += 1
-            state = self._compute(row, overlapped)
+            state = self._compute(row)
             outputs.append(next_token(state))
             if row.sample:
                 sampled[row.id] = next_token(state)
         self.previous = outputs
         return sampled
 
-    def _compute(self, row: ScheduledSequence, overlapped: bool) -> int:
+    def _compute(self, row: ScheduledSequence) -> int:
         tables = self.tables[row.id]
         for table, blocks in zip(tables, row.appends, strict=False):
             table.extend(blocks)
@@ -108,15 +109,16 @@ class RankDouble:
         state = self.at(table, row.start - 1) if row.start else 0
         for position, token in enumerate(tokens, row.start):
             state = history(state, token)
-            self.write(table[position // self.block_size], position % self.block_size, state, overlapped)
+            self.write(table[position // self.block_size], position % self.block_size, state)
         return state
 
     def at(self, table: list[int], position: int) -> int:
         return self.memory[table[position // self.block_size]][position % self.block_size]
 
-    def write(self, block: int, slot: int, state: int, overlapped: bool = False) -> None:
-        if not overlapped:
-            assert self.blocks.state(self.group, block) is BlockState.FILLING, "a block in use by others was written"
+    def write(self, block: int, slot: int, state: int) -> None:
+        # Late, the owner may be gone and the block FREE, but it must not hold what others use or may find.
+        found = self.blocks.state(self.group, block)
+        assert found is BlockState.FILLING or (self.late and found in (BlockState.FREE, BlockState.QUARANTINED))
         self.memory.setdefault(block, [-1] * self.block_size)[slot] = state
 
     def receive(self, blocks: Iterable[int], first_block: int, tokens: list[int]) -> None:
@@ -146,6 +148,7 @@ class EngineDouble:
         chunk_tokens: int = 8,
         enable_prefix_cache: bool = True,
         extra_groups: tuple[GroupCapacity, ...] = (),
+        late: bool = False,
     ) -> None:
         groups = [GroupCapacity("self", num_blocks, block_size), *extra_groups]
         self.blocks = BlockManager(groups, enable_prefix_cache=enable_prefix_cache)
@@ -157,9 +160,10 @@ class EngineDouble:
             chunk_tokens=chunk_tokens,
         )
         self.scheduler = Scheduler(self.blocks, self.limits, ROOT, eos_token_ids=frozenset({EOS}))
-        self.rank = RankDouble(self.blocks)
+        self.rank = RankDouble(self.blocks, late=late)
         self.emitted: dict[int, list[int]] = {}
-        self.in_flight: tuple[StepPlan, dict[int, int]] | None = None
+        self.in_flight: StepPlan | None = None
+        self.sequences: dict[int, Sequence] = {}
         self._ids = count(1)
 
     def sequence(
@@ -173,7 +177,7 @@ class EngineDouble:
         params: SamplingParams | None = None,
     ) -> Sequence:
         id_ = next(self._ids)
-        return Sequence(
+        self.sequences[id_] = seq = Sequence(
             id_,
             RequestKey(f"r{id_}", 0),
             list(tokens),
@@ -184,25 +188,22 @@ class EngineDouble:
             stop_after_first=stop_after_first,
             extents=extents,
         )
+        return seq
 
     def step(self) -> tuple[StepPlan, StepOutcome]:
         """schedule, compute, settle."""
         plan = self.scheduler.schedule()
-        outcome = self.scheduler.settle(plan, self.rank.run(plan))
-        self._collect(outcome)
-        return plan, outcome
+        return plan, self._settle(plan)
 
     def step_overlapped(self) -> StepOutcome | None:
-        """Launches the next plan before the one in flight is settled."""
-        plan = self.scheduler.schedule()
-        sampled = self.rank.run(plan, overlapped=True)
-        before, self.in_flight = self.in_flight, (plan, sampled)
-        return self._settle(before)
+        """Makes the next plan, and only then computes and settles the one before: the device is that far behind."""
+        before, self.in_flight = self.in_flight, self.scheduler.schedule()
+        return None if before is None else self._settle(before)
 
     def land(self) -> StepOutcome | None:
-        """Settles the plan in flight."""
+        """Computes and settles the plan in flight."""
         before, self.in_flight = self.in_flight, None
-        return self._settle(before)
+        return None if before is None else self._settle(before)
 
     def run(self, max_steps: int = 500) -> list[StepOutcome]:
         """Steps until nothing is left to do."""
@@ -225,15 +226,14 @@ class EngineDouble:
         for group, capacity in enumerate(self.blocks.groups):
             assert self.blocks.counts(group).free == capacity.num_blocks
 
-    def _settle(self, flight: tuple[StepPlan, dict[int, int]] | None) -> StepOutcome | None:
-        if flight is None:
-            return None
-        outcome = self.scheduler.settle(*flight)
-        self._collect(outcome)
-        return outcome
-
-    def _collect(self, outcome: StepOutcome) -> None:
+    def _settle(self, plan: StepPlan) -> StepOutcome:
+        sampled = self.rank.run(plan)
+        for row in plan.sequences:
+            seq = self.sequences[row.id]
+            if not seq.is_finished:
+                self.rank.check(self.rank.tables[row.id][0], seq.tokens[: row.start + row.num_tokens])
+        outcome = self.scheduler.settle(plan, sampled)
         for seq, token, index, _ in outcome.tokens:
-            emitted = self.emitted.setdefault(seq.id, [])
             assert index == seq.num_emitted - 1 and token == seq.tokens[-1]
-            emitted.append(token)
+            self.emitted.setdefault(seq.id, []).append(token)
+        return outcome
