@@ -68,12 +68,16 @@ def serve(config: SluiceConfig, pool: str, name: str, pipe: Connection) -> None:
         worker.stop()
 
 
+WorkerMain = Callable[[SluiceConfig, str, str, Connection], None]
+
+
 @dataclass(slots=True)
 class PlainCluster:
     config: SluiceConfig
     router: Router
     metrics: Metrics
     words: WordsThread
+    main: WorkerMain = serve  # of the workers to come
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     _version: int = 0
 
@@ -81,7 +85,7 @@ class PlainCluster:
 
     async def start_worker(self, pool: str, name: str) -> None:
         ours, theirs = _FORKS.Pipe()
-        process = _FORKS.Process(target=serve, args=(self.config, pool, name, theirs), daemon=True)
+        process = _FORKS.Process(target=self.main, args=(self.config, pool, name, theirs), daemon=True)
         await asyncio.to_thread(process.start)
         theirs.close()
         worker = WorkerProcess(name, pool, process, ours)
@@ -198,7 +202,7 @@ class PlainCluster:
 
 @asynccontextmanager
 async def plain_cluster(
-    settings: Mapping[str, object], *, prefill: int = 1, decode: int = 1, mixed: int = 0
+    settings: Mapping[str, object], *, prefill: int = 1, decode: int = 1, mixed: int = 0, main: WorkerMain = serve
 ) -> AsyncIterator[PlainCluster]:
     """`settings` are config values by dotted path; small heartbeats and quarantines are the default."""
     pools = {"prefill": {"workers": prefill}, "decode": {"workers": decode}}
@@ -213,7 +217,7 @@ async def plain_cluster(
     router = Router(
         config.router, config.limits, words, identity, SECRET, metrics, log, block_size=config.kv.block_size
     )
-    cluster = PlainCluster(config, router, metrics, words)
+    cluster = PlainCluster(config, router, metrics, words, main)
     try:
         await router.start()
         names = [(pool, f"{pool}-{index}") for pool, spec in config.pools.items() for index in range(spec.workers)]
@@ -234,11 +238,11 @@ async def plain_cluster(
 
 @contextmanager
 def running_cluster(
-    settings: Mapping[str, object], *, prefill: int = 1, decode: int = 1, mixed: int = 0
+    settings: Mapping[str, object], *, prefill: int = 1, decode: int = 1, mixed: int = 0, main: WorkerMain = serve
 ) -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
     """For tests that share a cluster: run their coroutines on the runner, its loop is the router's."""
     with asyncio.Runner() as runner:
-        context = plain_cluster(settings, prefill=prefill, decode=decode, mixed=mixed)
+        context = plain_cluster(settings, prefill=prefill, decode=decode, mixed=mixed, main=main)
         cluster = runner.run(context.__aenter__())
         try:
             yield cluster, runner

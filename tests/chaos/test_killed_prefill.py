@@ -1,0 +1,74 @@
+"""SIGKILL of a prefill worker, at every moment of a prompt: its clients notice nothing but time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from enum import Enum, auto
+from random import Random
+
+import pytest
+
+from tests.support.chaos import Chaos, assert_greedy, prompts, running_chaos
+from tests.support.plain_cluster import Answer
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
+
+NUM_RUNS = 20
+TEXTS = prompts(6, 300, 440)
+PULLED = "sluice_transfer_pulled_blocks_total"
+
+
+class Moment(Enum):
+    BEFORE = auto()  # asked, nothing computed
+    DURING = auto()  # some blocks were read, the first token is not there
+    AFTER = auto()  # everything is computed and told, the blocks are being read
+
+
+async def kill_at(chaos: Chaos, moment: Moment, victim: str, texts: list[tuple[int, ...]], when: Random) -> list[Answer]:
+    """Asks for all texts at once and kills the victim when the moment has come."""
+    watch = chaos.watch
+    match moment:
+        case Moment.BEFORE:
+            chaos.freeze(victim)  # it hears of nothing any more
+            tasks = chaos.ask(texts)
+            await chaos.until_served(len(texts), "decode-0")
+        case Moment.DURING:
+            before = await watch.counter("decode-0", PULLED)
+            threshold = when.randint(1, 10)
+            tasks = chaos.ask(texts)
+            while await watch.counter("decode-0", PULLED) - before < threshold:
+                await asyncio.sleep(0)
+        case Moment.AFTER:
+            tasks = chaos.ask(texts)
+            await watch.until("decode-0", lambda load: load.num_pulling == len(texts), "all asked")
+            chaos.freeze("decode-0")  # reads stop, at whatever they are
+            await watch.until(victim, lambda load: load.num_waiting + load.num_running == 0, "all computed")
+    await chaos.cluster.kill(victim)
+    if moment is Moment.AFTER:
+        chaos.thaw("decode-0")
+    return await asyncio.gather(*tasks)
+
+
+def went_on(answer: Answer) -> bool:
+    return answer.route.spare_used > 0 or answer.route.recomputed_tokens > 0
+
+
+def test_killed_at_any_moment_a_spare_goes_on() -> None:
+    hurt: Counter[Moment] = Counter()
+    with running_chaos(prefill=2) as chaos:
+        for seed in range(NUM_RUNS):
+            random = Random(seed)
+            moment = list(Moment)[seed % len(Moment)]
+            victim = f"prefill-{seed // len(Moment) % 2}"
+            texts = random.sample(TEXTS, 3)
+            answers = chaos.runner.run(kill_at(chaos, moment, victim, texts, random))
+            for text, answer in zip(texts, answers, strict=True):
+                assert_greedy(text, answer, told=f"run {seed}, {moment}")
+                assert answer.attempt == 1, "the decode worker lives: it is not the router's business"
+            hurt[moment] += any(went_on(answer) for answer in answers)
+            chaos.runner.run(chaos.cluster.replace(victim))
+            chaos.runner.run(chaos.cluster.assert_all_free())
+    per_moment = [len(range(index, NUM_RUNS, len(Moment))) for index in range(len(Moment))]
+    assert hurt[Moment.BEFORE] == per_moment[0]
+    assert hurt[Moment.DURING] and hurt[Moment.AFTER]
