@@ -19,7 +19,7 @@ from tests.support.scripted_worker import FOREVER, Action, Fail, Say, ScriptedWo
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [
-        ({"temprature": 1}, "temprature", "unrecognized request argument supplied: temprature; remove it"),
+        ({"temper": 1}, "temper", "unrecognized request argument supplied: temper; remove it"),
         ({"temperature": 2.5}, "temperature", "temperature: Input should be less than or equal to 2; got 2.5"),
         ({"top_p": 0}, "top_p", "top_p: Input should be greater than 0; got 0"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens: Input should be greater than or equal to 1; got 0"),
