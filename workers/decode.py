@@ -213,10 +213,9 @@ class DecodeStage:
             if request is None:
                 continue
             request.route.preemptions += 1
-            if request.remote and self._pairs.pick(request.sources, ()) is not None:
+            if request.remote and (not request.local_allowed or self._pairs.pick(request.sources, ()) is not None):
                 self._scheduler.park(sequence)
-                request.phase = Phase.PENDING
-                request.not_before = now + RETRY_S
+                request.pend(now, RETRY_S)
 
     def fail(self, sequence: Sequence, error: RequestError, now: float) -> None:
         """The step of this sequence failed."""
@@ -240,7 +239,7 @@ class DecodeStage:
         if session is None:
             if request.local_allowed:
                 self._compute_here(request, "no_source")
-            elif not request.refused and now - request.accepted_at > self._limits.max_pull_wait_s:
+            elif not request.refused and now - request.pending_since > self._limits.max_pull_wait_s:
                 self._settle(request, now, error=NoWorker("no prefill worker is within reach; start one"))
             else:
                 request.wait(now + RETRY_S)
@@ -334,8 +333,8 @@ class DecodeStage:
             request.route.spare_used += 1
             self._ask(request, session, now)
             return
-        if not request.local_allowed and self._pairs.pick((), ()) is not None:
-            self._requeue(request, now)  # the tried ones live: they were only busy, or had a mishap
+        if not request.local_allowed:
+            self._requeue(request, now)  # until one comes; those tried may live, busy or after a mishap
             return
         valid_tokens = min(fetch.valid_blocks() * self._block_size, fetch.num_tokens)
         request.fetch = None
@@ -356,8 +355,7 @@ class DecodeStage:
     def _requeue(self, request: Request, now: float) -> None:
         self._scheduler.release_pull(request.sequence)
         request.fetch = None
-        request.phase = Phase.PENDING
-        request.wait(now + RETRY_S)
+        request.pend(now, RETRY_S)
 
     def _leave_source(self, request: Request) -> None:
         """Nothing more is wanted from the source. While reads are in flight the release waits for them."""

@@ -35,7 +35,7 @@ class Request:
     sources: tuple[pb.WorkerRef, ...]  # as planned: the first, then the spare
     remote: bool  # the plan puts prefill on another worker
     local_allowed: bool
-    accepted_at: float
+    pending_since: float
     deadline: float | None
     route: pb.Route
     phase: Phase = Phase.PENDING
@@ -71,13 +71,19 @@ class Request:
             sources=sources,
             remote=any(stage.worker.incarnation != me.incarnation for stage in stages),
             local_allowed=submit.plan.local_prefill_allowed,
-            accepted_at=now,
+            pending_since=now,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
             route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
         )
 
     def wait(self, until: float) -> None:
         self.not_before = until
+
+    def pend(self, now: float, pause_s: float) -> None:
+        """-> PENDING again; its patience starts anew."""
+        self.phase = Phase.PENDING
+        self.pending_since = now
+        self.not_before = now + pause_s
 
     def remaining_ms(self, now: float) -> int:
         """For the next hop; 0 means none, so the last millisecond stays one."""

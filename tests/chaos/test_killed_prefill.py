@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from tests.support.chaos import Chaos, assert_greedy, prompts, running_chaos
+from tests.support.chaos import BLOCK_SIZE, Chaos, assert_greedy, prompts, running_chaos
 from tests.support.plain_cluster import Answer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
@@ -25,7 +25,9 @@ class Moment(Enum):
     AFTER = auto()  # everything is computed and told, the blocks are being read
 
 
-async def kill_at(chaos: Chaos, moment: Moment, victim: str, texts: list[tuple[int, ...]], when: Random) -> list[Answer]:
+async def kill_at(
+    chaos: Chaos, moment: Moment, victim: str, texts: list[tuple[int, ...]], when: Random
+) -> list[Answer]:
     """Asks for all texts at once and kills the victim when the moment has come."""
     watch = chaos.watch
     match moment:
@@ -60,15 +62,44 @@ def test_killed_at_any_moment_a_spare_goes_on() -> None:
         for seed in range(NUM_RUNS):
             random = Random(seed)
             moment = list(Moment)[seed % len(Moment)]
-            victim = f"prefill-{seed // len(Moment) % 2}"
+            victim = random.choice(chaos.names("prefill"))
             texts = random.sample(TEXTS, 3)
-            answers = chaos.runner.run(kill_at(chaos, moment, victim, texts, random))
+            hurting = kill_at(chaos, moment, victim, texts, random)
+            answers = chaos.with_successor(hurting, "prefill", f"prefill-{seed + 2}")
             for text, answer in zip(texts, answers, strict=True):
                 assert_greedy(text, answer, told=f"run {seed}, {moment}")
                 assert answer.attempt == 1, "the decode worker lives: it is not the router's business"
             hurt[moment] += any(went_on(answer) for answer in answers)
-            chaos.runner.run(chaos.cluster.replace(victim))
             chaos.runner.run(chaos.cluster.assert_all_free())
     per_moment = [len(range(index, NUM_RUNS, len(Moment))) for index in range(len(Moment))]
     assert hurt[Moment.BEFORE] == per_moment[0]
     assert hurt[Moment.DURING] and hurt[Moment.AFTER]
+
+
+def test_without_a_spare_the_rest_is_computed_by_decode() -> None:
+    """From the blocks that arrived, not from the beginning."""
+    with running_chaos({"router.local_prefill": "fallback"}) as chaos:
+        text = TEXTS[0]
+        [answer] = chaos.runner.run(kill_at(chaos, Moment.DURING, "prefill-0", [text], Random(0)))
+        assert_greedy(text, answer)
+        assert 0 < answer.route.recomputed_tokens < len(text)
+        assert answer.route.blocks * BLOCK_SIZE + answer.route.recomputed_tokens == len(text)
+        assert chaos.runner.run(chaos.cluster.total("sluice_engine_local_prefills_total", "decode")) == 1
+        chaos.runner.run(chaos.cluster.assert_all_free())
+        [later] = chaos.runner.run(chaos.together([TEXTS[1]]))
+        assert_greedy(TEXTS[1], later)
+        assert later.route.local_prefill, "the fallback is visible"
+
+
+@pytest.mark.parametrize("moment", Moment)
+def test_where_local_prefill_is_never_allowed_the_request_waits_for_the_successor(moment: Moment) -> None:
+    with running_chaos({"router.local_prefill": "never"}) as chaos:
+        texts = list(TEXTS[:2])
+        hurting = kill_at(chaos, moment, "prefill-0", texts, Random(0))
+        answers = chaos.with_successor(hurting, "prefill", "prefill-1")
+        for text, answer in zip(texts, answers, strict=True):
+            assert_greedy(text, answer)
+            assert not answer.route.local_prefill and not answer.route.recomputed_tokens
+        assert any(answer.route.prefill.name == "prefill-1" for answer in answers)
+        assert chaos.runner.run(chaos.cluster.total("sluice_engine_local_prefills_total", "decode")) == 0
+        chaos.runner.run(chaos.cluster.assert_all_free())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from random import Random
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from tests.support.checkpoints import VOCAB_SIZE, checkpoint, transformers_model
 from tests.support.plain_cluster import Answer, PlainCluster, WorkerMain, running_cluster, serve
 from tests.support.watch import Watch
 
+T = TypeVar("T")
 FAMILY = "llama"
 BLOCK_SIZE = 16
 CHUNK = 32
@@ -38,9 +40,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 @cache
 def prompts(count: int, low: int, high: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     random = Random(seed)
-    return tuple(
-        tuple(random.randrange(1, VOCAB_SIZE) for _ in range(random.randint(low, high))) for _ in range(count)
-    )
+    return tuple(tuple(random.randrange(1, VOCAB_SIZE) for _ in range(random.randint(low, high))) for _ in range(count))
 
 
 @cache
@@ -65,17 +65,38 @@ class Chaos:
         self.runner = runner
         self.watch = Watch(cluster)
 
+    def with_successor(self, hurt: Coroutine[object, object, T], pool: str, name: str) -> T:
+        """Runs what kills a worker of the pool while its successor starts; returns when that is warm."""
+
+        async def both() -> T:
+            hurting = asyncio.ensure_future(hurt)
+            await self.cluster.start_worker(pool, name)
+            while len(self.names(pool)) > num_workers:
+                await asyncio.sleep(0.001)  # until somebody was killed
+            self.cluster.publish()
+            result = await hurting
+            await self.cluster.until_warm()
+            return result
+
+        num_workers = len(self.names(pool))
+
+        return self.runner.run(both())
+
+    def names(self, pool: str) -> list[str]:
+        return sorted(name for name, worker in self.cluster.workers.items() if worker.pool == pool)
+
     def freeze(self, name: str) -> None:
         self.cluster.workers[name].signal(signal.SIGSTOP)
 
     def thaw(self, name: str) -> None:
         self.cluster.workers[name].signal(signal.SIGCONT)
 
-    def ask(
-        self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams = GREEDY
-    ) -> list[asyncio.Task[Answer]]:
+    def ask(self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams = GREEDY) -> list[asyncio.Task[Answer]]:
         """All at once, each in a task of its own."""
         return [asyncio.ensure_future(self.cluster.ask(list(text), sampling)) for text in texts]
+
+    async def together(self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams = GREEDY) -> list[Answer]:
+        return await asyncio.gather(*self.ask(texts, sampling))
 
     async def until_served(self, num_requests: int, name: str) -> pb.LoadReport:
         """The worker has heard of that many requests and ended none."""
