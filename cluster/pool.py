@@ -37,6 +37,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import PoolConfig, SluiceConfig
+from cluster.errors import SluiceError
 from cluster.log import Log
 from cluster.membership import Member, Membership, MemberState
 from cluster.placement import WorkerPlacement, place, worker_name
@@ -208,6 +209,7 @@ class ActorPool:
 
     async def _live(self, worker: _Worker) -> None:
         """From the actor's creation to its end, whatever that is."""
+        lasting = False
         try:
             if worker.actor is None:
                 worker.actor = await asyncio.to_thread(self._create, worker)
@@ -216,8 +218,8 @@ class ActorPool:
             await self._bring_up(worker)
             reason = await self._watch(worker)
         except (RayError, ValueError, TimeoutError) as error:
-            reason = _reason(error)
-        await self._bury(worker, reason)
+            reason, lasting = _reason(error), isinstance(error, SluiceError)
+        await self._bury(worker, reason, lasting)
 
     async def _bring_up(self, worker: _Worker) -> None:
         assert self._config is not None or worker.placed
@@ -276,7 +278,7 @@ class ActorPool:
                 self._log.warning("not drained", worker=worker.member.name, reason=_reason(error))
         await asyncio.to_thread(remove_worker, worker.actor_name)
 
-    async def _bury(self, worker: _Worker, reason: str) -> None:
+    async def _bury(self, worker: _Worker, reason: str, lasting: bool) -> None:
         now = time.monotonic()
         if worker.retired:
             self._log.info("stopped", worker=worker.member.name, incarnation=worker.member.incarnation)
@@ -284,7 +286,9 @@ class ActorPool:
             proven = worker.ready_at is not None and now - worker.ready_at > _PROVEN_S
             before = self._failures.get(worker.index)
             count = 1 if before is None or proven else before.count + 1
-            self._failures[worker.index] = Failure(worker=worker.member.name, count=count, error=reason)
+            self._failures[worker.index] = Failure(
+                worker=worker.member.name, count=count, error=reason, lasting=lasting
+            )
             self._not_before[worker.index] = now + backoff_s(count)
             self._log.warning(
                 "lost", worker=worker.member.name, incarnation=worker.member.incarnation, reason=reason,

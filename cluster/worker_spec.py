@@ -30,11 +30,15 @@ class Description:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a place is empty: the last error, and how many there were in a row."""
+    """Why a place is empty: the last error, and how many there were in a row.
+
+    `lasting`: an error that says what to change (SluiceError); the next start will meet it too.
+    """
 
     worker: str
     count: int
     error: str
+    lasting: bool
 
 
 @dataclass(frozen=True, slots=True)

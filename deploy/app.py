@@ -1,12 +1,16 @@
 """`deploy.app:build`: the one way from a config to a Serve application.
 
-Our CLI, `serve build deploy.app:build`, `serve deploy` and RayService's serveConfigV2 all go through it. It starts
-nothing: the first ingress replica makes the controller, which makes the workers.
+Our CLI, `serve run`, `serve deploy` and RayService's serveConfigV2 all go through it. It starts nothing: the first
+ingress replica makes the controller, which makes the workers.
 
+    import_path: deploy.app:build
     args:
       config: path of a YAML file, as seen where the application is built
       config_inline: or its content
       overrides: ["pools.decode.workers=2", …]
+
+`serve build` takes no arguments and wants the application itself: `serve build deploy.app:app` builds from
+./sluice.yaml.
 """
 
 from __future__ import annotations
@@ -50,6 +54,12 @@ def build(args: Mapping[str, object]) -> serve.Application:
         path = ".".join(["args", *map(str, first["loc"])])
         raise ConfigError(path, f"{first['msg']}; there are {', '.join(AppArgs.model_fields)}") from None
     return bind(config, revision=time.time_ns())
+
+
+def __getattr__(name: str) -> serve.Application:
+    if name == "app":
+        return build({"config": "sluice.yaml"})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def bind(config: SluiceConfig, revision: int) -> serve.Application:

@@ -18,7 +18,7 @@ from deploy.served_model import ServedModel
 Progress = Callable[[str], None]
 
 _LOOK_S = 0.1
-_ATTEMPTS = 2  # starts of one worker that may fail before we give up: its errors are the same each time
+_ATTEMPTS = 3  # starts of one worker that may fail for whatever reason before we give up
 
 
 class LocalApp:
@@ -99,7 +99,7 @@ class LocalApp:
             self._progress("waiting for the controller")
             return
         for failure in now.failures:
-            if failure.count >= _ATTEMPTS:
+            if failure.lasting or failure.count >= _ATTEMPTS:
                 raise SluiceError(f"{failure.worker} does not start: {failure.error}")
         members = Membership.from_wire(now.membership).members
         waiting = [member.name for member in members if member.state is MemberState.STARTING]

@@ -1,10 +1,126 @@
-"""placeholder"""
+"""Looks at the machine and the installation; says what would be used, why, and how fast blocks really move."""
+
+from __future__ import annotations
 
 import argparse
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-HELP = ""
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import TransferConfig
+from cluster.errors import ConfigError, SluiceError
+from deploy import preflight
+from deploy.commands.options import add_config, add_model, config_of
+
+HELP = "check this machine: versions, what is chosen and why, real transfer rate between two processes"
+
+_PACKAGES = ("torch", "ray", "nixl", "grpcio", "protobuf", "transformers", "tokenizers", "fastapi", "safetensors")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_model(parser)
+    parser.add_argument("--no-transfer", action="store_true", help="skip the measurement, which takes some seconds")
+
+
 def run(options: argparse.Namespace) -> int:
-    return 0
+    """1 if something would keep sluice from running here."""
+    console = Console()
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    _show_machine(table)
+    _show_versions(table)
+    _show_choices(table)
+    problems = [
+        f"{problem.reason}: {problem.remedy}" for problem in preflight.problems(preflight.probe(), installed=True)
+    ]
+    transfer = _transfer_config(options, table, problems)
+    if not options.no_transfer:
+        _show_rate(table, transfer, problems)
+    console.print(table)
+    for problem in problems:
+        console.print(f"[red]problem[/red]  {problem}", highlight=False)
+    console.print("ready to serve" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def _show_machine(table: Table) -> None:
+    machine = preflight.probe()
+    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    table.add_row("machine", f"{machine.system} {machine.architecture}, {os.cpu_count()} cores, {_cpu_name()}")
+    table.add_row("memory", f"{psutil.virtual_memory().available / 1e9:.1f} GB free of {_gb(machine.memory_bytes)}")
+    table.add_row("disk, /dev/shm", f"{_gb(machine.disk_bytes)} and {_gb(machine.shm_bytes)} free")
+    table.add_row("GPUs", ", ".join(gpus) or "none: everything runs on the CPU")
+
+
+def _show_versions(table: Table) -> None:
+    found = {"Python": ".".join(map(str, preflight.probe().python))}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    table.add_row("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
+
+
+def _show_choices(table: Table) -> None:
+    import torch
+
+    from workers.attention.interface import AttentionProblem
+    from workers.attention.resolver import Environment, resolve
+
+    environment = Environment.probe(torch.device("cpu"))
+    problem = AttentionProblem(
+        kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16, scale=128**-0.5
+    )
+    try:
+        choice = str(resolve(problem, environment))
+    except ConfigError as error:
+        choice = str(error)
+    table.add_row("chosen", choice)
+    infiniband = Path("/sys/class/infiniband")
+    rdma = infiniband.is_dir() and any(infiniband.iterdir())
+    table.add_row("transport", "nixl over UCX; " + ("RDMA found" if rdma else "no RDMA: shared memory, CMA or TCP"))
+
+
+def _transfer_config(options: argparse.Namespace, table: Table, problems: list[str]) -> TransferConfig:
+    """Of the config, if one is named: a doctor looks at a machine without a model too."""
+    if options.config is None and options.model is None and not options.overrides:
+        return TransferConfig()
+    try:
+        config = config_of(options)
+    except ConfigError as error:
+        problems.append(str(error))
+        return TransferConfig()
+    table.add_row("config", f"{config.name}: {', '.join(f'{n} × {p.workers}' for n, p in config.pools.items())}")
+    return config.transfer
+
+
+def _show_rate(table: Table, config: TransferConfig, problems: list[str]) -> None:
+    from deploy.transfer_probe import measure
+
+    try:
+        rate = measure(config)
+    except SluiceError as error:
+        problems.append(f"no blocks move between two processes: {error}; try --set transfer.ucx_tls=tcp,self")
+        return
+    share = rate.bytes_per_s / rate.memcpy_bytes_per_s
+    table.add_row(
+        "measured",
+        f"{rate.transport}: {rate.bytes_per_s / 1e9:.2f} GB/s for {rate.num_bytes / 1e6:.0f} MB between two processes, "
+        f"{share:.0%} of a copy inside one ({rate.memcpy_bytes_per_s / 1e9:.1f} GB/s)",
+    )
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def _gb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.1f} GB"

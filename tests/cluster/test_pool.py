@@ -142,6 +142,7 @@ def test_a_worker_that_cannot_start_is_tried_again_with_pauses_and_says_why(loca
             await until(lambda: any(failure.count >= 2 for failure in w.pool.failures()), "two failures")
             (failure,) = w.pool.failures()
             assert failure.worker == "decode-0"
+            assert not failure.lasting  # no error of ours
             assert failure.error == "ValueError: /refuse is no checkpoint; name another directory"
             w.pool.start(w.config(1))  # the remedy works at once, whatever the pause
             await w.ready(1)

@@ -1,0 +1,128 @@
+"""The whole app in Ray clusters of its own, through the command line: real processes, real HTTP, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.checkpoints import checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+READY_S = 100.0
+STOP_S = 60.0
+
+
+class Served:
+    """`python -m deploy serve` in a process group of its own, as a shell would start it."""
+
+    def __init__(self, model: Path, *overrides: str) -> None:
+        settings = [word for override in overrides for word in ("--set", override)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deploy", "serve", "--model", str(model), "--port", "0", *settings],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.errors.extend(self.process.stderr or ()), daemon=True)
+        self._reader.start()
+
+    def url(self) -> str:
+        assert self.process.stdout is not None
+        alarm = threading.Timer(READY_S, self.process.kill)
+        alarm.start()
+        line = self.process.stdout.readline()
+        alarm.cancel()
+        assert line.startswith("ready http://"), (line, self.errors[-20:])
+        return line.split()[1]
+
+    def family(self) -> list[psutil.Process]:
+        """The command, everything below it, and everything that works in its cluster's directory."""
+        command = psutil.Process(self.process.pid)
+        below = command.children(recursive=True)
+        marks = {process.environ().get("SLUICE_LOCAL_CLUSTER") for process in below} - {None}
+        assert len(marks) == 1
+        self.directory = Path(str(marks.pop()))
+        others = [
+            p for p in psutil.process_iter(["cmdline"]) if str(self.directory) in " ".join(p.info["cmdline"] or ())
+        ]
+        return list({p.pid: p for p in [command, *below, *others]}.values())
+
+    def ended(self, family: list[psutil.Process]) -> int:
+        """The exit status, after checking that nothing is left."""
+        status = self.process.wait(STOP_S)
+        left = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert [(p.pid, p.cmdline()) for p in left] == []
+        assert not self.directory.exists()
+        return status
+
+
+@contextmanager
+def served(model: Path, *overrides: str) -> Iterator[Served]:
+    command = Served(model, *overrides)
+    try:
+        yield command
+    finally:
+        if command.process.poll() is None:
+            command.process.terminate()
+            command.process.wait(STOP_S)
+
+
+def complete(url: str, **options: object) -> httpx.Response:
+    body = {"model": "model", "prompt": [5, 6, 7, 8] * 4, "max_tokens": 8, "temperature": 0, **options}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+@pytest.mark.timeout(240)
+def test_two_apps_side_by_side_serve_drain_and_leave_nothing() -> None:
+    model = checkpoint("llama")
+    settings = ("kv.num_blocks=64", "kv.block_size=8", "model.served_name=model")
+    with served(model, *settings, "http.replicas=2") as first, served(model, *settings) as second:
+        urls = [first.url(), second.url()]
+        families = [first.family(), second.family()]
+        assert not {p.pid for p in families[0]} & {p.pid for p in families[1]}
+        answers = [complete(url, return_token_ids=True, return_route=True) for url in urls]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert len({str(answer.json()["choices"][0]["token_ids"]) for answer in answers}) == 1
+        routes = [answer.json()["usage"]["sluice"] for answer in answers]
+        for route, family in zip(routes, families, strict=True):
+            assert route["transport"] == "nixl"
+            assert {route["prefill"]["pid"], route["decode"]["pid"]} < {p.pid for p in family}
+
+        body = {"model": "model", "prompt": [5, 6, 7, 8], "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{urls[0]}/v1/completions", json=body, timeout=60) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            next(lines)
+            first.process.send_signal(signal.SIGTERM)  # an open stream ends before the app does
+            assert list(lines)[-1] == "data: [DONE]"
+        assert first.ended(families[0]) == 0
+        assert complete(urls[1]).status_code == 200  # the other did not notice
+
+        os.killpg(second.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+        assert second.ended(families[1]) == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(tmp_path: Path) -> None:
+    """The front door reads config.json only: the workers are the ones that find the weights missing."""
+    model = checkpoint("llama")
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with served(tmp_path) as command:
+        assert command.process.wait(READY_S) == 1
+        command._reader.join(10)
+        assert "does not start: CheckpointError" in command.errors[-1]
