@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from random import Random
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 
 from cluster.protos import worker_pb2 as pb
 from cluster.request import SamplingParams
+from router.flight import RouterRequest, TokenDelta
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint, transformers_model
 from tests.support.plain_cluster import Answer, PlainCluster, WorkerMain, running_cluster, serve
 from tests.support.watch import Watch
@@ -91,11 +93,23 @@ class Chaos:
     def thaw(self, name: str) -> None:
         self.cluster.workers[name].signal(signal.SIGCONT)
 
-    def ask(self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams = GREEDY) -> list[asyncio.Task[Answer]]:
-        """All at once, each in a task of its own."""
-        return [asyncio.ensure_future(self.cluster.ask(list(text), sampling)) for text in texts]
+    def deltas(
+        self, text: tuple[int, ...], sampling: SamplingParams = GREEDY, request_id: str = ""
+    ) -> AsyncGenerator[TokenDelta]:
+        """One stream as the router gives it."""
+        request = RouterRequest(request_id=request_id or uuid4().hex, prompt_token_ids=text, sampling=sampling)
+        return self.cluster.router.generate(request)
 
-    async def together(self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams = GREEDY) -> list[Answer]:
+    def ask(
+        self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams | Sequence[SamplingParams] = GREEDY
+    ) -> list[asyncio.Task[Answer]]:
+        """All at once, each in a task of its own."""
+        each = [sampling] * len(texts) if isinstance(sampling, SamplingParams) else sampling
+        return [asyncio.ensure_future(self.cluster.ask(list(t), s)) for t, s in zip(texts, each, strict=True)]
+
+    async def together(
+        self, texts: Sequence[tuple[int, ...]], sampling: SamplingParams | Sequence[SamplingParams] = GREEDY
+    ) -> list[Answer]:
         return await asyncio.gather(*self.ask(texts, sampling))
 
     async def until_served(self, num_requests: int, name: str) -> pb.LoadReport:
