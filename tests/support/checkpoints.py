@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+
+from tests.support.margins import Margins
 
 VOCAB_SIZE = 512
 LLAMA3_ROPE = {
@@ -107,6 +110,16 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class DecidedRun:
+    """What transformers says to a prompt, and how clearly. Callers must not change it."""
+
+    prompt: list[int]
+    tokens: list[int]
+    margin: float
+    num_index_choices: int
+
+
 @cache
 def _root() -> tempfile.TemporaryDirectory[str]:
     """Removed when the process ends."""
@@ -159,6 +172,23 @@ def greedy(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
         pad_token_id=0,
     )
     return output[0, len(prompt) :].tolist()
+
+
+DECIDED = 3e-5  # rounding moves the scores of these tiny models by a tenth of that
+
+
+@cache
+def decided(family: str, prompts: tuple[tuple[int, ...], ...], count: int, num_tokens: int) -> list[DecidedRun]:
+    """The first `count` of `prompts` on whose way no expert, no index choice and no token was chosen by a nose."""
+    runs: list[DecidedRun] = []
+    for prompt in prompts:
+        with Margins() as margins:
+            tokens = greedy(family, prompt, num_tokens)
+        if margins.smallest > DECIDED:
+            runs.append(DecidedRun(list(prompt), tokens, margins.smallest, margins.num_index_choices))
+        if len(runs) == count:
+            return runs
+    raise AssertionError(f"{family}: {len(runs)} of {len(prompts)} prompts are decided, {count} wanted; give more")
 
 
 def ragged_prompts(count: int = 8, *, longest: int = 60, seed: int = 0) -> list[list[int]]:
