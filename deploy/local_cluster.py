@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +78,7 @@ def environment(directory: Path, base: int, secret_env: str) -> dict[str, str]:
         # One token per process: Ray's library keeps the first that it sees. Left alone, Ray turns tokens on.
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_TMPDIR": str(directory),
-        "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+        "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",  # where /dev/shm is small, Ray uses a file
         "RAY_DEDUP_LOGS": "1",
         # A dead node is noticed in 4 s instead of 15.
         "RAY_health_check_period_ms": "500",
@@ -226,8 +225,3 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def needs_slow_store() -> bool:
-    """Is /dev/shm too small for the object store? Then Ray uses a file under /tmp."""
-    return sys.platform == "linux" and shutil.disk_usage("/dev/shm").free < OBJECT_STORE_BYTES
