@@ -21,7 +21,7 @@ lint: setup-dev
 	$(VENV)/basedpyright
 
 proto: setup-dev
-	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. cluster/protos/worker.proto
+	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto
 
 setup:
 	@$(PYTHON) deploy/preflight.py

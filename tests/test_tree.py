@@ -121,7 +121,14 @@ def test_no_bare_except() -> None:
 
 def test_the_environment_is_read_at_the_edges_only() -> None:
     """Third-party libraries read it, and secrets come from it; nothing deep inside does."""
-    allowed = ("deploy/", "tests/", "benchmarks/", "workers/actor.py", "workers/standalone.py", "kvtransfer/nixl_transport.py")
+    allowed = (
+        "deploy/",
+        "tests/",
+        "benchmarks/",
+        "workers/actor.py",
+        "workers/standalone.py",
+        "kvtransfer/nixl_transport.py",
+    )
     readers = [
         f"{path}:{node.lineno}"
         for path, tree in TREES.items()

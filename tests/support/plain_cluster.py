@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -145,7 +145,7 @@ class PlainCluster:
 
     async def stream(
         self, prompt: list[int], sampling: SamplingParams, request_id: str = "", *, deadline_s: float | None = None
-    ) -> AsyncIterator[tuple[list[int], Answer | None]]:
+    ) -> AsyncGenerator[tuple[list[int], Answer | None]]:
         """New tokens; the whole answer with the last ones."""
         request = RouterRequest(
             request_id=request_id or uuid4().hex,

@@ -46,16 +46,15 @@ def test_prompts_in_chunks_beside_decodes(chunk: int) -> None:
     mixed = 0
     for prompt in PROMPTS:
         text = Text(list(prompt))
-        num_chunks = 0
-        while text.num_computed < len(prompt):
+        for _ in range(-(-len(prompt) // chunk)):
             work = [(other, 1) for other in running]
             logits = model.step([*work, (text, min(chunk, len(prompt) - text.num_computed))])
-            for other, token in zip(running, logits[:-1].argmax(-1).tolist(), strict=True):
+            *decoded, last = logits.argmax(-1).tolist()
+            for other, token in zip(running, decoded, strict=True):
                 other.tokens.append(token)
-            num_chunks += 1
+            if text.num_computed == len(prompt):
+                text.tokens.append(last)
             mixed += bool(running)
-        assert num_chunks == -(-len(prompt) // chunk)
-        text.tokens.append(int(logits[-1].argmax()))
         running.append(text)
     assert mixed >= 7
     while any(len(text.tokens) < len(prompt) + NUM_TOKENS for text, prompt in zip(running, PROMPTS, strict=True)):
@@ -98,7 +97,7 @@ def test_what_earlier_owners_left_in_blocks_is_never_seen() -> None:
     assert tokens == expected("llama")
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.12), ("float16", 0.02)])
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.01), ("float16", 0.001)])
 def test_half_precision_agrees_with_transformers_in_the_same_dtype(dtype: str, bound: float) -> None:
     """Teacher-forced: the logits' relative error stays near the dtype's rounding."""
     model = PagedModel(load(checkpoint("llama", dtype)).model, block_size=8)
