@@ -56,7 +56,7 @@ class Served:
         return self.runner.run(self.cluster.total(metric, pool))
 
 
-@pytest.fixture(scope="module", params=["llama"])
+@pytest.fixture(scope="module", params=["llama", "deepseek-v32"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     settings = {**SETTINGS, "model.path": str(checkpoint(request.param))}
     with running_cluster(settings, prefill=2, decode=2) as (cluster, runner):
