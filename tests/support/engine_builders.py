@@ -193,17 +193,17 @@ class EngineDouble:
     def step(self) -> tuple[StepPlan, StepOutcome]:
         """schedule, compute, settle."""
         plan = self.scheduler.schedule()
-        return plan, self._settle(plan)
+        return plan, self.settle(plan)
 
     def step_overlapped(self) -> StepOutcome | None:
         """Makes the next plan, and only then computes and settles the one before: the device is that far behind."""
         before, self.in_flight = self.in_flight, self.scheduler.schedule()
-        return None if before is None else self._settle(before)
+        return None if before is None else self.settle(before)
 
     def land(self) -> StepOutcome | None:
         """Computes and settles the plan in flight."""
         before, self.in_flight = self.in_flight, None
-        return None if before is None else self._settle(before)
+        return None if before is None else self.settle(before)
 
     def run(self, max_steps: int = 500) -> list[StepOutcome]:
         """Steps until nothing is left to do."""
@@ -226,7 +226,8 @@ class EngineDouble:
         for group, capacity in enumerate(self.blocks.groups):
             assert self.blocks.counts(group).free == capacity.num_blocks
 
-    def _settle(self, plan: StepPlan) -> StepOutcome:
+    def settle(self, plan: StepPlan) -> StepOutcome:
+        """Computes a plan, checks what its rows attend to, and settles it."""
         sampled = self.rank.run(plan)
         for row in plan.sequences:
             seq = self.sequences[row.id]

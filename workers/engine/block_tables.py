@@ -131,7 +131,6 @@ class BlockTables:
             table = seq.block_tables[index]
             self._blocks.release(index, table[kept:])
             del table[kept:]
-        seq.num_ready_blocks = min(seq.num_ready_blocks, kept)
         self.fill(seq, valid)
         seq.num_computed = seq.num_confirmed = valid
         self._measure(seq)

@@ -158,10 +158,12 @@ class Scheduler:
         Raises as `add` does, and RequestTooLong if pulls may never hold that much: it can only be computed here.
         """
         assert seq.status is SequenceStatus.WAITING, f"{seq} cannot pull"
-        self._accept(seq)
+        if seq.id not in self._sequences:
+            self.check(seq)
         self._limits.check_pull(seq, self._blocks.groups)
-        if seq.num_pending or seq.is_unreported:
-            return None  # a step in flight still brings one of its tokens
+        self._accept(seq)
+        if seq.is_unreported:
+            return None  # a step in flight may still bring one of its tokens
         if self._blocked is not None and self._blocked.order < seq.order:
             return None
         # As many again as run may be on their way: a slot must not idle while its next user waits for bytes.
@@ -276,7 +278,6 @@ class Scheduler:
                 not batch.preempted
                 and not batch.stalled
                 and not seq.is_unreported
-                and seq.num_pending == 0
                 and len(self._running) < self._limits.max_sequences
                 and self._tables.admit(seq, num_running=len(self._running))
             )

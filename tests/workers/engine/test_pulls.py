@@ -114,8 +114,10 @@ def test_pulls_leave_the_reserve_to_computing_and_start_again_when_released() ->
     engine.scheduler.add(first)
     engine.run()
     assert first.is_finished
+    engine.scheduler.abort(second)
     with pytest.raises(RequestTooLong, match=r"20 tokens need 5 blocks.*prefill_reserve=0\.5"):
         engine.scheduler.reserve_for_pull(engine.sequence([1] * 20))
+    engine.check_empty()
 
 
 def test_pull_that_found_no_room_holds_back_those_behind_it_for_one_step() -> None:
@@ -167,4 +169,29 @@ def test_request_that_ends_with_the_handoff() -> None:
     assert engine.scheduler.append_token(seq, 9) is FinishReason.LENGTH
     engine.scheduler.abort(seq)
     assert engine.scheduler.num_pulling == 0
+    engine.check_empty()
+
+
+def test_no_pull_while_a_step_in_flight_may_bring_a_token() -> None:
+    engine = EngineDouble(num_blocks=6, max_model_len=16, prefill_reserve=0.0)
+    first = engine.sequence([1] * 4, params=greedy(6))
+    second = engine.sequence([2] * 2, params=greedy(6))
+    engine.scheduler.add(first)
+    engine.scheduler.add(second)
+    others = engine.blocks.reserve([4])
+    assert others is not None
+    plan = engine.scheduler.schedule()
+    preempting = engine.scheduler.schedule()  # the first needs a second block
+    assert preempting.preempted == (second.id,)
+    assert second.num_pending == 1
+    engine.blocks.release(0, others[0])
+    assert engine.scheduler.reserve_for_pull(second) is None
+    outcomes = [engine.settle(plan), engine.settle(preempting)]
+    assert [outcome.preempted for outcome in outcomes] == [[], [second]]
+    assert [token.seq for token in outcomes[0].tokens] == [first, second]
+    assert engine.scheduler.reserve_for_pull(second) is not None
+    engine.scheduler.release_pull(second)
+    engine.scheduler.add(second)
+    engine.run()
+    assert engine.emitted[second.id] == expected_tokens([2] * 2, second.params, 16)
     engine.check_empty()

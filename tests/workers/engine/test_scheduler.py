@@ -242,7 +242,8 @@ def test_preempted_sequence_is_resumed_with_other_tables() -> None:
     assert [new.id for plan in plans for new in plan.new] == [1, 2]
 
 
-def test_sequence_whose_blocks_free_nothing_is_no_victim() -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_sequence_whose_blocks_free_nothing_is_no_victim(held: bool) -> None:
     engine = EngineDouble(num_blocks=5, max_model_len=16, enable_prefix_cache=False)
     first, second, third = (engine.sequence([n] * 4, params=greedy(9)) for n in (1, 2, 3))
     for seq in (first, second, third):
@@ -250,13 +251,16 @@ def test_sequence_whose_blocks_free_nothing_is_no_victim() -> None:
     engine.step()
     pins = [(0, block) for block in third.block_tables[0]]
     engine.blocks.pin(pins)
-    held = engine.blocks.reserve([2])
-    assert held is not None
+    if held:  # the lease on it ran out
+        engine.blocks.hold(pins)
+        engine.blocks.unpin(pins)
+    others = engine.blocks.reserve([2])
+    assert others is not None
     outcome = engine.step()[1]
     assert outcome.preempted == [second]
     assert third.status is SequenceStatus.RUNNING
-    engine.blocks.unpin(pins)
-    engine.blocks.release(0, held[0])
+    (engine.blocks.unhold if held else engine.blocks.unpin)(pins)
+    engine.blocks.release(0, others[0])
     engine.run()
     engine.check_empty()
 

@@ -35,6 +35,7 @@ class Case:
     expected: list[int]
     aborted: bool = False
     reservation: PullReservation | None = None
+    asked: tuple[int, ...] = ()  # what the source was asked to compute
 
 
 class Workload(RuleBasedStateMachine):
@@ -125,6 +126,7 @@ class Workload(RuleBasedStateMachine):
             self.add(case)  # only possible here, if at all
             return True
         if case.reservation is not None:
+            case.asked = tuple(case.seq.tokens)
             self.pulling.append(case)
             hit = case.seq.tokens[: case.reservation.hit_tokens]
             self.engine.rank.check(case.seq.block_tables[0], hit)
@@ -146,8 +148,8 @@ class Workload(RuleBasedStateMachine):
         case = self.draw(data, self.pulling)
         seq, reservation = case.seq, case.reservation
         assert reservation is not None
-        num_known = len(seq.tokens)
-        valid = round(share * num_known)
+        assert case.asked == tuple(seq.tokens), "a token came while another worker was asked for it"
+        valid = round(share * len(seq.tokens))
         refs = [BlockRef(group, block) for group, blocks in enumerate(reservation.destination) for block in blocks]
         self.pull_id += 1
         self.ledger.post(self.pull_id, refs, self.now)
@@ -211,6 +213,13 @@ class Workload(RuleBasedStateMachine):
             elif len(seq.tokens) < 20:
                 self.reserve_queued(case)
 
+    @rule(data=st.data())
+    def pull_queued(self, data: st.DataObject) -> None:
+        """At any time, preempted by a plan in flight or not."""
+        queued = [case for case in self.cases if case.seq.is_queued and not case.seq.stop_after_first]
+        if queued:
+            self.reserve_queued(data.draw(st.sampled_from(queued)))
+
     def reserve_queued(self, case: Case) -> None:
         """Straight from the queue; without room it stays there."""
         try:
@@ -218,6 +227,7 @@ class Workload(RuleBasedStateMachine):
         except RequestTooLong:
             return
         if case.reservation is not None:
+            case.asked = tuple(case.seq.tokens)
             self.pulling.append(case)
 
     def take(self, outcome: StepOutcome | None) -> None:
@@ -332,7 +342,7 @@ class OverlappedWorkload(Workload):
     overlapped = True
 
 
-_SETTINGS = settings(max_examples=80, stateful_step_count=50, deadline=None)
+_SETTINGS = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestWorkload = Workload.TestCase
 TestWorkload.settings = _SETTINGS
 TestOverlappedWorkload = OverlappedWorkload.TestCase
