@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import DeepseekV32Config, LlamaConfig
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import (
+    DeepseekV32RotaryEmbedding,
+    apply_rotary_pos_emb_interleave,
+    yarn_apply_mscale,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.support.checkpoints import LLAMA3_ROPE
+from tests.support.checkpoints import LLAMA3_ROPE, YARN_ROPE
 from workers.layers.norm import RmsNorm
-from workers.layers.rotary import Llama3Scaling, RotaryEmbedding
+from workers.layers.rotary import Llama3Scaling, RotaryEmbedding, YarnScaling, yarn_mscale
 
 SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
@@ -40,3 +45,26 @@ def test_rotary(scaled: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, wanted[0].transpose(0, 1), rtol=bound, atol=bound)
     exact = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got[:5], wanted[0].transpose(0, 1)[:5], rtol=exact, atol=exact)
+
+
+def test_yarn_and_interleaved_rotation() -> None:
+    """transformers puts the rotated even features first; ours stay in their places."""
+    config = DeepseekV32Config(qk_rope_head_dim=32, max_position_embeddings=256, rope_parameters=dict(YARN_ROPE))
+    theirs = DeepseekV32RotaryEmbedding(config)
+    factor = yarn_mscale(4.0, 1.0) / yarn_mscale(4.0, 0.7)
+    scaling = YarnScaling(
+        factor=4.0, beta_fast=8.0, beta_slow=1.0, original_max_position_embeddings=64, attention_factor=factor
+    )
+    ours = RotaryEmbedding(32, 10000.0, scaling)
+    torch.testing.assert_close(ours.frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert len(set((ours.frequencies * 10000 ** (torch.arange(0, 32, 2) / 32)).round(decimals=4).tolist())) > 2
+    assert factor != 1.0 and ours.magnitude == pytest.approx(theirs.attention_scaling)
+    assert yarn_apply_mscale(YARN_ROPE, 1.0) == pytest.approx(yarn_mscale(4.0, 0.7) ** 2)
+    positions = torch.tensor([0, 1, 7, 63, 200])
+    x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(3))
+    cos, sin = theirs(x, positions[None])
+    batch = x.transpose(0, 1)[None]
+    wanted, _ = apply_rotary_pos_emb_interleave(batch, batch, cos, sin)
+    got = ours.rotation(positions, torch.float32).apply_interleaved(x)
+    split = torch.cat((got[..., 0::2], got[..., 1::2]), -1)
+    torch.testing.assert_close(split, wanted[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
