@@ -9,7 +9,7 @@ from importlib import import_module
 
 from cluster.errors import SluiceError
 
-COMMANDS = ("serve", "check-config", "doctor")
+COMMANDS = ("serve", "generate", "demo", "doctor", "check-config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

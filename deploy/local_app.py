@@ -24,8 +24,10 @@ _ATTEMPTS = 3  # starts of one worker that may fail for whatever reason before w
 class LocalApp:
     """`url` is set when the app is ready. Driven by one thread; `stop` may follow an exception at any place."""
 
-    def __init__(self, config: SluiceConfig, progress: Progress) -> None:
+    def __init__(self, config: SluiceConfig, progress: Progress, *, show_logs: bool = False) -> None:
+        """`show_logs`: what the workers write comes to this process's output; log.level=debug does that, too."""
         self.config = config
+        self._show_logs = show_logs or config.log.level == "debug"
         self.url = ""
         self._progress = progress
         self._cluster: LocalCluster | None = None
@@ -38,7 +40,7 @@ class LocalApp:
         self._progress("starting Ray")
         room = total(place(config.pools))
         num_cpus = int(2 * room.cpus) + config.http.replicas + 2  # a redeploy may need twice the room
-        self._cluster = LocalCluster.start(num_cpus, config.words.secret_env, show_logs=config.log.level == "debug")
+        self._cluster = LocalCluster.start(num_cpus, config.words.secret_env, show_logs=self._show_logs)
         self._progress("starting the front door")
         port = self._cluster.start_serve(config.http.host, config.http.port)
         self.url = f"http://{config.http.host}:{port}"

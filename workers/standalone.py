@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from cluster import config_file
 from cluster.config import SluiceConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, SluiceError
 from cluster.log import Log
 from cluster.membership import Membership
 from kvtransfer import nixl_transport
@@ -51,6 +51,13 @@ def main() -> None:
     parser.add_argument("--pool", required=True)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
+    try:
+        _run(options)
+    except SluiceError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
     config = config_file.load(options.config, options.overrides)
     secret = os.environ.get(config.words.secret_env, "")
     if not secret:
