@@ -9,7 +9,8 @@
     │   ├── NoWorker           503
     │   ├── DeadlineExceeded   504
     │   ├── Cancelled          499
-    │   └── WorkerFailed       500, the request killed or failed on a worker
+    │   ├── WorkerFailed       500, the request killed or failed on a worker
+    │   └── SourcesLost        500, two prefill workers died or failed under the request
     ├── SessionError           the words plane: refused handshake, broken session, oversize frame
     │   ├── Refused
     │   └── SessionBroken
@@ -84,6 +85,10 @@ class Cancelled(RequestError):
 class WorkerFailed(RequestError):
     code = pb.INTERNAL
     status = 500
+
+
+class SourcesLost(RequestError):
+    code = pb.PEER_LOST
 
 
 class SessionError(SluiceError):

@@ -159,11 +159,11 @@ class Flight:
     def fail_attempt(self, failure: pb.Failure, max_attempts: int, *, reported: bool) -> bool:
         """RUNNING -> PLACING, True: try elsewhere. Or -> ENDED, False: it is over.
 
-        `reported`: the decode worker lives and said so itself; PEER_LOST is then about its source.
+        `reported`: the decode worker lives and said so itself; PEER_LOST then means that two sources died under it.
         """
         assert self.state is State.RUNNING and self.plan is not None, self.state
         self.last_failure = failure
-        decode, prefill = self.plan.decode.incarnation, self.plan.prefill.incarnation
+        decode = self.plan.decode.incarnation
         sampling = self.request.sampling
         if failure.code not in _ELSEWHERE:
             self.end(from_failure(failure))
@@ -173,12 +173,14 @@ class Flight:
             self._complete(FinishReason.STOP, None)
         else:
             if failure.code in _DEADLY:
-                self._deaths.add(prefill if reported and failure.code == pb.PEER_LOST else decode)
+                self._deaths.add(decode)
             (self.shunned if failure.code in _PASSING else self.excluded).add(decode)
-            if len(self._deaths) >= MAX_DEATHS:
+            sources_died = reported and failure.code == pb.PEER_LOST
+            if sources_died or len(self._deaths) >= MAX_DEATHS:
+                num_workers = MAX_DEATHS if sources_died else len(self._deaths)
                 self.end(
                     WorkerFailed(
-                        f"request {self.request.request_id} failed on {len(self._deaths)} workers and is not tried "
+                        f"request {self.request.request_id} failed on {num_workers} workers and is not tried "
                         f"again (last: {failure.message}); report its id"
                     )
                 )

@@ -105,11 +105,10 @@ class DecodeStage:
 
     def ticket(self, session: Session, ticket: pb.Ticket, now: float) -> None:
         """Blocks of a chunk are ready to be read, and with the last ones come the first tokens."""
-        request = self._fetching(session, ticket.key, ticket.ask)
-        if request is None:
+        found = self._fetching(session, ticket.key, ticket.ask)
+        if found is None:
             return
-        fetch = request.fetch
-        assert fetch is not None
+        request, fetch = found
         fetch.had_ticket = True
         fetch.last_ticket = ticket.last
         request.route.chunks += 1
@@ -136,14 +135,14 @@ class DecodeStage:
             self._advance(request, now)
 
     def kv_failed(self, session: Session, failed: pb.KvFailed, now: float) -> None:
-        request = self._fetching(session, failed.key, failed.ask)
-        if request is None:
+        found = self._fetching(session, failed.key, failed.ask)
+        if found is None:
             return
-        assert request.fetch is not None
+        request, fetch = found
         if failed.failure.code in (pb.INVALID, pb.TOO_LONG, pb.DEADLINE):
             self._settle(request, now, error=from_failure(failed.failure))
             return
-        request.fetch.source_lost = failed.failure.message
+        fetch.lose(failed.failure.message, died=failed.failure.code == pb.INTERNAL)
         self._advance(request, now)
 
     def pulled(self, done: Done, now: float) -> None:
@@ -167,7 +166,8 @@ class DecodeStage:
         if not self._sink.num_pulls_of(key):
             request.route.transfer_s += fetch.end_read(now)
         if result.outcome is not Outcome.OK:
-            fetch.source_lost = f"{result.outcome}: {'; '.join(result.errors) or 'read thrown away'}"
+            reason = f"{result.outcome}: {'; '.join(result.errors) or 'read thrown away'}"
+            fetch.lose(reason, died=result.outcome is Outcome.LOST)
             fetch.blocks_stuck |= result.outcome is Outcome.STUCK
         self._advance(request, now)
 
@@ -177,7 +177,7 @@ class DecodeStage:
             if request.session is session:
                 self._settle(request, now, error=Cancelled("the ingress is gone"))
             elif request.fetch is not None and request.fetch.session is session:
-                request.fetch.source_lost = str(session.error)
+                request.fetch.lose(str(session.error), died=True)
                 self._advance(request, now)
         self._tokens.forget(session)
 
@@ -285,14 +285,14 @@ class DecodeStage:
         )
         session.send(pb.Frame(kv_request=frame), request.key)
 
-    def _fetching(self, session: Session, key: pb.RequestKey, ask: int) -> Request | None:
-        """The request that a source's frame is about; frames of other asks are dropped and counted."""
+    def _fetching(self, session: Session, key: pb.RequestKey, ask: int) -> tuple[Request, Fetch] | None:
+        """The request and its fetch that a source's frame is about; frames of other asks are dropped and counted."""
         request = self._requests.get(RequestKey.of(key))
         fetch = request.fetch if request is not None else None
-        if fetch is None or fetch.session is not session or fetch.ask != ask or fetch.source_lost:
+        if request is None or fetch is None or fetch.session is not session or fetch.ask != ask or fetch.source_lost:
             self._metrics.dropped_frames.labels(DropReason.UNKNOWN_REQUEST).inc()
             return None
-        return request
+        return request, fetch
 
     def _hand_off(self, request: Request, tokens: list[int], now: float) -> None:
         """The source's first tokens: known input from here on, told at once, whatever the blocks do."""
@@ -324,6 +324,9 @@ class DecodeStage:
     def _lose_source(self, request: Request, fetch: Fetch, now: float) -> None:
         """Another source, or our own engine, goes on from the blocks that have come."""
         self._leave_source(request)
+        if (error := request.blame(fetch)) is not None:
+            self._settle(request, now, error=error)
+            return
         if fetch.blocks_stuck:
             self._requeue(request, now)
             return
@@ -349,10 +352,10 @@ class DecodeStage:
         assert fetch is not None
         if fetch.had_ticket or fetch.source_lost or now - fetch.asked_at < self._limits.max_pull_wait_s:
             return
-        self._leave_source(request)
         self._requeue(request, now)
 
     def _requeue(self, request: Request, now: float) -> None:
+        self._leave_source(request)
         self._scheduler.release_pull(request.sequence)
         request.fetch = None
         request.pend(now, RETRY_S)

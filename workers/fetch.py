@@ -27,6 +27,7 @@ class Fetch:
     had_ticket: bool = False
     last_ticket: bool = False
     source_lost: str = ""  # why the source is given up, once its reads have ended
+    under_it: bool = False  # the source died or failed while it computed this prompt: the prompt is a suspect
     blocks_stuck: bool = False  # destination blocks that may still be written
     _missing: list[dict[int, int]] = field(default_factory=list)  # [group] destination block -> its position
     _reading_since: float | None = None
@@ -53,6 +54,12 @@ class Fetch:
         self.tried.add(session.peer.incarnation)
         self.had_ticket = self.last_ticket = False
         self.source_lost = ""
+        self.under_it = False
+
+    def lose(self, reason: str, *, died: bool) -> None:
+        """The source is given up. `died`: or its step failed; that counts until its last ticket is here."""
+        self.source_lost = reason
+        self.under_it = died and not self.last_ticket
 
     def wanted(self) -> list[BlockSpan]:
         """The destinations from the valid prefix on."""

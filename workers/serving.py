@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster import hashing
-from cluster.errors import RequestError
+from cluster.errors import RequestError, SourcesLost
 from cluster.metrics import Metrics, PullOutcome
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
@@ -15,6 +15,8 @@ from cluster.session import Session
 from kvtransfer.connector import PullResult
 from workers.engine.sequence import Sequence
 from workers.fetch import Fetch
+
+MAX_SOURCE_DEATHS = 2  # then the request is poisoned: neither a third source nor our own engine tries it
 
 
 class Phase(Enum):
@@ -43,6 +45,7 @@ class Request:
     not_before: float = 0.0
     num_asks: int = 0
     refused: frozenset[str] = field(default=frozenset())
+    num_deaths: int = 0  # of sources, under this request
 
     @classmethod
     def of(cls, session: Session, submit: pb.Submit, me: pb.WorkerRef, sequence_id: int, now: float) -> Request:
@@ -84,6 +87,14 @@ class Request:
         self.phase = Phase.PENDING
         self.pending_since = now
         self.not_before = now + pause_s
+
+    def blame(self, fetch: Fetch) -> RequestError | None:
+        """Counts a source that died under this request; the error when there were too many, and no other may try."""
+        self.num_deaths += fetch.under_it
+        if self.num_deaths < MAX_SOURCE_DEATHS:
+            return None
+        told = f"{self.num_deaths} sources died or failed while they computed the prompt of {self.key.request_id}"
+        return SourcesLost(f"{told} (last: {fetch.source_lost})")
 
     def remaining_ms(self, now: float) -> int:
         """For the next hop; 0 means none, so the last millisecond stays one."""

@@ -117,6 +117,15 @@ def test_a_request_that_kills_two_workers_is_not_tried_on_a_third() -> None:
     assert "request r failed on 2 workers" in str(one.error)
 
 
+def test_a_request_under_which_two_sources_died_is_not_tried_again() -> None:
+    """The decode worker lives and says so; asking another would kill two more sources."""
+    one = flight()
+    one.place(plan_on("a"), "s1")
+    assert not one.fail_attempt(lost(), MAX_ATTEMPTS, reported=True)
+    assert isinstance(one.error, WorkerFailed)
+    assert "request r failed on 2 workers" in str(one.error)
+
+
 def test_the_same_worker_lost_again_is_one_death() -> None:
     one = flight()
     for attempt in range(1, 4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from random import Random
 from typing import TypeVar
@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 
+from cluster.membership import Member
 from cluster.protos import worker_pb2 as pb
 from cluster.request import SamplingParams
 from router.flight import RouterRequest, TokenDelta
@@ -87,6 +88,15 @@ class Chaos:
     def names(self, pool: str) -> list[str]:
         return sorted(name for name, worker in self.cluster.workers.items() if worker.pool == pool)
 
+    def member(self, name: str) -> Member:
+        member = self.cluster.workers[name].member
+        assert member is not None
+        return member
+
+    def dead(self) -> list[str]:
+        """Workers whose process has ended and that nobody took out."""
+        return [name for name, worker in self.cluster.workers.items() if not worker.process.is_alive()]
+
     def freeze(self, name: str) -> None:
         self.cluster.workers[name].signal(signal.SIGSTOP)
 
@@ -132,5 +142,6 @@ def running_chaos(
             yield chaos
         finally:
             for worker in cluster.workers.values():
-                worker.signal(signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    worker.signal(signal.SIGCONT)
             chaos.watch.stop()

@@ -1,0 +1,84 @@
+"""An ingress that has no clock and no manners: it submits what it is told, and remembers every answer."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import uuid4
+
+from cluster.config import Role
+from cluster.errors import SessionError
+from cluster.membership import Member
+from cluster.protos import worker_pb2 as pb
+from cluster.request import RequestKey, SamplingParams
+from cluster.rpc import Dialer
+from cluster.session import Session
+from cluster.words_thread import WordsThread
+from tests.support.plain_cluster import SECRET
+
+DEADLINE_S = 20.0
+
+
+class RawIngress:
+    """Sessions to the workers it is shown. Without block hashes and replays; no deadline of its own."""
+
+    def __init__(self, words: WordsThread) -> None:
+        identity = pb.Identity(kind=pb.INGRESS, name="raw-ingress", incarnation=uuid4().hex)
+        self._dialer = Dialer(words, identity, SECRET, self)
+        self._sessions: dict[str, Session] = {}
+        self.last: dict[str, pb.SequenceTokens] = {}  # by request id: what ended it
+        self.num_tokens: dict[str, int] = {}
+
+    async def submit(
+        self, decode: Member, prefill: Member, prompt: tuple[int, ...], sampling: SamplingParams, deadline_ms: int = 0
+    ) -> str:
+        """The request's id, when the words are on their way."""
+        self._dialer.keep(decode.address, decode.incarnation)
+        async with asyncio.timeout(DEADLINE_S):
+            while (session := self._sessions.get(decode.incarnation)) is None:
+                await asyncio.sleep(0.005)
+        key = RequestKey(uuid4().hex, 1)
+        source = pb.StagePlan(stage=pb.PREFILL, worker=_ref(prefill))
+        plan = pb.Plan(stages=[source, pb.StagePlan(stage=pb.DECODE, worker=_ref(decode))])
+        submit = pb.Submit(
+            key=key.wire(), plan=plan, prompt_token_ids=prompt, sampling=sampling.wire(), deadline_ms=deadline_ms
+        )
+        session.send(pb.Frame(submit=submit), key)
+        return key.request_id
+
+    async def end_of(self, request_id: str) -> pb.SequenceTokens:
+        async with asyncio.timeout(DEADLINE_S):
+            while request_id not in self.last:
+                await asyncio.sleep(0.005)
+        return self.last[request_id]
+
+    def cancel(self, decode: Member, request_id: str) -> None:
+        key = RequestKey(request_id, 1)
+        self._sessions[decode.incarnation].send(pb.Frame(cancel=pb.Cancel(key=key.wire(), reason="a test")), key)
+
+    def stop(self) -> None:
+        self._dialer.stop()
+
+    # ------------------------------------------------------------ words thread
+
+    def on_open(self, session: Session) -> None:
+        self._sessions[session.peer.incarnation] = session
+
+    def on_frame(self, session: Session, frame: pb.Frame) -> None:
+        for tokens in frame.step_tokens.sequences:
+            name = tokens.key.request_id
+            assert name not in self.last, "words after the last word"
+            self.num_tokens[name] = self.num_tokens.get(name, 0) + len(tokens.token_ids)
+            if tokens.finish:
+                self.last[name] = tokens
+
+    def on_bulk(self, session: Session, topic: str, payload: bytes) -> None: ...
+
+    def on_broken(self, session: Session, error: SessionError) -> None:
+        self._sessions.pop(session.peer.incarnation, None)
+
+    def on_overflow(self, session: Session, key: RequestKey) -> None: ...
+
+
+def _ref(member: Member) -> pb.WorkerRef:
+    assert Role.PREFILL in member.roles or Role.DECODE in member.roles
+    return pb.WorkerRef(name=member.name, incarnation=member.incarnation)
