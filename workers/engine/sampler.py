@@ -82,6 +82,7 @@ def _limit(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     mass_before[:, 0] = 0.0  # the first token always stays
     num_kept = (mass_before < top_p[:, None]).sum(dim=-1, keepdim=True)
     nucleus = torch.where(top_p[:, None] < 1, ordered.gather(1, num_kept - 1), kth)
+    # Both: rounding may carry the mass of top-k to just under top_p, and the nucleus past the k-th.
     return scores.masked_fill(scores < torch.maximum(kth, nucleus), -torch.inf)
 
 

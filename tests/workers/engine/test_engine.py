@@ -93,6 +93,17 @@ def test_min_tokens_keeps_the_end_out_of_the_draw() -> None:
     assert all(token % 2 and token != 11 for token in first)
 
 
+def test_what_one_sequence_must_not_draw_does_not_stick_to_its_slot() -> None:
+    tiny = TinyEngine()
+    favourite = tiny.model.greedy([5, 6, 7], 1)[0]
+    before = tiny.add([5, 6, 7], max_tokens=3, min_tokens=3, stop_token_ids=(favourite,))
+    tiny.run()
+    after = tiny.add([5, 6, 7], max_tokens=3, min_tokens=3)
+    tiny.run()
+    assert favourite not in tiny.emitted(before)
+    assert tiny.emitted(after) == tiny.model.greedy([5, 6, 7], 3)
+
+
 def test_a_raising_step_ends_its_sequences_and_nothing_else() -> None:
     tiny = TinyEngine(scheduler_limits=limits(max_sequences=4))
     tiny.model.poison = 96
