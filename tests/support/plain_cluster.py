@@ -30,8 +30,8 @@ from router.router import Router
 from workers import standalone
 
 SECRET = b"a secret for tests"
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["workers.standalone"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["workers.standalone"])
 
 
 @dataclass(slots=True)
@@ -84,8 +84,8 @@ class PlainCluster:
     # ------------------------------------------------------------ life
 
     async def start_worker(self, pool: str, name: str) -> None:
-        ours, theirs = _FORKS.Pipe()
-        process = _FORKS.Process(target=self.main, args=(self.config, pool, name, theirs), daemon=True)
+        ours, theirs = FORKS.Pipe()
+        process = FORKS.Process(target=self.main, args=(self.config, pool, name, theirs), daemon=True)
         await asyncio.to_thread(process.start)
         theirs.close()
         worker = WorkerProcess(name, pool, process, ours)

@@ -1,0 +1,107 @@
+"""An ingress that dies or stops reading: its requests end, those of others do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.support.chaos import GREEDY, Chaos, assert_greedy, is_greedy, prompts, running_chaos
+from tests.support.ingress_process import IngressProcess, ingress_process
+from tests.support.plain_cluster import Answer
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
+
+TEXTS = prompts(6, 40, 120, seed=4)
+ENDLESS = 380  # tokens of the other ingress's requests: they outlive what happens to it
+SETTINGS = {"words.heartbeat_s": 0.1, "words.heartbeat_timeout_s": 1.0}
+
+
+@pytest.fixture(scope="module")
+def chaos() -> Iterator[Chaos]:
+    with running_chaos(SETTINGS, prefill=2, decode=2) as chaos:
+        yield chaos
+
+
+async def until_all_stream(other: IngressProcess, num_texts: int) -> dict[int, list[int]]:
+    told: dict[int, list[int]] = {}
+    while len(told) < num_texts:
+        news = await other.told()
+        assert news is not None, "it finished too early"
+        told.setdefault(news[0], []).extend(news[2])
+    return told
+
+
+async def num_open(chaos: Chaos) -> int:
+    loads = [await chaos.watch.load(name) for name in chaos.cluster.workers]
+    return sum(load.num_running + load.num_waiting + load.num_pulling for load in loads)
+
+
+def test_requests_of_a_killed_ingress_end_on_all_workers(chaos: Chaos) -> None:
+    async def scene() -> list[Answer]:
+        async with ingress_process(chaos.cluster, TEXTS, ENDLESS) as other:
+            await until_all_stream(other, len(TEXTS))
+            assert await num_open(chaos) == len(TEXTS)
+            ours = chaos.ask(TEXTS)
+            other.signal(signal.SIGKILL)
+            return await asyncio.gather(*ours)
+
+    for text, answer in zip(TEXTS, chaos.runner.run(scene()), strict=True):
+        assert_greedy(text, answer)
+        assert answer.attempt == 1
+    chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def test_requests_of_an_ingress_killed_while_its_prompts_are_pulled_end_too(chaos: Chaos) -> None:
+    texts = prompts(8, 300, 400, seed=5)
+
+    async def scene() -> None:
+        async with ingress_process(chaos.cluster, texts, ENDLESS) as other:
+            await chaos.watch.until("decode-0", lambda load: load.num_pulling > 0, "pulling")
+            other.signal(signal.SIGKILL)
+            await asyncio.to_thread(other.process.join)
+
+    chaos.runner.run(scene())
+    chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def test_a_stopped_ingress_is_given_up_by_its_heartbeats_alone(chaos: Chaos) -> None:
+    """Its requests end on the workers; those of ours go on in the same batches, with the same tokens."""
+
+    async def scene() -> tuple[list[Answer], int]:
+        async with ingress_process(chaos.cluster, TEXTS, ENDLESS) as other:
+            await until_all_stream(other, len(TEXTS))
+            other.signal(signal.SIGSTOP)
+            ours = await chaos.together(TEXTS, replace(GREEDY, max_tokens=64))
+            await chaos.cluster.assert_all_free()
+            return ours, await num_open(chaos)
+
+    answers, left = chaos.runner.run(scene())
+    assert left == 0
+    for text, answer in zip(TEXTS, answers, strict=True):
+        assert_greedy(text, answer, 64)
+        assert answer.attempt == 1
+
+
+def test_a_reader_that_stops_holds_up_nobody_and_gets_everything_later() -> None:
+    """With patient heartbeats its session stays open: what it does not read waits in its own outboxes."""
+    with running_chaos({"words.heartbeat_timeout_s": 60.0, "transfer.lease_s": 60.0}, decode=1) as chaos:
+
+        async def scene() -> tuple[list[Answer], dict[int, list[int]]]:
+            async with ingress_process(chaos.cluster, TEXTS, 128) as other:
+                told = await until_all_stream(other, len(TEXTS))
+                other.signal(signal.SIGSTOP)
+                ours = await chaos.together(TEXTS, replace(GREEDY, max_tokens=200))
+                await chaos.watch.until("decode-0", lambda load: load.num_running == 0, "its requests are through")
+                other.signal(signal.SIGCONT)
+                return ours, await other.rest(told)
+
+        ours, theirs = chaos.runner.run(scene())
+        for index, text in enumerate(TEXTS):
+            assert_greedy(text, ours[index], 200)
+            assert ours[index].attempt == 1
+            assert len(theirs[index]) == 128 and is_greedy(text, tuple(theirs[index]))
+        chaos.runner.run(chaos.cluster.assert_all_free())
