@@ -1,8 +1,10 @@
 """A Ray cluster of our own for local mode: started, used and taken down by one process.
 
-Its files lie in a short directory of its own under /tmp, its ports in a window of its own, its services on
-127.0.0.1 behind a token. It takes no notice of RAY_ADDRESS and of other Ray clusters on the machine, and leaves
-them alone. After `stop` nothing that it started is left: no process, no file.
+Its files lie in a short directory of its own under /tmp, its ports in a window of its own. Ray's services listen
+on 127.0.0.1 only (where Ray is not imported before the start) and want a token; HAProxy's statistics and the
+replicas' own gRPC, for which Serve knows no address, listen everywhere. It takes no notice of RAY_ADDRESS and of
+other Ray clusters on the machine, and leaves them alone. After `stop` nothing that it started is left: no process,
+no file.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,12 +78,14 @@ def environment(directory: Path, base: int, secret_env: str) -> dict[str, str]:
     return {
         _MARK: str(directory),
         secret_env: secrets.token_hex(32),
+        "UCX_NET_DEVICES": "lo",  # what does not go through shared memory
         "RAY_USAGE_STATS_ENABLED": "0",
         # One token per process: Ray's library keeps the first that it sees. Left alone, Ray turns tokens on.
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_TMPDIR": str(directory),
         "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",  # where /dev/shm is small, Ray uses a file
         "RAY_DEDUP_LOGS": "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a cluster of one machine: on the loopback interface
         # A dead node is noticed in 4 s instead of 15.
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_failure_threshold": "4",
@@ -138,6 +144,7 @@ class LocalCluster:
         import ray
         import ray.serve
 
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
                 address="local",
@@ -155,6 +162,9 @@ class LocalCluster:
                 f"Ray did not start: {error}; look for full disks (/tmp, /dev/shm) and little free memory, "
                 "and try `python -m deploy doctor`"
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # Ray has put its own there, which abort the process
 
     def start_serve(self, host: str, port: int) -> int:
         """Starts Serve's front; returns the port, which is one of the window for 0."""

@@ -11,7 +11,7 @@ class Stop(BaseException):
 
 
 class StopSignals:
-    """Each signal raises Stop in the main thread, until `ignore`. Ray installs handlers too: `take` again after it."""
+    """Each signal raises Stop in the main thread, until `ignore`."""
 
     def take(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -30,7 +30,6 @@ def run(options: argparse.Namespace) -> int:
         signals.take()
         try:
             url = app.start()
-            signals.take()
             status.stop()
             print(f"ready {url}", flush=True)
             while True:

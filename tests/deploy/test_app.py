@@ -38,7 +38,7 @@ def arguments_of(app: Any) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ({"confg": "x.yaml"}, "args.confg: "),
+        ({"file": "x.yaml"}, "args.file: "),
         ({"config": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
         ({"config": "x", "config_inline": {}}, "args: both config and config_inline"),
         ({"config_inline": {"model": {"path": "m"}, "kv": {"blocks": 3}}}, "kv.blocks: there is no such key"),

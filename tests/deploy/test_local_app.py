@@ -38,8 +38,20 @@ class Served:
             start_new_session=True,
         )
         self.errors: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.errors.extend(self.process.stderr or ()), daemon=True)
+        self._written = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            with self._written:
+                self.errors.append(line)
+                self._written.notify_all()
+
+    def wait_for_error(self, text: str) -> None:
+        """Until the command has written `text` to stderr, where it shows its progress."""
+        with self._written:
+            assert self._written.wait_for(lambda: any(text in line for line in self.errors), READY_S), self.errors
 
     def url(self) -> str:
         assert self.process.stdout is not None
@@ -82,6 +94,18 @@ def served(model: Path, *overrides: str) -> Iterator[Served]:
             command.process.wait(STOP_S)
 
 
+def exposed(family: list[psutil.Process]) -> list[str]:
+    """What listens on more than the loopback interface, apart from what Serve offers no address for."""
+    return [
+        f"{process.name()} {connection.laddr}"
+        for process in family
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+        and not connection.laddr.ip.endswith("127.0.0.1")
+        and not process.name().startswith(("haproxy", "ray::ServeRepl"))
+    ]
+
+
 def complete(url: str, **options: object) -> httpx.Response:
     body = {"model": "model", "prompt": [5, 6, 7, 8] * 4, "max_tokens": 8, "temperature": 0, **options}
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
@@ -95,6 +119,7 @@ def test_two_apps_side_by_side_serve_drain_and_leave_nothing() -> None:
         urls = [first.url(), second.url()]
         families = [first.family(), second.family()]
         assert not {p.pid for p in families[0]} & {p.pid for p in families[1]}
+        assert [address for family in families for address in exposed(family)] == []
         answers = [complete(url, return_token_ids=True, return_route=True) for url in urls]
         assert [answer.status_code for answer in answers] == [200, 200]
         assert len({str(answer.json()["choices"][0]["token_ids"]) for answer in answers}) == 1
@@ -114,6 +139,14 @@ def test_two_apps_side_by_side_serve_drain_and_leave_nothing() -> None:
 
         os.killpg(second.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
         assert second.ended(families[1]) == 0
+
+
+def test_sigterm_while_starting_leaves_nothing() -> None:
+    with served(checkpoint("llama"), "kv.num_blocks=64") as command:
+        command.wait_for_error("starting the front door")
+        family = command.family()
+        command.process.terminate()
+        assert command.ended(family) == 0
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(tmp_path: Path) -> None:
