@@ -110,10 +110,12 @@ def size_bytes(directory: Path) -> int:
 
 def _write_weights(directory: Path) -> None:
     from safetensors.torch import save_file
+    from torch import nn
 
     from workers.models.loader import load
 
     model = load(directory, load_format="dummy").model
+    assert isinstance(model, nn.Module)
     save_file(dict(model.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -54,6 +54,7 @@ async def run(config: SluiceConfig, directory: Path, work: Work, progress: Progr
     processes = WorkerProcesses(config, directory, secret, fleet.update)
 
     async def ready_then_work() -> None:
+        progress(fleet.waiting() or "")
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model.path) if with_tokenizer else None
         while (waiting := fleet.waiting()) is not None:
             progress(waiting)

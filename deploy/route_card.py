@@ -37,7 +37,7 @@ def render_all(routes: Sequence[RouteReport]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("prefill", "decode"):
         table.add_column(heading)
-    for heading in ("requests", "prompt", "hit", "blocks", "bytes"):
+    for heading in ("lines", "prompt", "hit", "blocks", "bytes"):
         table.add_column(heading, justify="right")
     table.add_column("over")
     pairs: dict[tuple[str, str, str], list[RouteReport]] = {}

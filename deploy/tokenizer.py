@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,12 +14,13 @@ from cluster.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 P = ParamSpec("P")
 
 # Any of these makes a directory one with a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # before and since transformers 5
 _THREADS = 2  # the library drops the GIL while it encodes
 
 
@@ -38,11 +40,9 @@ class Tokenizer:
         path = Path(directory)
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
             return None
-        from transformers import AutoTokenizer
-
         try:
-            fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            fast = _loader(path).from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}; save it again") from error
         if getattr(fast, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: {type(fast).__name__} is no fast tokenizer; convert it to tokenizer.json")
@@ -80,3 +80,16 @@ class Tokenizer:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from None
         assert isinstance(text, str)
         return self._encode(text, False)  # the template writes the special tokens itself
+
+
+def _loader(path: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
+    """The plain class where the checkpoint names it; any other is looked up, which imports torch."""
+    settings = path / "tokenizer_config.json"
+    named = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+    if named in _PLAIN_CLASSES and (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

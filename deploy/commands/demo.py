@@ -84,6 +84,9 @@ def run(options: argparse.Namespace) -> int:
         with silence(log) as console:
             status = _demo(options, console)
     except SluiceError as error:
+        if log.stat().st_size == 0:
+            log.unlink()
+            raise
         raise SluiceError(f"{error}\nWhat Ray and the workers said: {log}") from error
     except OSError as error:
         raise SluiceError(f"{error}; name a place that can be written with --cache or --json") from error

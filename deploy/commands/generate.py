@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import Role, SluiceConfig
@@ -34,6 +33,7 @@ HELP = "answer the requests of a JSON-lines file, without a server"
 
 INTERRUPTED = 130  # exit status
 _LONG_S = 86_400.0  # a file has no deadline, unless the config names one
+_KV_BYTES = 512 << 20  # per worker: more takes seconds to allocate
 _PATIENCE_S = 120.0  # for the successor of a worker that died
 
 
@@ -62,6 +62,9 @@ def run(options: argparse.Namespace) -> int:
         with silence(log, screen=2) as console:
             status = _generate(config, texts, options, directory, console)
     except SluiceError as error:
+        if log.stat().st_size == 0:
+            shutil.rmtree(directory)
+            raise
         raise SluiceError(f"{error}\nWhat the workers said: {log}") from error
     shutil.rmtree(directory)
     return status
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def configured(options: argparse.Namespace) -> SluiceConfig:
     """The config with what a file of requests wants where the config says nothing. Raises ConfigError."""
     config = config_of(options)
-    router, http, pools = config.router, config.http, config.pools
+    router, http, kv, pools = config.router, config.http, config.kv, config.pools
     if options.aggregated or not options.cluster:
         num_workers = sum(pool.workers for pool in pools.values()) if options.cluster else 1
         decode = next(pool for pool in pools.values() if Role.DECODE in pool.roles)
@@ -83,7 +86,9 @@ def configured(options: argparse.Namespace) -> SluiceConfig:
         router = router.model_copy(update={"worker_wait_s": _PATIENCE_S})
     if not {"request_timeout_s", "drain_s"} & http.model_fields_set:
         http = http.model_copy(update={"request_timeout_s": _LONG_S, "drain_s": _LONG_S})
-    return config.model_copy(update={"router": router, "http": http, "pools": pools})
+    if not {"num_blocks", "memory_bytes", "memory_fraction"} & kv.model_fields_set:
+        kv = kv.model_copy(update={"memory_bytes": _KV_BYTES})
+    return config.model_copy(update={"router": router, "http": http, "kv": kv, "pools": pools})
 
 
 def _read_input(path: Path) -> list[str]:
@@ -150,11 +155,9 @@ def _progress(console: Console) -> Progress:
 
 def _show(summary: Summary, elapsed_s: float, options: argparse.Namespace, console: Console) -> None:
     """What was done, in a line; with --explain who did it, too."""
-    errors = f", {summary.num_errors} of them errors" if summary.num_errors else ""
+    num_answers = summary.num_lines - summary.num_errors
+    errors = f", {summary.num_errors} lines with errors" if summary.num_errors else ""
     rate = summary.num_tokens / elapsed_s if elapsed_s > 0 else 0.0
-    console.print(
-        f"  [green]✓[/] {summary.num_lines} answers{errors} in {escape(str(options.output))}: {summary.num_tokens} "
-        f"tokens in {elapsed_s:.1f} s, {rate:.0f} a second"
-    )
+    console.print(f"  [green]✓[/] {num_answers} answers{errors}; {summary.num_tokens} tokens, {rate:.0f} a second")
     if options.explain and summary.routes:
         console.print(route_card.render_all(summary.routes))
