@@ -1,7 +1,7 @@
 """The engine in process: what deciding costs per step, and output tokens per second against transformers.
 
     python -m benchmarks.engine [--threads 2] [--repeats 2] [--batch-sizes 4 8 16 32] [--clock wall|cpu]
-                                [--only overhead|throughput] [--json FILE]
+                                [--only overhead|throughput|jitter] [--steps 200] [--json FILE]
 
 overhead: scheduling, batch building and settling of 64 decoding sequences, without a model; best mean of several runs.
 throughput: 32 requests, prompts uniform 16-256, outputs uniform 16-128 (seed 0), on a 100 M Llama shape in fp32 with
@@ -10,29 +10,27 @@ length or by output length, at every batch size; each batch runs to its longest 
 output tokens/s = sum(outputs) / time. The greedy tokens of both are compared.
 The bound is what the machine could do: per step the larger of FLOPs at the rate of a large matmul and weight bytes at
 the rate of reading memory, both measured in the same run.
+jitter: see benchmarks/jitter.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import jitter
+from benchmarks.report import Figure, Report, Setting, progress, publish
 from cluster.request import RequestKey, SamplingParams
 from kvtransfer.layout import KvGeometry, RankLayout
 from kvtransfer.pool import KvPool
@@ -54,6 +52,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 64
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BATCH_SIZES = (4, 8, 16, 32)
+PARTS = ("overhead", "throughput", "jitter")
 SHAPE = {
     "vocab_size": 32_000,
     "hidden_size": 768,
@@ -63,18 +62,6 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    value: float
-    unit: str
-    bound: float | None
-    ratio: float | None
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +121,16 @@ class Stopwatch:
 # ---------------------------------------------------------------- deciding
 
 
-def overhead(num_sequences: int = 64, num_steps: int = 200, repeats: int = 5) -> list[Row]:
+def overhead(num_sequences: int = 64, num_steps: int = 200, repeats: int = 5) -> list[Figure]:
     """Best mean per step of schedule, mirror + build, settle."""
     runs = [_overhead_once(num_sequences, num_steps) for _ in range(repeats)]
     schedule, batch, settle = (min(run[i] for run in runs) * 1e3 for i in range(3))
     total = min(sum(run[:2]) for run in runs) * 1e3
     return [
-        Row("schedule", schedule, "ms/step", None, None, f"{num_sequences} decoding sequences"),
-        Row("mirror and batch", batch, "ms/step", 0.5, 0.5 / batch, "bound: the target"),
-        Row("schedule, mirror and batch", total, "ms/step", 1.0, 1.0 / total, "bound: the target"),
-        Row("settle", settle, "ms/step", None, None),
+        Figure("schedule", schedule, "ms/step", note=f"{num_sequences} decoding sequences"),
+        Figure("mirror and batch", batch, "ms/step", 0.5, less_is_better=True, note="bound: the target"),
+        Figure("schedule, mirror and batch", total, "ms/step", 1.0, less_is_better=True, note="bound: the target"),
+        Figure("settle", settle, "ms/step"),
     ]
 
 
@@ -237,7 +224,7 @@ def run_transformers(
         for batch_size in batch_sizes:
             key = f"batches of {batch_size}, {name}"
             seconds[key] = stopwatch.best(lambda o=order, b=batch_size: generate(o, b))
-            print(f"transformers, {key}: {seconds[key]:.1f} s", file=sys.stderr, flush=True)
+            progress(f"transformers, {key}: {seconds[key]:.1f} s")
     return seconds, tokens
 
 
@@ -295,7 +282,7 @@ def run_engine(
             engine.step()
 
     seconds = stopwatch.best(serve)
-    print(f"sluice: {seconds:.1f} s", file=sys.stderr, flush=True)
+    progress(f"sluice: {seconds:.1f} s")
     return seconds, [seq.tokens[seq.num_prompt :] for seq in results], list(counting.steps)
 
 
@@ -308,7 +295,7 @@ def bound_seconds(machine: Machine, steps: list[tuple[int, int]]) -> float:
     return sum(machine.seconds(2 * (t * layers + n * head), 4 * (layers + head * bool(n))) for t, n in steps)
 
 
-def throughput(batch_sizes: list[int], stopwatch: Stopwatch) -> list[Row]:
+def throughput(batch_sizes: list[int], stopwatch: Stopwatch) -> list[Figure]:
     workload = Workload.draw()
     machine = Machine.measure(stopwatch)
     with tempfile.TemporaryDirectory() as name:
@@ -324,29 +311,15 @@ def throughput(batch_sizes: list[int], stopwatch: Stopwatch) -> list[Row]:
     different = len({token for tokens in our_tokens for token in tokens})
     best_of = {order: min((s, key) for key, s in theirs.items() if order in key) for order in ("prompt", "output")}
     notes = f"{equal} of {len(our_tokens)} requests token for token as transformers, {different} different tokens"
-    rows = [
-        Row("matmul", machine.flops / 1e9, "GFLOPS", None, None, "fp32, 1024 cubed"),
-        Row("memory read", machine.bytes_per_s / 1e9, "GB/s", None, None, "256 MB sum"),
-        Row("sluice", count / ours, "output tok/s", bound, count / ours / bound, notes),
+    figures = [
+        Figure("matmul", machine.flops / 1e9, "GFLOPS", note="fp32, 1024 cubed"),
+        Figure("memory read", machine.bytes_per_s / 1e9, "GB/s", note="256 MB sum"),
+        Figure("sluice", count / ours, "output tok/s", bound, note=notes),
     ]
-    rows += [Row("transformers", count / s, "output tok/s", bound, count / s / bound, key) for key, s in theirs.items()]
+    figures += [Figure("transformers", count / s, "output tok/s", bound, note=key) for key, s in theirs.items()]
     for order, (seconds, key) in best_of.items():
-        rows.append(
-            Row(f"sluice / transformers by {order} length", seconds / ours, "x", None, None, f"its best: {key}")
-        )
-    return rows
-
-
-def show(rows: list[Row], threads: int) -> None:
-    table = Table(title=f"engine on {platform.processor() or platform.machine()}, {threads} threads")
-    for column in ("figure", "value", "unit", "bound", "of bound", "note"):
-        table.add_column(column, justify="left" if column in ("figure", "unit", "note") else "right")
-    for row in rows:
-        bound = "" if row.bound is None else f"{row.bound:.4g}"
-        table.add_row(
-            row.name, f"{row.value:.4g}", row.unit, bound, "" if row.ratio is None else f"{row.ratio:.2f}", row.note
-        )
-    Console(width=150).print(table)
+        figures.append(Figure(f"sluice / transformers by {order} length", seconds / ours, "x", note=f"its best: {key}"))
+    return figures
 
 
 def main() -> None:
@@ -355,24 +328,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES), help="of transformers")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on shared cores, with --threads 1")
-    parser.add_argument("--only", choices=("overhead", "throughput"))
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--steps", type=int, default=jitter.Load().num_steps, help="of jitter")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows: list[Row] = []
-    if arguments.only != "throughput":
-        rows += overhead()
-    if arguments.only != "overhead":
-        rows += throughput(arguments.batch_sizes, Stopwatch(CLOCKS[arguments.clock], arguments.repeats))
-    show(rows, arguments.threads)
-    if arguments.json:
-        record = {
-            "machine": platform.platform(),
-            "threads": arguments.threads,
-            "clock": arguments.clock,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    setting, figures = Setting.here(), list[Figure]()
+    wanted = [arguments.only] if arguments.only else list(PARTS)
+    if "overhead" in wanted:
+        figures += overhead()
+    if "throughput" in wanted:
+        figures += throughput(arguments.batch_sizes, Stopwatch(CLOCKS[arguments.clock], arguments.repeats))
+    details: dict[str, object] = {}
+    if "jitter" in wanted:
+        measured = jitter.measure(jitter.Load(num_steps=arguments.steps))
+        figures += jitter.figures(measured)
+        details["jitter"] = jitter.details(measured)
+    told = {name: getattr(arguments, name) for name in ("threads", "repeats", "batch_sizes", "clock", "steps")}
+    report = Report("engine", f"{', '.join(wanted)} on CPU", told, figures, setting, details)
+    publish(report, arguments.json)
 
 
 if __name__ == "__main__":

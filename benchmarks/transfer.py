@@ -18,7 +18,6 @@ device; loopback is our in-process double. Each has two processes of its own, th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import statistics
@@ -33,6 +32,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from benchmarks.process import ANSWER_S, process, receive
 from benchmarks.report import Figure, Report, Setting, progress, publish
 from cluster.protos import worker_pb2 as pb
 from kvtransfer.connector import BlockPair, Connected, Done, Executor, Outcome, Pull, ReadLimits
@@ -42,7 +42,6 @@ from kvtransfer.pool import KvPool
 from kvtransfer.transport import Transport
 
 LIMITS = ReadLimits(late_read_s=60.0, stuck_read_s=120.0)
-ANSWER_S = 180.0
 UCX_TLS: Mapping[str, str] = MappingProxyType({"cma": "auto", "tcp": "tcp,self"})
 TRANSPORTS = (*UCX_TLS, "loopback")
 
@@ -187,33 +186,12 @@ def measure(transport: str, shape: Shape, repeats: int) -> Times:
     """`transport` is one of TRANSPORTS."""
     if transport == "loopback":
         return _measure_loopback(shape, repeats)
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    arguments = (shape, UCX_TLS[transport])
-    for main, more in ((source_main, ()), (sink_main, (repeats,))):
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=main, args=(theirs, *arguments, *more), daemon=True)
-        process.start()
-        theirs.close()  # so that the death of the process is the end of the pipe
-        pipes.append(pipe)
-        processes.append(process)
-    source, sink = pipes
-    try:
-        sink.send(_receive(source, "source"))
-        times = _receive(sink, "sink")
+    ucx_tls = UCX_TLS[transport]
+    with process(source_main, shape, ucx_tls) as source, process(sink_main, shape, ucx_tls, repeats) as sink:
+        sink.send(receive(source))
+        times = receive(sink)
         source.send(None)
-        for process in processes:
-            process.join(ANSWER_S)
         return times
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def _receive(pipe: Connection, who: str):  # noqa: ANN202 - what the other side sent
-    if not pipe.poll(ANSWER_S):
-        raise TimeoutError(f"the {who} did not answer within {ANSWER_S:g} s")
-    return pipe.recv()
 
 
 def _measure_loopback(shape: Shape, repeats: int) -> Times:
