@@ -72,14 +72,19 @@ CONFIG: Mapping[str, object] = {
 }
 
 
-def ensure(cache: Path) -> tuple[Path, bool]:
-    """The checkpoint's directory below `cache`, and whether it had to be written, which takes some seconds.
+def place(cache: Path) -> Path:
+    """The checkpoint's directory. Each Python has its own: the tokenizer learns from its library."""
+    return cache / f"deepseek-v32-miniature-{VERSION}-py{sys.version_info.major}{sys.version_info.minor}"
+
+
+def ensure(cache: Path) -> bool:
+    """Writes the checkpoint unless it is there; whether it did, which takes some seconds.
 
     Safe to call from two processes at once. Raises SluiceError when `cache` cannot be written.
     """
-    directory = cache / f"deepseek-v32-miniature-{VERSION}-py{sys.version_info.major}{sys.version_info.minor}"
+    directory = place(cache)
     if directory.is_dir():
-        return directory, False
+        return False
     try:
         cache.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=cache))
@@ -93,7 +98,11 @@ def ensure(cache: Path) -> tuple[Path, bool]:
             raise SluiceError(f"{directory} cannot be written ({error.strerror}); free some space") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return directory, True
+    return True
+
+
+def size_bytes(cache: Path) -> int:
+    return sum(path.stat().st_size for path in place(cache).iterdir())
 
 
 def write(directory: Path) -> None:
@@ -102,10 +111,6 @@ def write(directory: Path) -> None:
     _write_json(directory / "generation_config.json", {"eos_token_id": 0})
     _write_tokenizer(directory)
     _write_weights(directory)
-
-
-def size_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def _write_weights(directory: Path) -> None:

@@ -10,7 +10,31 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.errors import SluiceError
+
 _MAX_COLUMNS = 100
+
+
+@contextmanager
+def logged(log: Path, *, screen: int = 1) -> Iterator[Console]:
+    """`silence`, whose file is gone afterwards unless something failed: then the error names it.
+
+    Raises SluiceError, its own when `log` cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    except OSError as error:
+        raise SluiceError(f"{log} cannot be written ({error.strerror}); name another place") from None
+    try:
+        with silence(log, screen=screen) as console:
+            yield console
+    except SluiceError as error:
+        if log.stat().st_size:
+            raise SluiceError(f"{error}\nWhat was said meanwhile: {log}") from error
+        log.unlink()
+        raise
+    log.unlink()
 
 
 @contextmanager
@@ -21,7 +45,6 @@ def silence(log: Path, *, screen: int = 1) -> Iterator[Console]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    log.parent.mkdir(parents=True, exist_ok=True)
     saved = [os.dup(1), os.dup(2)]
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:

@@ -29,7 +29,7 @@ from deploy.commands.options import add_config
 from deploy.local_app import LocalApp
 from deploy.openai_schema import RouteReport
 from deploy.signals import Stop, StopSignals
-from deploy.silence import silence
+from deploy.silence import logged
 from deploy.steps import Steps
 
 HELP = "watch one chat completion travel through a cluster of its own, from nothing to nothing"
@@ -78,23 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    options.json = options.json and options.json.absolute()
-    log = options.cache / f"demo-{os.getpid()}.log"
-    try:
-        with silence(log) as console:
-            status = _demo(options, console)
-    except SluiceError as error:
-        if log.stat().st_size == 0:
-            log.unlink()
-            raise
-        raise SluiceError(f"{error}\nWhat Ray and the workers said: {log}") from error
-    except OSError as error:
-        raise SluiceError(f"{error}; name a place that can be written with --cache or --json") from error
-    log.unlink(missing_ok=True)
-    return status
+    config = _config(options, demo_checkpoint.place(options.cache))
+    if options.json:
+        _write(options.json, {})  # what cannot be written should fail now
+    with logged(options.cache / f"demo-{os.getpid()}.log") as console:
+        return _demo(config, options, console)
 
 
-def _demo(options: argparse.Namespace, console: Console) -> int:
+def _demo(config: SluiceConfig, options: argparse.Namespace, console: Console) -> int:
     console.print("[bold]sluice demo[/]: one process computes a prompt, another one answers it\n")
     signals = StopSignals()
     signals.take()
@@ -102,16 +93,16 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
     try:
         with Steps(console) as steps:
             steps.begin("the model")
-            model, is_new = demo_checkpoint.ensure(options.cache)
-            made = "made now, kept for the next time" if is_new else "made before"
-            steps.done(f"DeepSeek-V3.2 in miniature, {route_card.size(demo_checkpoint.size_bytes(model))}, {made}")
-            app = LocalApp(_config(options, model), steps.begin, show_logs=True)
+            is_new = demo_checkpoint.ensure(options.cache)
+            size = route_card.size(demo_checkpoint.size_bytes(options.cache))
+            steps.done(f"DeepSeek-V3.2 in miniature, {size}, made {'now' if is_new else 'before'}")
+            app = LocalApp(config, steps.begin, show_logs=True)
             url = app.start()
             signals.take()  # Ray has put its own in their place
         answer = _ask(url, options, console)
         _show(answer, console)
         if options.json:
-            _write(answer, options.json)
+            _write(options.json, _tree(answer))
     except Stop:
         console.print("\nstopping")
         return 0
@@ -206,12 +197,18 @@ def _show(answer: Answer, console: Console) -> None:
     )
 
 
-def _write(answer: Answer, path: Path) -> None:
+def _tree(answer: Answer) -> dict[str, object]:
     assert answer.route is not None
-    tree = answer.route.model_dump(mode="json") | {
+    return answer.route.model_dump(mode="json") | {
         "ttft_ms": answer.ttft_ms,
         "itl_ms": answer.itl_ms,
         "text": answer.text,
         "token_ids": answer.token_ids,
     }
-    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, tree: dict[str, object]) -> None:
+    try:
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SluiceError(f"--json {path} cannot be written: {error.strerror}; name another file") from None

@@ -26,7 +26,7 @@ from deploy.api_service import ApiService
 from deploy.batch import Batch, Summary, needs_tokenizer, read
 from deploy.commands.options import add_config, add_model, config_of
 from deploy.offline import max_open
-from deploy.silence import silence
+from deploy.silence import logged
 from deploy.steps import Steps
 
 HELP = "answer the requests of a JSON-lines file, without a server"
@@ -59,15 +59,11 @@ def run(options: argparse.Namespace) -> int:
     directory = Path(tempfile.mkdtemp(prefix="sluice-generate-"))
     log = directory / "log"
     try:
-        with silence(log, screen=2) as console:
-            status = _generate(config, texts, options, directory, console)
-    except SluiceError as error:
-        if log.stat().st_size == 0:
+        with logged(log, screen=2) as console:
+            return _generate(config, texts, options, directory, console)
+    finally:
+        if not log.exists():
             shutil.rmtree(directory)
-            raise
-        raise SluiceError(f"{error}\nWhat the workers said: {log}") from error
-    shutil.rmtree(directory)
-    return status
 
 
 def configured(options: argparse.Namespace) -> SluiceConfig:
