@@ -1,20 +1,24 @@
 """The words plane between two processes: round trips of a Session, and tokens per second of one worker.
 
-    python -m benchmarks.words [--round-trips 2000] [--steps 2000] [--sequences 128]
+    python -m benchmarks.words [--round-trips 2000] [--steps 2000] [--sequences 128] [--json FILE]
 
-Prints one line each. The worker answers a Submit of one token at once, and a Submit of N > 1 tokens with
-N steps of `--sequences` sequences; steps that wait are merged, so tokens, not frames, are what counts.
+The worker answers a Submit of one token at once, and a Submit of N > 1 tokens with N steps of `--sequences` sequences;
+steps that wait are merged, so tokens, not frames, are what counts. Two bounds from the same run: a bare TCP echo
+between the same two processes, one thread each; and what one core makes and reads of such frames without sending them.
 """
 
 from __future__ import annotations
 
 import argparse
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from uuid import uuid4
 
+from benchmarks.report import ROOT, Figure, Report, Setting, percentile, publish
 from cluster.errors import SessionError
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
@@ -85,13 +89,49 @@ def submit(num_tokens: int) -> pb.Frame:
 
 
 def serve(num_sequences: int) -> None:
-    with WordsThread() as words:
+    """In the worker's process: prints the addresses of its session server and of its echo."""
+    with WordsThread() as words, socket.create_server(("127.0.0.1", 0)) as listener:
         worker = WordsServer(words, identity("worker", pb.WORKER), SECRET, Worker(num_sequences))
-        print(worker.start(), flush=True)
+        threading.Thread(target=echo, args=(listener,), daemon=True).start()
+        print(worker.start(), listener.getsockname()[1], flush=True)
         sys.stdin.read()
 
 
-def measure(address: str, num_round_trips: int, num_steps: int, num_sequences: int) -> None:
+def echo(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while received := connection.recv(4096):
+        connection.sendall(received)
+
+
+def time_echo(port: int, num_round_trips: int) -> list[float]:
+    """Seconds of each round trip."""
+    message, seconds = submit(1).SerializeToString(), []
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(num_round_trips):
+            started = time.perf_counter()
+            connection.sendall(message)
+            connection.recv(4096)
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def frame_rate(num_sequences: int, num_frames: int = 200) -> float:
+    """Tokens/s of making, writing and reading frames of one step; the best of three."""
+    keys = [pb.RequestKey(request_id=f"request-{i:04}") for i in range(num_sequences)]
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        for step in range(num_frames):
+            sequences = [pb.SequenceTokens(key=key, first_token_index=step, token_ids=[step]) for key in keys]
+            wire = pb.Frame(step_tokens=pb.StepTokens(step=step, sequences=sequences)).SerializeToString()
+            assert sum(len(s.token_ids) for s in pb.Frame.FromString(wire).step_tokens.sequences) == num_sequences
+        best = max(best, num_frames * num_sequences / (time.perf_counter() - started))
+    return best
+
+
+def measure(address: str, echo_port: int, num_round_trips: int, num_steps: int, num_sequences: int) -> list[Figure]:
     ingress = Ingress()
     with WordsThread() as words:
         Dialer(words, identity("ingress", pb.INGRESS), SECRET, ingress).keep(address)
@@ -102,19 +142,42 @@ def measure(address: str, num_round_trips: int, num_steps: int, num_sequences: i
             ingress.session.send(submit(1))
             ingress.arrived.acquire()
             seconds.append(time.perf_counter() - started)
-        seconds.sort()
-        p50, p99 = (1e3 * seconds[int(len(seconds) * q)] for q in (0.5, 0.99))
-        print(f"round trip over three threads: p50 {p50:.3f} ms, p99 {p99:.3f} ms, {num_round_trips} times")
+        bare = time_echo(echo_port, num_round_trips)
 
         ingress.awaited, ingress.num_frames = num_steps * num_sequences, 0
         started = time.perf_counter()
         ingress.session.send(submit(num_steps))
         ingress.arrived.acquire()
         took = time.perf_counter() - started
-        print(
-            f"tokens: {ingress.awaited / took:,.0f}/s, {num_steps} steps of {num_sequences} sequences "
-            f"in {ingress.num_frames} frames, {took:.2f} s"
+    figures = [
+        Figure(
+            f"round trip, {name}",
+            1e3 * percentile(seconds, share),
+            "ms",
+            1e3 * percentile(bare, share),
+            less_is_better=True,
+            note=f"{num_round_trips} over three threads; bound: bare TCP",
         )
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    ]
+    note = (
+        f"{num_steps} steps of {num_sequences} in {ingress.num_frames} frames; bound: one core making and reading them"
+    )
+    return [*figures, Figure("tokens", ingress.awaited / took, "tok/s", frame_rate(num_sequences), note=note)]
+
+
+def run(num_round_trips: int, num_steps: int, num_sequences: int) -> Report:
+    setting = Setting.here()
+    command = [sys.executable, "-m", "benchmarks.words", "--serve", "--sequences", str(num_sequences)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
+        try:
+            assert worker.stdout is not None
+            address, port = worker.stdout.readline().split()
+            figures = measure(address, int(port), num_round_trips, num_steps, num_sequences)
+        finally:
+            worker.kill()
+    arguments = {"round_trips": num_round_trips, "steps": num_steps, "sequences": num_sequences}
+    return Report("words", "a session between two processes", arguments, figures, setting)
 
 
 def main() -> None:
@@ -122,18 +185,13 @@ def main() -> None:
     parser.add_argument("--round-trips", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        serve(args.sequences)
-        return
-    command = [sys.executable, "-m", "benchmarks.words", "--serve", "--sequences", str(args.sequences)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
-        try:
-            assert worker.stdout is not None
-            measure(worker.stdout.readline().strip(), args.round_trips, args.steps, args.sequences)
-        finally:
-            worker.kill()
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.sequences)
+    else:
+        publish(run(options.round_trips, options.steps, options.sequences), options.json)
 
 
 if __name__ == "__main__":
