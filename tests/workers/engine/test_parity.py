@@ -50,7 +50,7 @@ def test_ragged_prompts_in_one_batch(family: str) -> None:
     runs = clear_runs(family)
     expect_greedy(loaded, runs)
     if family == "deepseek-v32":
-        assert sum(run.num_index_choices for run in runs) > 2000, "too little was sparse"
+        assert sum(run.num_index_choices for run in runs) > 1500, "too little was sparse"
     assert max(len(outcome.tokens) for outcome in loaded.outcomes) == NUM_PROMPTS
 
 
