@@ -58,11 +58,12 @@ class WorkerProcesses:
             if line := await process.stdout.readline():
                 self._members[name] = Membership.from_wire(line).members[0]
                 self._publish()
-            await process.wait()
+            status = await process.wait()
             served = self._members.pop(name, None) is not None
             num_deaths += 1
-            if not served or num_deaths == _MAX_DEATHS:
-                raise SluiceError(self._why(name, process, served))
+            gave_up = not served and status > 0  # with its reason, which will not change
+            if gave_up or num_deaths == _MAX_DEATHS:
+                raise SluiceError(self._why(name, status, gave_up=gave_up))
             self._publish()
 
     async def _start(self, pool: str, name: str) -> Process:
@@ -90,13 +91,13 @@ class WorkerProcesses:
                 pipe.write(membership.to_wire() + b"\n")
         self._on_members(membership)
 
-    def _why(self, name: str, process: Process, served: bool) -> str:
+    def _why(self, name: str, status: int, *, gave_up: bool) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         last = next((line for line in reversed(lines) if line.startswith("error: ")), "")
-        if not served and last:
+        if gave_up and last:
             return f"{name}: {last.removeprefix('error: ')}"
-        times = f"died {_MAX_DEATHS} times" if served else "did not start"
-        return f"{name} {times} (exit status {process.returncode}); try `python -m deploy doctor`"
+        what = "did not start" if gave_up else f"died {_MAX_DEATHS} times"
+        return f"{name} {what} (exit status {status}); try `python -m deploy doctor`"
 
     async def _end(self, process: Process) -> None:
         if process.returncode is not None:

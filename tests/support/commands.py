@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 100.0
+DEADLINE_S = 180.0
 MARK = "SLUICE_LOCAL_CLUSTER"  # in the environment of everything in a Ray cluster of ours
 
 
@@ -53,6 +53,12 @@ class Command:
         with self._noticed:
             assert self._noticed.wait_for(look, DEADLINE_S), f"no such process among {self.family}"
         return found[0]
+
+    def until(self, holds: Callable[[], bool]) -> bool:
+        """Whether `holds` came true while the command ran."""
+        while not holds() and self._process.poll() is None:
+            self._ended.wait(0.005)
+        return holds()
 
     def wait(self) -> int:
         """The exit status. `output` and `errors` are set afterwards."""
