@@ -35,7 +35,7 @@ _GONE_S = 10.0  # for processes to end by themselves
 class PortWindow:
     """100 neighbouring ports, held against other clusters of ours on this machine until `close`.
 
-    0 fallback proxy (HTTP), 1 its gRPC, 2 HAProxy metrics, 3 HAProxy statistics, 4 public, 10–54 replicas' HTTP,
+    0 fallback proxy (HTTP), 1 its gRPC, 2 HAProxy metrics, 3 HAProxy statistics, 4 public, 5 dashboard, 10–54 replicas' HTTP,
     55–99 replicas' gRPC.
     """
 
@@ -126,7 +126,7 @@ class LocalCluster:
         self._serving = False
 
     @classmethod
-    def start(cls, num_cpus: int, secret_env: str, *, show_logs: bool = False) -> LocalCluster:
+    def start(cls, num_cpus: int, secret_env: str, *, show_logs: bool = False, dashboard: bool = False) -> LocalCluster:
         """Blocks some seconds. `num_cpus` is a scheduling figure. Raises SluiceError with the remedy."""
         ports = PortWindow()
         directory = Path(tempfile.mkdtemp(prefix="sluice-", dir="/tmp"))  # short: sockets lie in it
@@ -134,13 +134,13 @@ class LocalCluster:
         cluster = cls(directory, ports)
         try:
             with _environment(environment(directory, ports.base, secret_env)):
-                cluster._start_ray(num_cpus, show_logs)
+                cluster._start_ray(num_cpus, show_logs, dashboard)
         except BaseException:
             cluster.stop()
             raise
         return cluster
 
-    def _start_ray(self, num_cpus: int, show_logs: bool) -> None:
+    def _start_ray(self, num_cpus: int, show_logs: bool, dashboard: bool) -> None:
         import ray
         import ray.serve
 
@@ -149,7 +149,8 @@ class LocalCluster:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
-                include_dashboard=False,
+                include_dashboard=dashboard,
+                dashboard_port=self.dashboard_port,
                 object_store_memory=OBJECT_STORE_BYTES,
                 namespace="sluice",
                 log_to_driver=show_logs,
@@ -165,6 +166,11 @@ class LocalCluster:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray has put its own there, which abort the process
+
+    @property
+    def dashboard_port(self) -> int:
+        """Where `serve deploy` is answered, if the cluster was started with a dashboard."""
+        return self.ports.base + 5
 
     def start_serve(self, host: str, port: int) -> int:
         """Starts Serve's front; returns the port, which is one of the window for 0."""
