@@ -1,7 +1,8 @@
 """The sources this worker may read from: a session to each, and its blocks within reach and measured.
 
     dialed ──on_open: TransportQuery──▶ asked ──TransportOffer──▶ connecting ──every rank connected──▶ WARM
-       ▲                                                              │ refused: said once, not paired
+       ▲                                               ▲              │ refused, or too slow: said once,
+       │                                               └──────────────┤ tried again after a pause
        └──────────────── session broken: executors disconnect ◀───────┴───────────────────────────────────
 
 Only warm pairs are used, so the first long prompt never pays for connections. Engine thread only.
@@ -18,13 +19,19 @@ from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
 from kvtransfer.connector import Connected, Executor
 
+FIRST_PAUSE_S = 0.5  # before a source that could not be read is tried again, doubling
+MAX_PAUSE_S = 30.0
+
 
 @dataclass(slots=True)
 class _Pair:
     session: Session
-    pid: int = 0
+    offer: pb.TransportOffer | None = None
     connected: dict[int, Connected] = field(default_factory=dict)  # by our rank
     warm: bool = False
+    failure: str = ""  # of the last try
+    pause_s: float = FIRST_PAUSE_S
+    retry_at: float | None = None
 
 
 class Pairs:
@@ -53,15 +60,32 @@ class Pairs:
         if offer.HasField("failure"):
             self._log.warning("source cannot be read", peer=session.peer.name, reason=offer.failure.message)
             return
-        for executor in self._executors:
-            executor.connect(session.peer.incarnation, offer, lambda result: self._post(session, result))
+        pair.offer = offer
+        self._connect(pair)
 
-    def connected(self, session: Session, result: Connected) -> None:
+    def tick(self, now: float) -> None:
+        """Tries again what failed: a cable may have been out."""
+        for pair in self._pairs.values():
+            if pair.retry_at is not None and pair.retry_at <= now:
+                self._connect(pair)
+
+    def _connect(self, pair: _Pair) -> None:
+        """Ranks that are connected are only measured again."""
+        session, pair.retry_at = pair.session, None
+        assert pair.offer is not None
+        for executor in self._executors:
+            executor.connect(session.peer.incarnation, pair.offer, lambda result: self._post(session, result))
+
+    def connected(self, session: Session, result: Connected, now: float) -> None:
         pair = self._pairs.get(session.peer.incarnation)
         if pair is None or pair.session is not session:
             return
         if result.error is not None:
-            self._log.warning("source cannot be read", peer=session.peer.name, reason=str(result.error))
+            if pair.failure != str(result.error):
+                pair.failure = str(result.error)
+                self._log.warning("source cannot be read", peer=session.peer.name, reason=pair.failure)
+            pair.retry_at = now + pair.pause_s
+            pair.pause_s = min(2 * pair.pause_s, MAX_PAUSE_S)
             return
         pair.connected[result.rank] = result
         pair.warm = len(pair.connected) == len(self._executors)

@@ -143,7 +143,7 @@ class Worker:
         self._post(lambda: self._decode.pulled(done, time.monotonic()))
 
     def _connected(self, session: Session, result: Connected) -> None:
-        self._post(lambda: self._pairs.connected(session, result))
+        self._post(lambda: self._pairs.connected(session, result, time.monotonic()))
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
@@ -198,6 +198,7 @@ class Worker:
         for session in self._sessions:
             self._parts.source.renew(session.id, now)  # open: its heartbeats arrive
         self.metrics.expired_leases.inc(len(self._parts.source.tick(now).leases))
+        self._pairs.tick(now)
         self._prefill.tick(now)
         self._decode.tick(now)
         if now - self._reported_at >= REPORT_S or self._pairs.changed:
