@@ -35,8 +35,8 @@ _GONE_S = 10.0  # for processes to end by themselves
 class PortWindow:
     """100 neighbouring ports, held against other clusters of ours on this machine until `close`.
 
-    0 fallback proxy (HTTP), 1 its gRPC, 2 HAProxy metrics, 3 HAProxy statistics, 4 public, 5 dashboard, 10–54 replicas' HTTP,
-    55–99 replicas' gRPC.
+    0 fallback proxy (HTTP), 1 its gRPC, 2 HAProxy metrics, 3 HAProxy statistics, 4 public, 5 dashboard,
+    10–54 replicas' HTTP, 55–99 replicas' gRPC.
     """
 
     def __init__(self) -> None:
