@@ -16,7 +16,6 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -46,15 +45,11 @@ class Load:
     num_streams: int = 64
     num_steps: int = 200
     prompt_tokens: int = 32
-    tiny: bool = False  # model: for a smoke test
-
-    @property
-    def shape(self) -> Mapping[str, int]:
-        return checkpoint.TINY if self.tiny else checkpoint.SHAPE
+    shape: checkpoint.Shape = checkpoint.SMALL
 
     def prompts(self) -> list[list[int]]:
         draw = random.Random(0)
-        vocab = self.shape["vocab_size"]
+        vocab = self.shape.vocab_size
         return [[draw.randrange(vocab) for _ in range(self.prompt_tokens)] for _ in range(self.num_streams)]
 
     def sampling(self) -> SamplingParams:
@@ -277,7 +272,7 @@ def details(measured: Measured) -> dict[str, object]:
     """In seconds."""
     return {
         "load": asdict(measured.load),
-        "model": checkpoint.describe(measured.load.shape),
+        "model": str(measured.load.shape),
         "alone_intervals_s": measured.alone.intervals,
         "served_intervals_s": measured.served.intervals,
         "served_durations_s": measured.served.durations,

@@ -19,7 +19,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "nixl", "grpcio", "ray", "uvicorn")
-_WIDTH = 150
+_WIDTH = 165
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,6 @@ class Report:
     details: Mapping[str, object] = field(default_factory=dict)
 
     def show(self) -> None:
-        setting = self.setting
         table = Table(title=f"{self.benchmark}: {self.what}", title_justify="left")
         for column in ("figure", "value", "unit", "bound", "of bound", "note"):
             table.add_column(column, justify="left" if column in ("figure", "unit", "note") else "right")
@@ -96,11 +95,9 @@ class Report:
             bound = "" if figure.bound is None else f"{figure.bound:.4g}"
             share = "" if figure.ratio is None else f"{figure.ratio:.2f}"
             table.add_row(figure.name, f"{figure.value:.4g}", figure.unit, bound, share, figure.note)
-        console = Console(highlight=False)
-        console.width = console.width if console.is_terminal else _WIDTH
-        console.print(table)
-        console.print(f"{setting.hardware}, {setting.system}, load {setting.load:g}; commit {setting.commit}")
-        console.print(f"{setting.software}\n")
+        screen = console()
+        screen.print(table)
+        sign(screen, self.setting)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.tree(), indent=2, ensure_ascii=False) + "\n")
@@ -115,6 +112,18 @@ class Report:
             "figures": [{**asdict(figure), "ratio": figure.ratio} for figure in self.figures],
             "details": dict(self.details),
         }
+
+
+def console() -> Console:
+    """On a pipe as wide as a table needs."""
+    screen = Console(highlight=False)
+    screen.width = screen.width if screen.is_terminal else _WIDTH
+    return screen
+
+
+def sign(screen: Console, setting: Setting) -> None:
+    screen.print(f"{setting.hardware}, {setting.system}, load {setting.load:g}; commit {setting.commit}")
+    screen.print(f"{setting.software}\n")
 
 
 def publish(report: Report, path: Path | None) -> None:

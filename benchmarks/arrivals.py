@@ -1,0 +1,46 @@
+"""Requests to come: when, how long, and with which tokens. A pure function of the seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    at_s: float  # after the start; 0 when requests follow one another
+    prompt: list[int]
+    num_tokens: int  # of the answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Lengths are uniform, ends included. `rate` requests/s arrive as a Poisson process; 0: one after the other.
+
+    The process is the one that has `num_requests` arrivals in `span_s`: that many times, uniform and independent. So
+    what is offered is `rate` exactly, however short the run.
+    """
+
+    rate: float
+    num_requests: int
+    prompt_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+    vocab_size: int
+    seed: int
+
+    @property
+    def span_s(self) -> float:
+        return self.num_requests / self.rate if self.rate else 0.0
+
+    def arrivals(self) -> list[Arrival]:
+        """In order. Prompts are random tokens: none begins like another, and none like those of another seed."""
+        draw = random.Random(f"{self.seed}/{self.rate}")
+        times = sorted(draw.uniform(0, self.span_s) for _ in range(self.num_requests))
+        return [
+            Arrival(
+                at_s,
+                [draw.randrange(self.vocab_size) for _ in range(draw.randint(*self.prompt_tokens))],
+                draw.randint(*self.output_tokens),
+            )
+            for at_s in times
+        ]
