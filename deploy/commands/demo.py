@@ -191,10 +191,8 @@ def _printable(text: str) -> str:
 def _show(answer: Answer, console: Console) -> None:
     assert answer.route is not None, "return_route was asked for"
     console.print(route_card.render(answer.route, ttft_ms=answer.ttft_ms, itl_ms=answer.itl_ms))
-    console.print(
-        "The weights are random, so the text is noise; the way it took is real. Blocks this few and\n"
-        "small show latency: `python -m deploy doctor` measures the rate of the transport.\n"
-    )
+    console.print("The weights are random, so the text is noise; the way it took is real.")
+    console.print("Blocks this small show latency; `python -m deploy doctor` measures the rate.\n")
 
 
 def _tree(answer: Answer) -> dict[str, object]:
