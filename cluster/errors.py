@@ -28,6 +28,16 @@ from cluster.protos import worker_pb2 as pb
 class SluiceError(Exception):
     """Root of the tree."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survives the way out of a Ray actor, whatever its constructor takes."""
+        return _rebuilt, (type(self), self.args, dict(vars(self)))
+
+
+def _rebuilt(kind: type[SluiceError], args: tuple[object, ...], state: dict[str, object]) -> SluiceError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
+
 
 class ConfigError(SluiceError, ValueError):
     """`path` is the dotted key, e.g. ``pools.decode.workers``."""
