@@ -1,4 +1,4 @@
-"""Serving in one picture: time to first token, inter-token latency and goodput over the rate, one colour for each mode."""
+"""Serving in one picture: first token, inter-token latency and goodput over the rate, one colour for each mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     modes = list(dict.fromkeys(summary.mode for summary in summaries))
     style: dict[Any, Any] = {
@@ -30,7 +30,7 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
         "axes.spines.right": False,
     }
     with pyplot.rc_context({**style, "axes.edgecolor": _GREY, "axes.titleweight": "bold", "axes.titlesize": 10.5}):
-        figure, (first, gap, good) = pyplot.subplots(1, 3, figsize=(11, 4.1), dpi=110)
+        figure, (first, gap, good) = pyplot.subplots(1, 3, figsize=(11, 3.9), dpi=110)
         for mode, colour in zip(modes, _COLOURS, strict=False):
             runs = sorted((s for s in summaries if s.mode == mode and s.rate), key=lambda s: s.rate)
             rates = [run.rate for run in runs]
@@ -46,33 +46,36 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
         good.annotate(
             "offered",
             (offered[-1], offered[-1]),
-            (-4, -2),
+            (-16, 0),
             textcoords="offset points",
             ha="right",
             va="top",
             color=_GREY,
         )
         for axes, limit in ((first, slo.ttft_s), (gap, slo.inter_token_s)):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.axhline(1e3 * limit, color=_GREY, linewidth=1, linestyle=":", zorder=0)
             axes.annotate(
                 "objective",
-                (1, 1e3 * limit),
+                (0.015, 1e3 * limit),
                 (0, 3),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                ha="right",
                 color=_GREY,
                 fontsize=8.5,
             )
+        good.set_ylim(bottom=0)
         for axes, name, unit in (
             (first, "time to first token", "ms"),
             (gap, "inter-token latency", "ms"),
-            (good, "goodput", "requests/s within both objectives"),
+            (good, "goodput: both objectives kept", "requests/s"),
         ):
             axes.set_title(name, loc="left")
             axes.set_ylabel(unit)
             axes.set_xlabel("requests/s offered")
-            axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             axes.grid(axis="y", color="#dee2e6", linewidth=0.7)
@@ -91,7 +94,7 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
             bbox_to_anchor=(0.995, 0.995),
         )
         figure.text(0.012, 0.015, footer, color=_GREY, fontsize=7.5)
-        figure.tight_layout(rect=(0, 0.035, 1, 0.93), w_pad=2)
+        figure.tight_layout(rect=(0, 0.035, 1, 0.97), w_pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         pyplot.close(figure)
