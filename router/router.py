@@ -338,6 +338,7 @@ class Router:
             self._fleet.reported(session, frame.load_report)
             self._place_waiting()
         elif kind == "admin_response":
+            self._fleet.reported(session, frame.admin_response.load)  # newer than the last report
             self._admin.answered(session, frame.admin_response)
         elif kind == "goodbye":
             self._fleet.leaving(session)

@@ -52,9 +52,12 @@ def test_a_cut_host_is_noticed_and_its_requests_go_on_at_the_other(pair: tuple[C
     chaos, lonely = pair
 
     async def scene() -> list[Answer]:
+        chaos.freeze("prefill-0")  # so that both sinks wait for it when the cable goes
         asked = chaos.ask(TEXTS, LONG)
-        await chaos.watch.until("decode-0", lambda load: load.num_pulling + load.num_running > 0, "asked")
+        for sink in ("decode-0", "decode-1"):
+            await chaos.watch.until(sink, lambda load: load.num_pulling > 0, "asked")
         lonely.unplug()
+        chaos.thaw("prefill-0")
         answers = await asyncio.gather(*asked)
         lonely.plug()
         return answers
