@@ -295,8 +295,8 @@ def bound_seconds(machine: Machine, steps: list[tuple[int, int]]) -> float:
     return sum(machine.seconds(2 * (t * layers + n * head), 4 * (layers + head * bool(n))) for t, n in steps)
 
 
-def throughput(batch_sizes: list[int], stopwatch: Stopwatch) -> list[Figure]:
-    workload = Workload.draw()
+def throughput(batch_sizes: list[int], stopwatch: Stopwatch, num_requests: int = 32) -> list[Figure]:
+    workload = Workload.draw(num_requests)
     machine = Machine.measure(stopwatch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

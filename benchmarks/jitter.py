@@ -102,7 +102,7 @@ class Measured:
     load: Load
     alone: Steady
     served: Steady
-    gaps: list[float]  # at the readers, while every stream was open
+    gaps: list[float]  # at the readers, once every stream had begun
 
 
 def measure(load: Load) -> Measured:
@@ -121,10 +121,8 @@ def measure(load: Load) -> Measured:
 
 
 def _gaps(arrivals: list[list[float]]) -> list[float]:
-    start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-    return [
-        after - before for times in arrivals for before, after in pairwise(times) if start <= before and after <= end
-    ]
+    start = max(times[0] for times in arrivals)
+    return [after - before for times in arrivals for before, after in pairwise(times) if start <= before]
 
 
 # ---------------------------------------------------------------- without sessions
