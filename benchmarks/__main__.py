@@ -27,7 +27,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "transfer": "--tokens 256 --layers 4 --repeats 1",
         "words": "--round-trips 50 --steps 20 --sequences 8",
         "engine": "--only jitter --steps 10",
-        "serving": "--rates 4 --seconds 1",
+        "serving": "--rates 4 --seconds 1 --rounds 1",
     }
 )
 

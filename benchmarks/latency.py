@@ -23,7 +23,7 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One mode at one rate. Seconds; percentiles over the complete requests; nothing is NaN: no request, zeros."""
+    """One mode at one rate, all rounds together. Seconds; percentiles over the complete requests, 0 without any."""
 
     mode: str
     rate: float  # offered requests/s; 0: one request after the other
@@ -43,15 +43,17 @@ class Summary:
     pulled_blocks: int
     num_disaggregated: int  # plans
     late_p99: float  # how far the client itself was behind
+    neighbours: float  # cores that other programs kept busy meanwhile
 
     @classmethod
-    def of(cls, mode: str, rate: float, samples: Sequence[Sample], slo: Slo) -> Summary:
+    def of(
+        cls, mode: str, rate: float, rounds: Sequence[Sequence[Sample]], slo: Slo, *, neighbours: float = 0.0
+    ) -> Summary:
+        samples = [sample for round_ in rounds for sample in round_]
         done = [sample for sample in samples if sample.complete]
         gaps = [after - before for sample in done for before, after in pairwise(sample.token_s)]
         means = [_mean_gap(sample) for sample in done if len(sample.token_s) > 1]
         first, last = [sample.token_s[0] for sample in done], [sample.token_s[-1] for sample in done]
-        ends = [sample.due_s + sample.token_s[-1] for sample in done]
-        elapsed = max([len(samples) / rate, *ends]) if rate else sum(last)
         return cls(
             mode=mode,
             rate=rate,
@@ -65,12 +67,13 @@ class Summary:
             gap_p99=percentile(gaps, 0.99),
             end_to_end_p50=percentile(last, 0.5),
             end_to_end_p99=percentile(last, 0.99),
-            elapsed=elapsed,
+            elapsed=sum(_elapsed(rate, round_) for round_ in rounds),
             num_tokens=sum(len(sample.token_s) for sample in done),
             hit_tokens=sum(sample.hit_tokens for sample in done),
             pulled_blocks=sum(sample.pulled_blocks for sample in done),
             num_disaggregated=sum(sample.plan == "disaggregated" for sample in done),
             late_p99=percentile([sample.sent_s for sample in samples], 0.99),
+            neighbours=neighbours,
         )
 
     @property
@@ -85,6 +88,13 @@ class Summary:
     def goodput(self) -> float:
         """Requests/s that kept the objectives."""
         return self.num_good / self.elapsed if self.elapsed else 0.0
+
+
+def _elapsed(rate: float, samples: Sequence[Sample]) -> float:
+    done = [sample for sample in samples if sample.complete]
+    if not rate:
+        return sum(sample.token_s[-1] for sample in done)
+    return max([len(samples) / rate, *(sample.due_s + sample.token_s[-1] for sample in done)])
 
 
 def _mean_gap(sample: Sample) -> float:

@@ -1,18 +1,21 @@
 """Serving over HTTP: Poisson arrivals on one prefill and one decode worker, beside two workers that do both.
 
-    python -m benchmarks.serving [--rates 2 4 8] [--seconds 10] [--json FILE] [--plot docs/images/serving.png]
+    python -m benchmarks.serving [--rates 2 4 8] [--seconds 5] [--rounds 2] [--json FILE] [--plot FILE.png]
     python -m benchmarks.serving --url disaggregated=http://host:8000 --url aggregated=http://host:8001
 
 Without --url each mode is started in turn from its recipe in deploy/configs, on equal resources: two worker
-processes with one thread each; the front door is uvicorn in this process; the client is a process of its own. Both
-modes get the same requests, routed by the same policy. Prompts are random tokens and never begin alike, every rate has
-new ones, and caches are cleared between rates, so that no cached request stands beside a cold one: `hit` counts tokens.
+processes with one thread each. The front door is uvicorn in this process; the client is a process of its own. Modes
+alternate, so that a noisy neighbour meets both; they get the same requests, routed by the same policy. Prompts are
+random tokens and never begin alike, every run has new ones, and caches are cleared between runs, so that no cached
+request stands beside a cold one: `hit` counts their tokens.
 
   alone     requests one after the other: the bound of every latency of its mode
   TTFT      from when a request was due to its first token
   ITL       inter-token latency, the mean of a request; `gap` is any single pause between two of its tokens
   e2e       from when a request was due to its last token
   goodput   requests/s completed within both objectives: TTFT (--slo-ttft-ms) and ITL (--slo-itl-ms)
+  others    cores that other programs kept busy in the worst round (with --url the server is one of them): where it is
+            over 0.1, the row says little
 
 p99 is that of few requests: with fewer than 100 it is the slowest one. A running server (--url) is not cleared: the
 seed is drawn anew there unless given, and --vocab-size must not exceed its model's.
@@ -40,6 +43,7 @@ from benchmarks import checkpoint, latency_plot
 from benchmarks.arrivals import Workload
 from benchmarks.client import Job, Sample
 from benchmarks.latency import Slo, Summary
+from benchmarks.neighbours import Neighbours
 from benchmarks.report import ROOT, Figure, Report, Setting, console, progress, sign
 from cluster import config_file
 from cluster.config import SluiceConfig
@@ -61,7 +65,8 @@ class Plan:
     """What is asked of each mode."""
 
     rates: Sequence[float] = (2.0, 4.0, 8.0)
-    seconds: float = 10.0  # of arrivals at each rate
+    seconds: float = 5.0  # of arrivals at each rate
+    num_rounds: int = 2
     num_alone: int = _ALONE
     prompt_tokens: tuple[int, int] = (64, 512)
     output_tokens: tuple[int, int] = (16, 64)
@@ -70,15 +75,23 @@ class Plan:
     shape: checkpoint.Shape = checkpoint.SMALL
     vocab_size: int = checkpoint.SMALL.vocab_size
 
-    def workload(self, rate: float, *, warm_up: bool = False) -> Workload:
+    def workload(self, rate: float, round_: int) -> Workload:
         return Workload(
             rate=rate,
             num_requests=max(2, round(rate * self.seconds)) if rate else self.num_alone,
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             vocab_size=self.vocab_size,
-            seed=self.seed + (1 << 32) * warm_up,
+            seed=self.seed + round_,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One mode at one rate in one round."""
+
+    samples: list[Sample]
+    neighbours: float
 
 
 # ---------------------------------------------------------------- one mode
@@ -94,13 +107,13 @@ def config_of(mode: str, directory: Path, shape: checkpoint.Shape) -> SluiceConf
     return config_file.load(ROOT / "deploy" / "configs" / RECIPES[mode], settings=settings)
 
 
-async def start_and_measure(mode: str, plan: Plan) -> list[Summary]:
+async def start_and_measure(mode: str, plan: Plan, round_: int) -> dict[float, Run]:
     """On worker processes that live for this."""
-    found: list[Summary] = []
+    found: dict[float, Run] = {}
 
     async def work(service: ApiService) -> None:
         async with front_door(service) as url:
-            found.extend(await measure(mode, url, service.model.name, plan, service.router.clear_cache))
+            found.update(await measure(mode, url, service.model.name, plan, round_, service.router.clear_cache))
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -124,19 +137,20 @@ async def front_door(service: ApiService) -> AsyncIterator[str]:
             await serving
 
 
-async def measure(mode: str, url: str, model: str, plan: Plan, clear: Clear) -> list[Summary]:
-    """Unloaded first, then each rate. Raises RuntimeError when even an unloaded request fails."""
-    await send(Job(url, model, plan.workload(0, warm_up=True)))
-    found: list[Summary] = []
+async def measure(mode: str, url: str, model: str, plan: Plan, round_: int, clear: Clear) -> dict[float, Run]:
+    """Unloaded first, as rate 0, then each rate. Raises RuntimeError when even an unloaded request fails."""
+    await send(Job(url, model, plan.workload(0, -1 - round_)))  # warms up
+    found: dict[float, Run] = {}
     for rate in (0.0, *plan.rates):
         await clear()
-        samples = await send(Job(url, model, plan.workload(rate)))
-        summary = Summary.of(mode, rate, samples, plan.slo)
-        if not rate and summary.num_failed:
-            raise RuntimeError(f"{mode}: {next(s.error for s in samples if not s.complete) or 'too few tokens'}")
-        found.append(summary)
+        others = Neighbours()
+        samples = await send(Job(url, model, plan.workload(rate, round_)))
+        found[rate] = Run(samples, others.num_cores())
+        failures = [sample.error or "too few tokens" for sample in samples if not sample.complete]
+        if failures and not rate:
+            raise RuntimeError(f"{mode}: {failures[0]}")
         load = f"{rate:g} requests/s" if rate else "alone"
-        progress(f"serving: {mode}, {load}: {summary.num_requests} requests in {summary.elapsed:.1f} s")
+        progress(f"serving: round {round_ + 1}, {mode}, {load}: {len(samples)} requests, {len(failures)} failed")
     return found
 
 
@@ -160,15 +174,20 @@ async def send(job: Job) -> list[Sample]:
     return Sample.list_from_json(out)
 
 
-async def measure_running(name: str, url: str, plan: Plan) -> list[Summary]:
+async def measure_running(name: str, url: str, plan: Plan, round_: int) -> dict[float, Run]:
     async def no_clear() -> None: ...
 
     async with httpx.AsyncClient(trust_env=False) as client:
         models = (await client.get(f"{url}/v1/models")).raise_for_status().json()
-    return await measure(name, url, models["data"][0]["id"], plan, no_clear)
+    return await measure(name, url, models["data"][0]["id"], plan, round_, no_clear)
 
 
 # ---------------------------------------------------------------- the report
+
+
+def summarize(mode: str, rate: float, runs: Sequence[Run], slo: Slo) -> Summary:
+    neighbours = max(run.neighbours for run in runs)
+    return Summary.of(mode, rate, [run.samples for run in runs], slo, neighbours=neighbours)
 
 
 def figures(summaries: Sequence[Summary]) -> list[Figure]:
@@ -199,7 +218,7 @@ def table_of(report: Report, summaries: Sequence[Summary]) -> Table:
     table.add_column("mode")
     for heading in ("req/s", "sent", "failed", "TTFT p50", "p99", "ITL p50", "p99", "gap p99", "e2e p50", "p99"):
         table.add_column(heading, justify="right")
-    for heading in ("tok/s", "done/s", "goodput", "in SLO", "hit", "pulled"):
+    for heading in ("tok/s", "done/s", "goodput", "in SLO", "hit", "pulled", "others"):
         table.add_column(heading, justify="right")
     before = ""
     for run in summaries:
@@ -227,6 +246,7 @@ def table_of(report: Report, summaries: Sequence[Summary]) -> Table:
             f"{100 * run.num_good / run.num_requests:.0f} %",
             str(run.hit_tokens),
             str(run.pulled_blocks),
+            f"{run.neighbours:.1f}",
         )
     return table
 
@@ -248,9 +268,18 @@ def report_of(summaries: Sequence[Summary], plan: Plan, setting: Setting, served
 def run(
     plan: Plan, modes: Sequence[str] = tuple(RECIPES), urls: Mapping[str, str] | None = None
 ) -> tuple[Report, list[Summary]]:
-    setting, found = Setting.here(), []
-    for mode, url in (urls or dict.fromkeys(modes, "")).items():
-        found += asyncio.run(measure_running(mode, url, plan) if url else start_and_measure(mode, plan))
+    setting = Setting.here()
+    targets = urls or dict.fromkeys(modes, "")
+    rounds: dict[str, list[dict[float, Run]]] = {mode: [] for mode in targets}
+    for round_ in range(plan.num_rounds):
+        for mode, url in targets.items():
+            measuring = measure_running(mode, url, plan, round_) if url else start_and_measure(mode, plan, round_)
+            rounds[mode].append(asyncio.run(measuring))
+    found = [
+        summarize(mode, rate, [runs[rate] for runs in rounds[mode]], plan.slo)
+        for mode in targets
+        for rate in (0.0, *plan.rates)
+    ]
     served = "running servers" if urls else f"{plan.shape}, two workers of one thread"
     return report_of(found, plan, setting, served), found
 
@@ -271,6 +300,7 @@ def main() -> None:
     plan = Plan()
     parser.add_argument("--rates", type=float, nargs="+", default=list(plan.rates), help="requests/s")
     parser.add_argument("--seconds", type=float, default=plan.seconds, help="of arrivals at each rate")
+    parser.add_argument("--rounds", type=int, default=plan.num_rounds)
     parser.add_argument("--prompt", type=int, nargs=2, default=plan.prompt_tokens, metavar=("LOW", "HIGH"))
     parser.add_argument("--output", type=int, nargs=2, default=plan.output_tokens, metavar=("LOW", "HIGH"))
     parser.add_argument("--slo-ttft-ms", type=float, default=1e3 * plan.slo.ttft_s)
@@ -288,6 +318,7 @@ def main() -> None:
     plan = Plan(
         rates=options.rates,
         seconds=options.seconds,
+        num_rounds=options.rounds,
         prompt_tokens=tuple(options.prompt),
         output_tokens=tuple(options.output),
         slo=Slo(options.slo_ttft_ms / 1e3, options.slo_itl_ms / 1e3),

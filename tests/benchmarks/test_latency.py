@@ -27,7 +27,7 @@ def test_a_summary_counts_what_clients_saw() -> None:
         sample(3.5, 0.1, num_wanted=2),  # cut short
         sample(3.6, error="busy"),
     ]
-    summary = Summary.of("mode", 2.0, samples, SLO)
+    summary = Summary.of("mode", 2.0, [samples], SLO)
     assert (summary.num_requests, summary.num_failed, summary.num_good) == (6, 2, 2)
     assert summary.num_tokens == 10
     assert summary.elapsed == pytest.approx(3.4)  # the last token; all arrivals were due within 3 s
@@ -40,17 +40,24 @@ def test_a_summary_counts_what_clients_saw() -> None:
 
 
 def test_goodput_is_never_over_what_was_offered() -> None:
-    summary = Summary.of("mode", 2.0, [sample(0.1, 0.01), sample(0.2, 0.01)], SLO)
+    summary = Summary.of("mode", 2.0, [[sample(0.1, 0.01), sample(0.2, 0.01)]], SLO)
     assert summary.goodput == summary.rate == 2.0
 
 
+def test_rounds_add_up() -> None:
+    rounds = [[sample(0.1, 0.2), sample(0.2, 1.9)], [sample(0.1, 0.2), sample(0.2, 0.3)]]
+    summary = Summary.of("mode", 2.0, rounds, SLO)
+    assert summary.num_requests == 4
+    assert summary.elapsed == pytest.approx(2.1 + 1.0)
+
+
 def test_one_after_the_other_takes_the_sum_of_all() -> None:
-    summary = Summary.of("mode", 0.0, [sample(0.0, 0.25), sample(0.0, 0.5)], SLO)
-    assert summary.elapsed == 0.75
+    summary = Summary.of("mode", 0.0, [[sample(0.0, 0.25), sample(0.0, 0.5)], [sample(0.0, 0.25)]], SLO)
+    assert summary.elapsed == 1.0
 
 
 def test_nothing_complete_is_all_zeros() -> None:
-    summary = Summary.of("mode", 4.0, [sample(0.0, error="refused")] * 2, SLO)
+    summary = Summary.of("mode", 4.0, [[sample(0.0, error="refused")] * 2], SLO)
     assert (summary.num_failed, summary.goodput, summary.ttft_p99, summary.tokens_per_s) == (2, 0.0, 0.0, 0.0)
 
 

@@ -61,6 +61,7 @@ def test_serving(tmp_path: Path) -> None:
     plan = serving.Plan(
         rates=(16.0,),
         seconds=0.25,
+        num_rounds=1,
         num_alone=1,
         prompt_tokens=(65, 90),  # more than a block
         output_tokens=(2, 4),
@@ -82,7 +83,7 @@ def test_serving(tmp_path: Path) -> None:
     assert (
         summaries[1].num_tokens
         == summaries[3].num_tokens
-        == sum(arrival.num_tokens for arrival in plan.workload(16.0).arrivals())
+        == sum(arrival.num_tokens for arrival in plan.workload(16.0, 0).arrivals())
     )
     figures = written(report, tmp_path / "report.json")
     assert len(figures) == 2 * (8 + 9)
