@@ -1,6 +1,6 @@
 """Serving over HTTP: Poisson arrivals on one prefill and one decode worker, beside two workers that do both.
 
-    python -m benchmarks.serving [--rates 2 4 8] [--seconds 5] [--rounds 2] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.serving [--rates 4 8 12] [--seconds 5] [--rounds 2] [--json FILE] [--plot FILE.png]
     python -m benchmarks.serving --url disaggregated=http://host:8000 --url aggregated=http://host:8001
 
 Without --url each mode is started in turn from its recipe in deploy/configs, on equal resources: two worker
@@ -56,7 +56,7 @@ RECIPES: Mapping[str, str] = MappingProxyType(
 )
 PLOT = ROOT / "docs" / "images" / "serving.png"
 _ALONE = 8  # requests, after as many that warm up
-SLO = Slo(ttft_s=0.4, inter_token_s=0.025)
+SLO = Slo(ttft_s=0.2, inter_token_s=0.015)
 Clear = Callable[[], Awaitable[object]]
 
 
@@ -64,7 +64,7 @@ Clear = Callable[[], Awaitable[object]]
 class Plan:
     """What is asked of each mode."""
 
-    rates: Sequence[float] = (2.0, 4.0, 8.0)
+    rates: Sequence[float] = (4.0, 8.0, 12.0)
     seconds: float = 5.0  # of arrivals at each rate
     num_rounds: int = 2
     num_alone: int = _ALONE
