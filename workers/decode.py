@@ -30,7 +30,7 @@ from kvtransfer.connector import BlockRun, BlockSpan, Done, Outcome
 from workers.assembly import Assembly
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import StepOutcome
-from workers.fetch import Fetch
+from workers.fetch import Fetch, Lingering
 from workers.pairs import Pairs
 from workers.serving import Phase, Request, Tokens, count_pull
 
@@ -56,7 +56,7 @@ class DecodeStage:
         self._requests: dict[RequestKey, Request] = {}
         self._by_sequence: dict[int, Request] = {}
         self._attempts: dict[str, RequestKey] = {}  # open request ids
-        self._lingering: dict[RequestKey, tuple[Session, int]] = {}  # ended, with reads in flight: source and ask
+        self._lingering = Lingering()
         self._tokens = Tokens()
         self.draining = False
 
@@ -120,10 +120,10 @@ class DecodeStage:
                 raises = fetch.take_raises()
                 pull = self._sink.plan(request.key, session.peer.incarnation, runs, fetch.wanted(), raises, now)
             except (TransferError, ValueError) as error:
-                fetch.source_lost = str(error)
+                fetch.lose(str(error), now, died=False)
                 self._advance(request, now)
                 return
-            fetch.begin_read(now)
+            fetch.begin_read(pull.id, now)
             for executor in self._executors:
                 executor.submit(pull)
         if ticket.last:
@@ -142,7 +142,7 @@ class DecodeStage:
         if failed.failure.code in (pb.INVALID, pb.TOO_LONG, pb.DEADLINE):
             self._settle(request, now, error=from_failure(failed.failure))
             return
-        fetch.lose(failed.failure.message, died=failed.failure.code == pb.INTERNAL)
+        fetch.lose(failed.failure.message, now, died=failed.failure.code == pb.INTERNAL)
         self._advance(request, now)
 
     def pulled(self, done: Done, now: float) -> None:
@@ -151,23 +151,18 @@ class DecodeStage:
         if result is None:
             return
         count_pull(self._metrics, result, self._transport)
-        key = result.key
-        if result.abandoned:
-            if key in self._lingering and not self._sink.num_pulls_of(key):
-                session, ask = self._lingering.pop(key)
-                session.send(pb.Frame(release=pb.Release(key=key.wire(), ask=ask)))
+        request = self._requests.get(result.key)
+        fetch = request.fetch if request is not None else None
+        if request is None or fetch is None or result.pull.id not in fetch.in_flight:
+            self._lingering.ended(result.key, result.pull.id)
             return
-        request = self._requests[key]
-        fetch = request.fetch
-        assert fetch is not None
         fetch.landed(result.valid_pairs)
         request.route.blocks += len(result.valid_pairs)
         request.route.bytes += result.num_bytes
-        if not self._sink.num_pulls_of(key):
-            request.route.transfer_s += fetch.end_read(now)
+        request.route.transfer_s += fetch.end_read(result.pull.id, now)
         if result.outcome is not Outcome.OK:
             reason = f"{result.outcome}: {'; '.join(result.errors) or 'read thrown away'}"
-            fetch.lose(reason, died=result.outcome is Outcome.LOST)
+            fetch.lose(reason, now, died=result.outcome is Outcome.LOST)
             fetch.blocks_stuck |= result.outcome is Outcome.STUCK
         self._advance(request, now)
 
@@ -177,7 +172,7 @@ class DecodeStage:
             if request.session is session:
                 self._settle(request, now, error=Cancelled("the ingress is gone"))
             elif request.fetch is not None and request.fetch.session is session:
-                request.fetch.lose(str(session.error), died=True)
+                request.fetch.lose(str(session.error), now, died=True)
                 self._advance(request, now)
         self._tokens.forget(session)
 
@@ -235,11 +230,11 @@ class DecodeStage:
         if not request.remote:
             self._compute_here(request, "plan")
             return
-        session = self._pairs.pick(request.sources, request.refused)
+        session = self._pairs.pick(request.sources, ())
         if session is None:
             if request.local_allowed:
                 self._compute_here(request, "no_source")
-            elif not request.refused and now - request.pending_since > self._limits.max_pull_wait_s:
+            elif now - request.pending_since > self._limits.max_pull_wait_s:
                 self._settle(request, now, error=NoWorker("no prefill worker is within reach; start one"))
             else:
                 request.wait(now + RETRY_S)
@@ -311,7 +306,7 @@ class DecodeStage:
     def _advance(self, request: Request, now: float) -> None:
         """After anything that may have completed or failed a fetch; reads in flight decide first."""
         fetch = request.fetch
-        if fetch is None or self._sink.num_pulls_of(request.key):
+        if fetch is None or fetch.in_flight:
             return
         if fetch.source_lost:
             self._lose_source(request, fetch, now)
@@ -350,6 +345,10 @@ class DecodeStage:
         """A reservation without a ticket for too long goes back, so that two full workers cannot wait for ever."""
         fetch = request.fetch
         assert fetch is not None
+        if fetch.is_silent(now):
+            fetch.give_up_reads()
+            self._advance(request, now)
+            return
         if fetch.had_ticket or fetch.source_lost or now - fetch.asked_at < self._limits.max_pull_wait_s:
             return
         self._requeue(request, now)
@@ -369,8 +368,8 @@ class DecodeStage:
         key = request.key
         if not fetch.last_ticket:
             session.send(pb.Frame(cancel=pb.Cancel(key=key.wire(), reason="no longer wanted")))
-        if self._sink.num_pulls_of(key):
-            self._lingering[key] = (session, fetch.ask)
+        if fetch.in_flight:
+            self._lingering.add(key, session, fetch.ask, fetch.in_flight)
         else:
             session.send(pb.Frame(release=pb.Release(key=key.wire(), ask=fetch.ask)))
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cluster.protos import worker_pb2 as pb
+from cluster.request import RequestKey
 from cluster.session import Session
 from kvtransfer.connector import BlockPair, BlockRaise, BlockSpan
+
+SILENT_READ_S = 0.5  # the reads of a dead process fail at once, those over a cut link perhaps never
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Fetch:
     had_ticket: bool = False
     last_ticket: bool = False
     source_lost: str = ""  # why the source is given up, once its reads have ended
+    lost_at: float = 0.0
+    in_flight: set[int] = field(default_factory=set)  # ids of pulls whose end we wait for
     under_it: bool = False  # the source died or failed while it computed this prompt: the prompt is a suspect
     blocks_stuck: bool = False  # destination blocks that may still be written
     _missing: list[dict[int, int]] = field(default_factory=list)  # [group] destination block -> its position
@@ -56,8 +62,10 @@ class Fetch:
         self.source_lost = ""
         self.under_it = False
 
-    def lose(self, reason: str, *, died: bool) -> None:
+    def lose(self, reason: str, now: float, *, died: bool) -> None:
         """The source is given up. `died`: or its step failed; that counts until its last ticket is here."""
+        if not self.source_lost:
+            self.lost_at = now
         self.source_lost = reason
         self.under_it = died and not self.last_ticket
 
@@ -74,7 +82,8 @@ class Fetch:
         raises, self.raises = self.raises, ()
         return raises
 
-    def begin_read(self, now: float) -> None:
+    def begin_read(self, pull_id: int, now: float) -> None:
+        self.in_flight.add(pull_id)
         if self._reading_since is None:
             self._reading_since = now
 
@@ -83,7 +92,43 @@ class Fetch:
         for group, _, block in pairs:
             self._missing[group].pop(block, None)
 
-    def end_read(self, now: float) -> float:
-        """Seconds since the first of the reads that have now all ended."""
+    def end_read(self, pull_id: int, now: float) -> float:
+        """Once the last read has ended: seconds since the first of them began; 0 before."""
+        self.in_flight.discard(pull_id)
+        if self.in_flight or self._reading_since is None:
+            return 0.0
         since, self._reading_since = self._reading_since, None
-        return 0.0 if since is None else now - since
+        return now - since
+
+    def is_silent(self, now: float) -> bool:
+        """Whether reads from a source whose session broke have not ended when they should have."""
+        broken = self.session is not None and not self.session.open
+        return bool(self.source_lost and self.in_flight) and broken and now - self.lost_at > SILENT_READ_S
+
+    def give_up_reads(self) -> None:
+        """They may never report: their blocks are theirs until the ledger lets go, and others must be reserved."""
+        self.in_flight.clear()
+        self.blocks_stuck = True
+
+
+class Lingering:
+    """Asks that nobody waits for any more, with reads in flight: the source hears the release after the last one."""
+
+    def __init__(self) -> None:
+        self._asks: dict[RequestKey, tuple[Session, int, set[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def add(self, key: RequestKey, session: Session, ask: int, reads: set[int]) -> None:
+        self._asks[key] = (session, ask, reads)
+
+    def ended(self, key: RequestKey, pull_id: int) -> None:
+        """A read that no request waits for is over."""
+        if key not in self._asks:
+            return
+        session, ask, reads = self._asks[key]
+        reads.discard(pull_id)
+        if not reads:
+            del self._asks[key]
+            session.send(pb.Frame(release=pb.Release(key=key.wire(), ask=ask)))

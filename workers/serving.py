@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from cluster import hashing
@@ -44,7 +44,6 @@ class Request:
     fetch: Fetch | None = None
     not_before: float = 0.0
     num_asks: int = 0
-    refused: frozenset[str] = field(default=frozenset())
     num_deaths: int = 0  # of sources, under this request
 
     @classmethod
