@@ -19,7 +19,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "nixl", "grpcio", "ray", "uvicorn")
-_WIDTH = 165
+_WIDTH = 175
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ RECIPES: Mapping[str, str] = MappingProxyType(
 )
 PLOT = ROOT / "docs" / "images" / "serving.png"
 _ALONE = 8  # requests, after as many that warm up
+QUIET_CORES = 0.1  # of others; above it a figure says little
 SLO = Slo(ttft_s=0.2, inter_token_s=0.015)
 Clear = Callable[[], Awaitable[object]]
 
@@ -215,7 +216,7 @@ def figures(summaries: Sequence[Summary]) -> list[Figure]:
 
 def table_of(report: Report, summaries: Sequence[Summary]) -> Table:
     table = Table(title=f"serving: {report.what}", title_justify="left")
-    table.add_column("mode")
+    table.add_column("mode", no_wrap=True)
     for heading in ("req/s", "sent", "failed", "TTFT p50", "p99", "ITL p50", "p99", "gap p99", "e2e p50", "p99"):
         table.add_column(heading, justify="right")
     for heading in ("tok/s", "done/s", "goodput", "in SLO", "hit", "pulled", "others"):
@@ -286,12 +287,14 @@ def run(
 
 def draw(path: Path, report: Report, summaries: Sequence[Summary], plan: Plan) -> None:
     what = report.what.partition(";")[0]
+    neighbours = max(summary.neighbours for summary in summaries)
+    noise = f"; other programs kept {neighbours:.1f} cores busy" if neighbours > QUIET_CORES else ""
     latency_plot.draw(
         path,
         summaries,
         plan.slo,
         title=" and ".join(dict.fromkeys(summary.mode for summary in summaries)),
-        footer=f"{report.setting.hardware}; {what}; Poisson arrivals over HTTP; commit {report.setting.commit}",
+        footer=f"{report.setting.hardware}; {what}; Poisson arrivals over HTTP; commit {report.setting.commit}{noise}",
     )
 
 
