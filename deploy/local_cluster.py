@@ -193,9 +193,13 @@ class LocalCluster:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            return process.environ().get(_MARK) == str(self.directory) or any(
-                str(self.directory) in word for word in process.cmdline()
-            )
+            if process.environ().get(_MARK) == str(self.directory):
+                return True
+            words = process.cmdline()
+            if words and words[0].startswith("ray::"):
+                # A process that gives itself a title writes it over its arguments and environment.
+                return any(file.path.startswith(str(self.directory)) for file in process.open_files())
+            return any(str(self.directory) in word for word in words)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
 
