@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -40,19 +41,26 @@ async def num_open(chaos: Chaos) -> int:
     return sum(load.num_running + load.num_waiting + load.num_pulling for load in loads)
 
 
-def test_requests_of_a_killed_ingress_end_on_all_workers(chaos: Chaos) -> None:
-    async def scene() -> list[Answer]:
-        async with ingress_process(chaos.cluster, TEXTS, ENDLESS) as other:
-            await until_all_stream(other, len(TEXTS))
-            assert await num_open(chaos) == len(TEXTS)
-            ours = chaos.ask(TEXTS)
+def test_killed_at_any_token_its_requests_end_on_all_workers_and_ours_do_not_notice(chaos: Chaos) -> None:
+    """Twenty seeded deaths, each after another number of tokens."""
+
+    async def scene(seed: int, mine: list[tuple[int, ...]]) -> list[Answer]:
+        random = Random(seed)
+        texts = prompts(4, 40, 120, seed=seed)
+        async with ingress_process(chaos.cluster, texts, ENDLESS) as other:
+            for _ in range(random.randrange(1, 120)):
+                assert await other.told() is not None, "it finished too early"
+            assert await num_open(chaos) > 0
+            ours = chaos.ask(mine)
             other.signal(signal.SIGKILL)
             return await asyncio.gather(*ours)
 
-    for text, answer in zip(TEXTS, chaos.runner.run(scene()), strict=True):
-        assert_greedy(text, answer)
-        assert answer.attempt == 1
-    chaos.runner.run(chaos.cluster.assert_all_free())
+    for seed in range(20):
+        mine = Random(seed).sample(TEXTS, 2)
+        for text, answer in zip(mine, chaos.runner.run(scene(seed, mine)), strict=True):
+            assert_greedy(text, answer)
+            assert answer.attempt == 1, f"seed {seed}"
+        chaos.runner.run(chaos.cluster.assert_all_free())
 
 
 def test_requests_of_an_ingress_killed_while_its_prompts_are_pulled_end_too(chaos: Chaos) -> None:
