@@ -3,7 +3,8 @@
     plan ─> in flight ─ every rank reported, none STUCK ─> blocks unpinned, PullResult
                       └ every rank reported, one STUCK ──> blocks quarantined for 2T, PullResult
 
-A request may end at any moment; its reads in flight keep their blocks until then (`abandon`).
+A request may end at any moment and release its own references as usual: the pins of `plan` outlive them, so its reads
+in flight keep their blocks until every rank has reported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class PullResult:
     pull: Pull
     key: RequestKey
     outcome: Outcome  # the worst of all ranks
-    abandoned: bool  # nobody waits for it
     stale: frozenset[int]  # indices of pull.pairs, from any rank
     num_bytes: int  # over all ranks
     seconds: float  # of the slowest rank
@@ -52,7 +52,6 @@ class _Flight:
     pull: Pull
     key: RequestKey
     dones: dict[int, Done] = field(default_factory=dict)  # by rank
-    abandoned: bool = False
 
 
 class Sink:
@@ -63,7 +62,6 @@ class Sink:
         self._ranks = frozenset(ranks)
         self._ids = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
-        self._by_key: dict[RequestKey, set[int]] = {}
         self._destinations: set[BlockRef] = set()
 
     @property
@@ -122,7 +120,6 @@ class Sink:
         self._ledger.post(pull.id, [BlockRef(group, block) for group, _, block in pairs], now)
         self._destinations |= seen
         self._flights[pull.id] = _Flight(pull, key)
-        self._by_key.setdefault(key, set()).add(pull.id)
         return pull
 
     def done(self, done: Done, now: float) -> PullResult | None:
@@ -145,38 +142,22 @@ class Sink:
             pull=flight.pull,
             key=flight.key,
             outcome=outcome,
-            abandoned=flight.abandoned,
             stale=frozenset(index for each in dones for index in each.stale),
             num_bytes=sum(each.num_bytes for each in dones),
             seconds=max(each.seconds for each in dones),
             errors=tuple(each.error for each in dones if each.error),
         )
 
-    def abandon(self, key: RequestKey) -> int:
-        """The request is over: how many of its reads are in flight, and keep their blocks. Idempotent.
-
-        The caller releases its own references as usual; the pins of `plan` outlive them.
-        """
-        pulls = self._by_key.get(key, set())
-        for pull_id in pulls:
-            self._flights[pull_id].abandoned = True
-        return len(pulls)
-
     def num_pulls_of(self, key: RequestKey) -> int:
-        return len(self._by_key.get(key, ()))
+        """Its reads in flight. O(all reads in flight)."""
+        return sum(flight.key == key for flight in self._flights.values())
 
     def check_integrity(self) -> None:
         """Asserts that the indexes agree. For tests and debugging."""
         refs = [BlockRef(group, block) for f in self._flights.values() for group, _, block in f.pull.pairs]
         assert len(refs) == len(self._destinations) and set(refs) == self._destinations, "destinations"
-        by_key = {(f.key, pull_id) for pull_id, f in self._flights.items()}
-        assert by_key == {(key, pull_id) for key, pulls in self._by_key.items() for pull_id in pulls}, "by key"
         assert self._ledger.num_posted == len(self._flights), "posted reads"
 
     def _forget(self, flight: _Flight) -> None:
         del self._flights[flight.pull.id]
         self._destinations.difference_update(BlockRef(group, block) for group, _, block in flight.pull.pairs)
-        pulls = self._by_key[flight.key]
-        pulls.discard(flight.pull.id)
-        if not pulls:
-            del self._by_key[flight.key]

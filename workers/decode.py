@@ -388,7 +388,6 @@ class DecodeStage:
         del self._requests[request.key], self._by_sequence[request.sequence.id]
         del self._attempts[request.key.request_id]
         self._leave_source(request)
-        self._sink.abandon(request.key)
         self._scheduler.abort(request.sequence)
         if error is not None:
             finish = FinishReason.ERROR

@@ -212,16 +212,16 @@ def test_cancel_in_flight_keeps_the_destination_until_completion() -> None:
     _, ours, _ = pair.start([1, 2, 3])
     pair.sink.run_once()
     pair.reads()[0].copy(1)
-    assert pair.sink.sink.abandon(KEY) == 1
+    assert pair.sink.sink.num_pulls_of(KEY) == 1
     pair.sink.blocks.release(0, ours)
     assert [pair.sink.blocks.state(0, block) for block in ours] == [BlockState.FILLING] * 3
     assert not set(pair.sink.reserve(5)) & set(ours)
     assert pair.sink.blocks.reserve([1]) is None
     pair.fabric.resume("source/0")
     (result,) = pair.sink.pump()
-    assert result.abandoned
+    assert result.outcome is Outcome.OK
     assert sorted(pair.sink.reserve(3)) == sorted(ours)
-    assert pair.sink.sink.abandon(KEY) == 0
+    assert pair.sink.sink.num_pulls_of(KEY) == 0
     pair.check()
 
 

@@ -197,7 +197,7 @@ class World:
 
     def _end(self, request: Request, *, tell_source: bool) -> None:
         self.requests.remove(request)
-        self.seen["cancelled mid-read"] += bool(request.sink.worker.sink.abandon(request.key))
+        self.seen["cancelled mid-read"] += request.sink.worker.sink.num_pulls_of(request.key) > 0
         self._release(request.sink, request.ours)
         self._source_lets_go(request)
         if tell_source:
@@ -232,10 +232,10 @@ class World:
         if result.outcome is Outcome.STUCK:
             blocks = {pair.sink_block for pair in result.pull.pairs}
             self._rests.append((self.clock.now + 2 * T_S, node, blocks))
-        if result.abandoned:
+        request = next((request for request in self.requests if request.key == result.key), None)
+        if request is None:
             self.seen["abandoned"] += 1
             return
-        (request,) = (request for request in self.requests if request.key == result.key)
         if result.outcome is Outcome.STUCK:
             self._end(request, tell_source=True)
             return
