@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.attention.bucketing import bucket_table, buckets_by_length, chunk_mask, clear_started
 from workers.attention.indexer import index_scores, select
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import (
@@ -26,9 +27,6 @@ from workers.attention.mla_interface import (
     MlaProblem,
 )
 from workers.attention.sparse import attend_chosen
-
-MAX_BUCKETS = 4
-MIN_BUCKET_SEQUENCES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +55,18 @@ class ReferenceMla:
     def begin(self, batch: AttentionBatch, group: int, cache: KvCache) -> ReferenceMlaStep:
         table = batch.groups[group].block_table.to(torch.int64)
         latents = cache.pages(LATENTS)
-        self._clear_started(batch, table, latents)
+        # Index keys need no such care: scores are replaced, not multiplied.
+        clear_started(batch, table, latents, self.problem.block_size)
         dense, sparse = self._split(batch)
         contexts = [self._context(batch, sequence, table.device) for sequence in dense if sequence >= batch.num_decodes]
-        single = [sequence for sequence in dense if sequence < batch.num_decodes]
         num_layers = latents.shape[1]
         rows: list[int] = []
-        dense_buckets = self._buckets(batch, single, table, num_layers, rows)
+        dense_runs = buckets_by_length(batch, [sequence for sequence in dense if sequence < batch.num_decodes])
+        dense_buckets = [self._bucket(batch, members, table, num_layers, rows) for members in dense_runs]
         num_dense = len(rows)
-        sparse_buckets = self._buckets(
-            batch, [sequence for sequence in sparse if sequence < batch.num_decodes], table, num_layers, rows
-        )
-        for sequence in sparse:
-            if sequence >= batch.num_decodes:
-                sparse_buckets.append(self._bucket(batch, [sequence], table, num_layers, rows))
+        sparse_runs = buckets_by_length(batch, [sequence for sequence in sparse if sequence < batch.num_decodes])
+        sparse_runs += [[sequence] for sequence in sparse if sequence >= batch.num_decodes]
+        sparse_buckets = [self._bucket(batch, members, table, num_layers, rows) for members in sparse_runs]
         return ReferenceMlaStep(
             self.problem, batch, group, cache, table, contexts, rows, num_dense, dense_buckets, sparse_buckets
         )
@@ -84,22 +80,6 @@ class ReferenceMla:
             (dense if topk is None or context <= topk else sparse).append(sequence)
         return dense, sparse
 
-    def _clear_started(self, batch: AttentionBatch, table: Tensor, pages: Tensor) -> None:
-        """Zeroes the last block of sequences that start it now and do not fill it.
-
-        What an earlier owner left behind the context is gathered under the mask, and a NaN survives every mask.
-        Index keys need no such care: scores are replaced, not multiplied.
-        """
-        size = self.problem.block_size
-        started = [
-            (sequence, context // size)
-            for sequence, (context, new) in enumerate(zip(batch.context_lens, batch.query_lens, strict=True))
-            if context % size and context // size * size >= context - new
-        ]
-        if started:
-            sequences, columns = torch.tensor(started, device=table.device).unbind(1)
-            pages.index_fill_(0, table[sequences, columns], 0)
-
     def _context(self, batch: AttentionBatch, sequence: int, device: torch.device) -> DenseContext:
         start, end = batch.query_starts[sequence : sequence + 2]
         context = batch.context_lens[sequence]
@@ -110,47 +90,30 @@ class ReferenceMla:
         if context > piece:
             pieces = tuple((first, min(first + piece, cached)) for first in range(0, cached, piece))
             return DenseContext(ContextKind.CHUNKED, sequence, start, end, cached, pieces, None)
-        last_seen = torch.arange(cached, context, device=device).view(-1, 1)
-        mask = self._mask(torch.arange(context, device=device) <= last_seen)
+        mask = chunk_mask(cached, context, self.problem.dtype, device)
         return DenseContext(ContextKind.CACHED, sequence, start, end, cached, (), mask)
-
-    def _buckets(
-        self, batch: AttentionBatch, singles: Sequence[int], table: Tensor, num_layers: int, rows: list[int]
-    ) -> list[_Bucket]:
-        """Buckets of sequences with one token each; appends their rows of T."""
-        if not singles:
-            return []
-        order = sorted(singles, key=batch.context_lens.__getitem__)
-        count = min(MAX_BUCKETS, max(1, len(order) // MIN_BUCKET_SEQUENCES))
-        edges = [len(order) * i // count for i in range(count + 1)]
-        return [self._bucket(batch, order[edges[i] : edges[i + 1]], table, num_layers, rows) for i in range(count)]
 
     def _bucket(
         self, batch: AttentionBatch, members: Sequence[int], table: Tensor, num_layers: int, rows: list[int]
     ) -> _Bucket:
-        """`members` by length; either one sequence, or each with one token."""
+        """`members` by length; either one sequence, or each with one token. Appends their rows of T."""
         start = len(rows)
-        lengths: list[int] = []
+        num_visible: list[int] = []
         for sequence in members:
             first, end = batch.query_starts[sequence : sequence + 2]
             context = batch.context_lens[sequence]
             rows.extend(range(first, end))
-            lengths.extend(range(context - (end - first) + 1, context + 1))
-        num_visible = torch.tensor(lengths, device=table.device)
-        longest = lengths[-1]
-        blocks = table[list(members), : -(-longest // self.problem.block_size)]
-        mask = None
-        if len(members) > 1 and lengths[0] < longest:
-            # Shorter sequences repeat their own first block: nobody else's bytes are ever multiplied, not even by 0.
-            held = torch.arange(blocks.shape[1], device=table.device) * self.problem.block_size
-            blocks = torch.where(held < num_visible.view(-1, 1), blocks, blocks[:, :1])
-            seen = torch.arange(longest, device=table.device) < num_visible.view(-1, 1)
-            mask = self._mask(seen).view(len(members), 1, 1, -1)
-        return _Bucket(start, len(rows), len(members), longest, (blocks * num_layers).flatten(), num_visible, mask)
-
-    def _mask(self, seen: Tensor) -> Tensor:
-        zeros = torch.zeros(seen.shape, dtype=self.problem.dtype, device=seen.device)
-        return zeros.masked_fill_(~seen, float("-inf"))
+            num_visible.extend(range(context - (end - first) + 1, context + 1))
+        longest, blocks, mask = bucket_table(batch, members, table, self.problem.block_size, self.problem.dtype)
+        return _Bucket(
+            start,
+            len(rows),
+            len(members),
+            longest,
+            (blocks * num_layers).flatten(),
+            torch.tensor(num_visible, device=table.device),
+            mask,
+        )
 
 
 class ReferenceMlaStep:

@@ -10,16 +10,13 @@ is already [B, K, C, D], and one call attends all of it, the G query heads of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.attention.bucketing import bucket_table, buckets_by_length, chunk_mask, clear_started
 from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
-
-MAX_BUCKETS = 4
-MIN_BUCKET_SEQUENCES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +54,12 @@ class ReferenceAttention:
     def begin(self, batch: AttentionBatch, group: int, cache: KvCache, region: str) -> ReferenceStep:
         pages = cache.pages(region)
         table = batch.groups[group].block_table.to(torch.int64)
-        self._clear_started(batch, table, pages)
-        order = sorted(range(batch.num_decodes), key=batch.context_lens.__getitem__)
-        buckets = self._buckets(batch, order, table, pages.shape[1])
+        clear_started(batch, table, pages, self.problem.block_size)
+        runs = buckets_by_length(batch, range(batch.num_decodes))
+        order = [sequence for members in runs for sequence in members]
+        buckets = self._buckets(batch, runs, table, pages.shape[1])
         chunks = [self._chunk(batch, b, table, pages) for b in range(batch.num_decodes, batch.num_sequences)]
         return ReferenceStep(self.problem, pages, batch.groups[group].slot_mapping, order, buckets, chunks)
-
-    def _clear_started(self, batch: AttentionBatch, table: Tensor, pages: Tensor) -> None:
-        """Zeroes the last block of sequences that start it now and do not fill it.
-
-        What an earlier owner left behind the context is gathered under the mask, and a NaN survives every mask.
-        """
-        size = self.problem.block_size
-        started = [
-            (sequence, context // size)
-            for sequence, (context, new) in enumerate(zip(batch.context_lens, batch.query_lens, strict=True))
-            if context % size and context // size * size >= context - new
-        ]
-        if started:
-            sequences, columns = torch.tensor(started, device=table.device).unbind(1)
-            pages.index_fill_(0, table[sequences, columns], 0)
 
     def _rows(self, blocks: Tensor, num_layers: int) -> Tensor:
         """Block ids [B, M] -> rows [2 * B * K * M] of layer 0 in pages seen as [blocks * layers * 2 * K, S * D]."""
@@ -85,40 +68,25 @@ class ReferenceAttention:
         halves = torch.arange(0, 2 * heads, heads, device=blocks.device).view(2, 1, 1, 1)
         return (first + halves + torch.arange(heads, device=blocks.device).view(1, 1, heads, 1)).flatten()
 
-    def _buckets(self, batch: AttentionBatch, order: list[int], table: Tensor, num_layers: int) -> list[_Bucket]:
-        if not order:
-            return []
-        size = self.problem.block_size
-        count = min(MAX_BUCKETS, max(1, len(order) // MIN_BUCKET_SEQUENCES))
-        edges = [len(order) * i // count for i in range(count + 1)]
+    def _buckets(self, batch: AttentionBatch, runs: list[list[int]], table: Tensor, num_layers: int) -> list[_Bucket]:
         buckets: list[_Bucket] = []
-        for start, end in pairwise(edges):
-            members = order[start:end]
-            contexts = torch.tensor([batch.context_lens[b] for b in members], device=table.device).view(-1, 1)
-            longest = batch.context_lens[members[-1]]
-            blocks = table[members, : -(-longest // size)]
-            # Shorter sequences repeat their own first block: nobody else's bytes are ever multiplied, not even by 0.
-            held = torch.arange(blocks.shape[1], device=table.device) * size < contexts
-            blocks = torch.where(held, blocks, blocks[:, :1])
-            mask = None
-            if batch.context_lens[members[0]] < longest:
-                mask = self._mask(torch.arange(longest, device=table.device) < contexts).view(len(members), 1, 1, -1)
-            buckets.append(_Bucket(start, end, longest, self._rows(blocks, num_layers), mask))
+        start = 0
+        for members in runs:
+            context, blocks, mask = bucket_table(batch, members, table, self.problem.block_size, self.problem.dtype)
+            end = start + len(members)
+            buckets.append(_Bucket(start, end, context, self._rows(blocks, num_layers), mask))
+            start = end
         return buckets
 
     def _chunk(self, batch: AttentionBatch, sequence: int, table: Tensor, pages: Tensor) -> _Chunk:
         start, end = batch.query_starts[sequence : sequence + 2]
         context = batch.context_lens[sequence]
-        if context == end - start:
+        cached = context - (end - start)
+        if cached == 0:
             return _Chunk(start, end, context, None, None)
         blocks = table[sequence : sequence + 1, : -(-context // self.problem.block_size)]
-        last_seen = torch.arange(context - (end - start), context, device=table.device).view(-1, 1)
-        mask = self._mask(torch.arange(context, device=table.device) <= last_seen)
+        mask = chunk_mask(cached, context, self.problem.dtype, table.device)
         return _Chunk(start, end, context, self._rows(blocks, pages.shape[1]), mask)
-
-    def _mask(self, seen: Tensor) -> Tensor:
-        zeros = torch.zeros(seen.shape, dtype=self.problem.dtype, device=seen.device)
-        return zeros.masked_fill_(~seen, float("-inf"))
 
 
 class ReferenceStep:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
+from workers.attention.bucketing import MAX_BUCKETS, MIN_BUCKET_SEQUENCES
 from workers.attention.interface import AttentionBatch, AttentionProblem, GroupMetadata
 from workers.attention.kv_views import kv_cache
-from workers.attention.reference import MAX_BUCKETS, MIN_BUCKET_SEQUENCES, ReferenceAttention
+from workers.attention.reference import ReferenceAttention
 
 NUM_LAYERS = 2
 HEAD_DIM = 8
