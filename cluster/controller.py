@@ -18,13 +18,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.util import list_named_actors, placement_group_table
 
-from cluster.config import ControllerConfig, LogConfig, SluiceConfig
+from cluster.census import Census
+from cluster.config import ControllerConfig, LogConfig, SluiceConfig, WordsConfig
+from cluster.errors import ConfigError
+from cluster.exporter import Export, Exporter
 from cluster.log import Log
 from cluster.membership import Member, Membership
+from cluster.metrics import Metrics
 from cluster.pool import NAMESPACE, ActorPool, remove_worker
 from cluster.worker_spec import ActorName, Failure
 
@@ -34,10 +39,14 @@ _NOTICE_S = 2.0  # longest wait for ingresses to hear of a draining worker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
-    """Answer to an ingress. `removing`: this controller is going; ask for another in a moment."""
+    """Answer to an ingress. `removing`: this controller is going; ask for another in a moment.
+
+    `exports`: of the living ingresses and of the controller; those of workers travel with the membership.
+    """
 
     num_ingresses: int
     removing: bool
+    exports: tuple[Export, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,7 @@ class Status:
 class _Ingress:
     renewed_at: float
     seen_version: int = -1
+    export: Export | None = None
 
 
 def controller_name(app: str) -> str:
@@ -97,6 +107,10 @@ class Controller:
         self._dirty = asyncio.Event()
         self._removal: asyncio.Task[None] | None = None
         self._last_renewal = time.monotonic()
+        self._metrics = Metrics()
+        self._census = Census(self._metrics)
+        self._exporter: Exporter | None = None
+        self._export: Export | None = None
         await self._adopt()
         self._tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._guard_lease())]
         for task in self._tasks:
@@ -110,19 +124,29 @@ class Controller:
             return False
         parsed = SluiceConfig.model_validate_json(config)
         self._log = Log.open("controller", parsed.log)
+        moved = self._config is None or self._config.words != parsed.words
         self._config, self._revision = parsed, revision
         self._log.info("configured", version=revision, num_workers=sum(p.workers for p in parsed.pools.values()))
         for name in (*parsed.pools, *self._pools):
             self._pool(name).start(parsed)
+        if moved:
+            await self._open_exporter(parsed.words)
         return True
 
-    async def renew(self, ingress_id: str, revision: int, config: str) -> Renewal:
-        """The lease of an ingress. Its config counts if its revision is the highest seen."""
+    async def renew(self, ingress_id: str, revision: int, config: str, export: Export | None = None) -> Renewal:
+        """The lease of an ingress. Its config counts if its revision is the highest seen; `export`: its metrics."""
         if self._removal is None:
             await self.configure(config, revision)
             self._last_renewal = time.monotonic()
-            self._ingresses.setdefault(ingress_id, _Ingress(0.0)).renewed_at = self._last_renewal
-        return Renewal(num_ingresses=len(self._live_ingresses()), removing=self._removal is not None)
+            ingress = self._ingresses.setdefault(ingress_id, _Ingress(0.0))
+            ingress.renewed_at, ingress.export = self._last_renewal, export
+        live = self._live_ingresses()
+        exports = (self._export, *(ingress.export for ingress in live))
+        return Renewal(
+            num_ingresses=len(live),
+            removing=self._removal is not None,
+            exports=tuple(export for export in exports if export is not None),
+        )
 
     async def leave(self, ingress_id: str) -> None:
         """The ingress stops. Its lease runs on: its successor may be on its way."""
@@ -169,6 +193,19 @@ class Controller:
             self._pools[name] = ActorPool(self._app, name, self._actor_class, self._dirty.set, self._noticed, self._log)
         return self._pools[name]
 
+    async def _open_exporter(self, config: WordsConfig) -> None:
+        """Workers matter more than their count: without a port for it the controller says so and goes on."""
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.stop)
+        self._export = None
+        self._exporter = Exporter(self._metrics, config)
+        try:
+            address = await asyncio.to_thread(self._exporter.start)
+        except ConfigError as error:
+            self._log.error("the controller exports no metrics", error=str(error))
+            return
+        self._export = Export(name="controller", incarnation=uuid4().hex, address=address, roles=("controller",))
+
     async def _adopt(self) -> None:
         """Workers of a former controller, found by name; places without a worker are freed."""
         actors, groups = await asyncio.to_thread(_standing_names, self._app)
@@ -191,6 +228,7 @@ class Controller:
                 if current is self._membership:
                     continue
                 self._membership = current
+                self._census.take(current)
                 self._published.notify_all()
             wire = current.to_wire()
             for pool in self._pools.values():

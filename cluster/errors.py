@@ -13,7 +13,10 @@
     │   └── SourcesLost        500, two prefill workers died or failed under the request
     ├── SessionError           the words plane: refused handshake, broken session, oversize frame
     │   ├── Refused
-    │   └── SessionBroken
+    │   └── SessionBroken      the stream is gone, or the process behind it
+    │       ├── SessionClosed  by this end, on purpose
+    │       ├── SessionSilent  no heartbeat, or no step, for too long
+    │       └── SessionStuffed the peer does not read: the outbox is full
     ├── TransferError          the bytes plane
     │   ├── PeerLost           the other process is gone
     │   └── NotRegistered      memory outside every registered region
@@ -102,7 +105,10 @@ class SourcesLost(RequestError):
 
 
 class SessionError(SluiceError):
+    """`reason`: for metrics, from a closed set."""
+
     code: pb.ErrorCode = pb.PEER_LOST
+    reason: str = "mistake"  # of the peer: what it sent cannot be
 
 
 class Refused(SessionError):
@@ -114,7 +120,19 @@ class Refused(SessionError):
 
 
 class SessionBroken(SessionError):
-    pass
+    reason = "gone"
+
+
+class SessionClosed(SessionBroken):
+    reason = "closed"
+
+
+class SessionSilent(SessionBroken):
+    reason = "silent"
+
+
+class SessionStuffed(SessionBroken):
+    reason = "stuffed"
 
 
 class TransferError(SluiceError):

@@ -42,6 +42,7 @@ class Member:
     pool: str
     incarnation: str  # uuid4 hex
     address: str  # host:port of its words server; empty while STARTING
+    metrics_address: str = ""  # host:port of its exporter; empty while STARTING
     roles: tuple[Role, ...]
     ranks: tuple[Rank, ...] = (Rank(rank=0),)
     compatibility_hash: bytes = b""  # 16 bytes; empty until the model is loaded
@@ -95,6 +96,7 @@ class Membership:
                 "pool": m.pool,
                 "incarnation": m.incarnation,
                 "address": m.address,
+                "metrics_address": m.metrics_address,
                 "roles": [role.value for role in m.roles],
                 "ranks": [[r.rank, r.shard, r.tp_rank, r.tp_size] for r in m.ranks],
                 "compatibility_hash": m.compatibility_hash.hex(),
@@ -136,6 +138,7 @@ def _member(entry: Mapping[str, Any]) -> Member:
         pool=_text(entry["pool"]),
         incarnation=_text(entry["incarnation"]),
         address=_text(entry["address"]),
+        metrics_address=_text(entry.get("metrics_address", "")),  # a worker of an older release has none
         roles=tuple(Role(role) for role in entry["roles"]),
         ranks=tuple(
             Rank(rank=int(rank), shard=int(shard), tp_rank=int(tp_rank), tp_size=int(tp_size))

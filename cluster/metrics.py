@@ -3,16 +3,19 @@
 A process makes one `Metrics` and hands it down; each has a registry of its own, so that two can live in one
 process (tests, loopback). Names are `sluice_<part>_<what>_<unit>`; prometheus_client adds `_total` to counters.
 All methods of prometheus_client are thread-safe. Labels come from closed sets (outcomes, roles, states,
-transports) or from the members of one cluster (peers), never from requests.
+transports) or from the members of one cluster (peers by name, which outlives a restart), never from requests. None
+is called like a label that a scraped process has as a whole: see deploy/prometheus.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -55,11 +58,24 @@ class DropReason(StrEnum):
     UNSUPPORTED = "unsupported"
 
 
-class Metrics:
-    """The metrics of one process, ingress or worker. Grouped by the part that keeps them."""
+class Registry(CollectorRegistry):
+    """Whoever reads it sees all or nothing of what was set under `whole`."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__()
+        self.whole = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        with self.whole:
+            families = list(super().collect())
+        return iter(families)
+
+
+class Metrics:
+    """The metrics of one process: ingress, worker or controller. Grouped by the part that keeps them."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
         r = self.registry
 
         # What clients see; kept by the ingress.
@@ -89,23 +105,34 @@ class Metrics:
 
         # The engine of a worker.
         self.queue = Histogram(
-            "sluice_engine_queue_seconds", "Acceptance to first step", ["role"], buckets=_REQUEST_S, registry=r
+            "sluice_engine_queue_seconds", "Acceptance to first step", ["stage"], buckets=_REQUEST_S, registry=r
         )
         self.waiting = Gauge("sluice_engine_waiting_sequences", "Sequences not yet scheduled", registry=r)
         self.running = Gauge("sluice_engine_running_sequences", "Sequences being computed", registry=r)
         self.pulling = Gauge("sluice_engine_pulling_sequences", "Sequences waiting for KV from a source", registry=r)
         self.computed_tokens = Counter("sluice_engine_computed_tokens", "Tokens computed in steps", registry=r)
+        self.sampled_tokens = Counter(
+            "sluice_engine_sampled_tokens",
+            "Tokens drawn, a first one by the worker that computed the prompt",
+            registry=r,
+        )
         self.batch_size = Histogram("sluice_engine_batch_sequences", "Sequences in a step", buckets=_BATCH, registry=r)
         self.step = Histogram("sluice_engine_step_seconds", "One step of the engine", buckets=_STEP_S, registry=r)
         self.preemptions = Counter("sluice_engine_preemptions", "Sequences put back because blocks ran out", registry=r)
+        self.engine_failures = Counter(
+            "sluice_engine_failures",
+            "Requests that this worker refused or ended early, by reason",
+            ["stage", "reason"],
+            registry=r,
+        )
         self.local_prefills = Counter(
             "sluice_engine_local_prefills", "Prompts that a decode worker computed itself", ["reason"], registry=r
         )
         self.prefix_hit_tokens = Counter(
-            "sluice_engine_prefix_hit_tokens", "Prompt tokens found in the worker's own cache", ["role"], registry=r
+            "sluice_engine_prefix_hit_tokens", "Prompt tokens found in the worker's own cache", ["stage"], registry=r
         )
         self.prefix_lookup_tokens = Counter(
-            "sluice_engine_prefix_lookup_tokens", "Prompt tokens looked for in that cache", ["role"], registry=r
+            "sluice_engine_prefix_lookup_tokens", "Prompt tokens looked for in that cache", ["stage"], registry=r
         )
 
         # The block table and the ledger.
@@ -155,7 +182,7 @@ class Metrics:
             "sluice_words_overflows", "Requests ended because their reader was too slow", registry=r
         )
 
-        # Life.
+        # Life; kept by the controller.
         self.workers = Gauge("sluice_cluster_workers", "Members, by pool and state", ["pool", "state"], registry=r)
         self.restarts = Counter("sluice_cluster_restarts", "Workers replaced, by pool", ["pool"], registry=r)
 
@@ -166,8 +193,15 @@ class Metrics:
 
     def set_blocks(self, group: str, counts: Mapping[str, int]) -> None:
         """All states of one group at once: {"free": 10, "filling": 0, ...}."""
-        for state, count in counts.items():
-            self.blocks.labels(group, state).set(count)
+        with self.registry.whole:
+            for state, count in counts.items():
+                self.blocks.labels(group, state).set(count)
+
+    def set_workers(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """All members at once, by (pool, state)."""
+        with self.registry.whole:
+            for (pool, state), count in counts.items():
+                self.workers.labels(pool, state).set(count)
 
     def render(self) -> bytes:
         """The text exposition format; serve it with `CONTENT_TYPE`."""

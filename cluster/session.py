@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.config import WordsConfig
-from cluster.errors import SessionBroken, SessionError
+from cluster.errors import SessionBroken, SessionClosed, SessionError, SessionSilent, SessionStuffed
 from cluster.handshake import Agreement
 from cluster.heart import Heart, Liveness
 from cluster.outbox import Outbox
@@ -102,7 +102,7 @@ class Session:
         self._outbox = Outbox(
             lambda: self._post(self._wake.set),
             lambda key: self._post(self._overflow, key),
-            lambda reason: self._post(self.end, SessionBroken(reason)),
+            lambda reason: self._post(self.end, SessionStuffed(reason)),
             max_bytes=config.outbox_max_bytes,
             max_request_bytes=config.outbox_max_request_bytes,
             max_frames=MAX_OUTBOX_FRAMES,
@@ -189,7 +189,7 @@ class Session:
     def finish(self, reason: str) -> None:
         """Ends the session of our own will: what was written before still reaches the peer."""
         self.finished = self.finished or self._error is None
-        self.end(SessionBroken(f"closed here: {reason}"))
+        self.end(SessionClosed(f"closed here: {reason}"))
 
     async def carry(self, stream: Stream) -> None:
         """Moves the frames of the Session stream until the session ends."""
@@ -331,7 +331,7 @@ class Session:
     def _tick(self) -> None:
         self._tick_posted = False
         if self._error is None and (reason := self._liveness.tick()):
-            self.end(SessionBroken(f"{self.peer.name}: {reason}"))
+            self.end(SessionSilent(f"{self.peer.name}: {reason}"))
 
     def _overflow(self, key: RequestKey) -> None:
         if self._error is None:

@@ -12,6 +12,7 @@ from ray import serve
 
 from cluster.config import Role, SluiceConfig
 from cluster.errors import ConfigError
+from cluster.exporter import Export, Exporter, exports_of
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import Metrics
@@ -20,6 +21,7 @@ from cluster.words_thread import WordsThread
 from deploy.api_service import ApiService
 from deploy.lifeline import Lifeline
 from deploy.openai_api import create_app
+from deploy.prometheus import add_targets
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Tokenizer
 from router.router import Router
@@ -57,10 +59,13 @@ class Ingress:
             block_size=config.kv.block_size,
         )
         await self._router.start()
-        self._lifeline = Lifeline(config, self._revision, ingress_id, WorkerActor, self._follow, log)
+        self._exporter = Exporter(metrics, config.words)
+        address = await asyncio.to_thread(self._exporter.start)
+        self._export = Export(name=ingress_id, incarnation=identity.incarnation, address=address, roles=("ingress",))
+        self._lifeline = Lifeline(config, self._revision, ingress_id, WorkerActor, self._follow, log, self._export)
         self._lifeline.start()
         await self._get_warm()
-        return create_app(
+        app = create_app(
             ApiService(
                 router=self._router,
                 tokenizer=tokenizer,
@@ -71,6 +76,13 @@ class Ingress:
                 log=log,
             )
         )
+        add_targets(app, config.name, model.name, self._exports)
+        return app
+
+    def _exports(self) -> list[Export]:
+        """Of all living processes of the app, as far as this replica has heard."""
+        others = [export for export in self._lifeline.exports if export.incarnation != self._export.incarnation]
+        return [*exports_of(self._membership or Membership()), *others, self._export]
 
     async def _get_warm(self) -> None:
         """Where workers serve already, this replica takes requests once it has dialed them: a redeploy loses none."""
@@ -91,6 +103,7 @@ class Ingress:
             await self._lifeline.stop()
             await self._router.stop()
             await asyncio.to_thread(self._words.stop)
+            await asyncio.to_thread(self._exporter.stop)
 
 
 def cluster_secret(config: SluiceConfig) -> bytes:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from cluster.config import SluiceConfig
 from cluster.controller import Renewal, connect
+from cluster.exporter import Export
 from cluster.log import Log
 from cluster.membership import Membership
 
@@ -25,7 +26,11 @@ _ANSWER_S = 5.0
 
 
 class Lifeline:
-    """`on_members(membership, num_ingresses)` is called in the event loop of `start`, when either changes."""
+    """`on_members(membership, num_ingresses)` is called in the event loop of `start`, when either changes.
+
+    `export`: where this ingress exports its metrics. `exports`: all that the controller knew of at the last renewal,
+    those of workers not among them.
+    """
 
     def __init__(
         self,
@@ -35,8 +40,10 @@ class Lifeline:
         worker_class: type,
         on_members: Callable[[Membership, int], None],
         log: Log,
+        export: Export | None = None,
     ) -> None:
         self.num_ingresses = 1
+        self.exports: tuple[Export, ...] = ()
         self.renewed_at: float | None = None  # monotonic; none: never
         self._config = config
         self._wire = config.model_dump_json()
@@ -45,6 +52,7 @@ class Lifeline:
         self._worker_class = worker_class
         self._on_members = on_members
         self._log = log
+        self._export = export
         self._membership = Membership(version=-1)
         self._controller: Any = None
         self._lost = asyncio.Event()
@@ -70,7 +78,9 @@ class Lifeline:
             self._lost.clear()
             try:
                 self._controller = await asyncio.to_thread(connect, self._config.name, self._worker_class)
-                renewal: Renewal = await self._call(_ANSWER_S, "renew", self._ingress_id, self._revision, self._wire)
+                renewal: Renewal = await self._call(
+                    _ANSWER_S, "renew", self._ingress_id, self._revision, self._wire, self._export
+                )
             except (RayError, ValueError, TimeoutError) as error:
                 self._log.warning("no controller", error=type(error).__name__)
                 await asyncio.sleep(_PAUSE_S)
@@ -79,6 +89,7 @@ class Lifeline:
                 await asyncio.sleep(_PAUSE_S)
                 continue
             self.renewed_at = time.monotonic()
+            self.exports = renewal.exports
             if self.num_ingresses != max(1, renewal.num_ingresses):
                 self.num_ingresses = max(1, renewal.num_ingresses)
                 self._on_members(self._membership, self.num_ingresses)

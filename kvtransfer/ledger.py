@@ -55,6 +55,13 @@ class Expired(NamedTuple):
     num_ripe_blocks: int  # mentions that left quarantine
 
 
+class Quarantined(NamedTuple):
+    """Mentions that went into quarantine, by what may still touch them: a reader, or a read of our own."""
+
+    source: int
+    sink: int
+
+
 @dataclass(slots=True)
 class _Lease:
     session: str
@@ -84,6 +91,7 @@ class Ledger:
         self._quarantine: deque[tuple[float, tuple[BlockRef, ...]]] = deque()  # in order: `now` never falls
         self._num_leased = 0
         self._num_quarantined = 0
+        self._entered = Quarantined(0, 0)
 
     # ------------------------------------------------------------------ source
 
@@ -155,6 +163,7 @@ class Ledger:
         if blocks is None:
             return False
         self._quarantine_blocks(blocks, now)
+        self._entered = self._entered._replace(sink=self._entered.sink + len(blocks))
         return True
 
     # ------------------------------------------------------------------ clocks
@@ -206,6 +215,11 @@ class Ledger:
         """Mentions in quarantine: a block held twice counts twice."""
         return self._num_quarantined
 
+    def take_quarantined(self) -> Quarantined:
+        """What went into quarantine since this was last asked."""
+        entered, self._entered = self._entered, Quarantined(0, 0)
+        return entered
+
     def check_integrity(self) -> None:
         """Asserts that the indexes agree. O(everything): for tests and debugging."""
         by_session = {(name, key) for name, entry in self._sessions.items() for key in entry.keys}
@@ -240,6 +254,7 @@ class Ledger:
         lease = self._drop_lease(key)
         assert lease is not None, f"no lease of {key}"
         self._quarantine_blocks(tuple(lease.generations), now)
+        self._entered = self._entered._replace(source=self._entered.source + len(lease.generations))
 
     def _quarantine_blocks(self, blocks: tuple[BlockRef, ...], now: float) -> None:
         # Held before unpinned: a block without references and holds could be handed out in between.

@@ -284,7 +284,7 @@ class Router:
         """Nothing of today's bulk traffic is for a router."""
 
     def on_broken(self, session: Session, error: SessionError) -> None:
-        self._post(self._broken, session, str(error))
+        self._post(self._broken, session, error)
 
     def on_overflow(self, session: Session, key: RequestKey) -> None:
         self._post(self._overflowed, session, key)
@@ -313,11 +313,12 @@ class Router:
             self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
             self._place_waiting()
 
-    def _broken(self, session: Session, reason: str) -> None:
+    def _broken(self, session: Session, error: SessionError) -> None:
         self._fleet.broken(session)
         self._admin.broken(session)
         self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
-        message = f"the session to {session.peer.name} broke: {reason}"
+        self._metrics.broken_sessions.labels(error.reason).inc()
+        message = f"the session to {session.peer.name} broke: {error}"
         lost = [f for f in self._flights.values() if f.state is State.RUNNING and f.session_id == session.id]
         for flight in lost:
             self._attempt_failed(flight, pb.Failure(code=pb.PEER_LOST, message=message))

@@ -46,12 +46,13 @@ class WorkerSettings:
     def roles(self) -> tuple[Role, ...]:
         return self.resources.roles
 
-    def member(self, address: str, compatibility: bytes, pid: int) -> Member:
+    def member(self, address: str, metrics_address: str, compatibility: bytes, pid: int) -> Member:
         return Member(
             name=self.name,
             pool=self.pool,
             incarnation=self.incarnation,
             address=address,
+            metrics_address=metrics_address,
             roles=self.roles,
             ranks=(Rank(rank=0),),
             compatibility_hash=compatibility,

@@ -32,7 +32,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.step_plan import StepOutcome
 from workers.fetch import Fetch, Lingering
 from workers.pairs import Pairs
-from workers.serving import Phase, Request, Tokens, count_pull
+from workers.serving import Phase, Reads, Request, Tokens
 
 RETRY_S = 0.05  # before a source that was busy, or a pool that was full, is asked again
 
@@ -57,16 +57,13 @@ class DecodeStage:
         self._by_sequence: dict[int, Request] = {}
         self._attempts: dict[str, RequestKey] = {}  # open request ids
         self._lingering = Lingering()
-        self._tokens = Tokens()
+        self._reads = Reads(metrics, self._transport)
+        self._tokens = Tokens(metrics)
         self.draining = False
 
     @property
     def num_open(self) -> int:
         return len(self._requests) + len(self._lingering)
-
-    @property
-    def num_pulling(self) -> int:
-        return sum(request.phase is Phase.PULLING for request in self._requests.values())
 
     @property
     def num_pending(self) -> int:
@@ -124,6 +121,7 @@ class DecodeStage:
                 self._advance(request, now)
                 return
             fetch.begin_read(pull.id, now)
+            self._reads.posted(pull.id, session.peer.name)
             for executor in self._executors:
                 executor.submit(pull)
         if ticket.last:
@@ -150,7 +148,7 @@ class DecodeStage:
         result = self._sink.done(done, now)
         if result is None:
             return
-        count_pull(self._metrics, result, self._transport)
+        self._reads.ended(result)
         request = self._requests.get(result.key)
         fetch = request.fetch if request is not None else None
         if request is None or fetch is None or result.pull.id not in fetch.in_flight:
@@ -196,6 +194,9 @@ class DecodeStage:
 
     def settle(self, outcome: StepOutcome, now: float) -> None:
         """Tokens of a step go out, finished requests end, preempted ones ask a source again."""
+        for row in (*outcome.chunks, *outcome.tokens):
+            if (request := self._by_sequence.get(row.seq.id)) is not None:
+                request.stepped(self._metrics, now)
         for emitted in outcome.tokens:
             request = self._by_sequence.get(emitted.seq.id)
             if request is None:

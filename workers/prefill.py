@@ -123,10 +123,10 @@ class PrefillStage:
     def settle(self, outcome: StepOutcome, now: float) -> None:
         """A ticket for every chunk that this step finished; the last one brings the first token."""
         tokens = {sampled.seq.id: sampled.token for sampled in outcome.tokens}
-        for sequence, num_confirmed in outcome.chunks:
-            prompt = self._by_sequence.get(sequence.id)
+        for chunk in outcome.chunks:
+            prompt = self._by_sequence.get(chunk.seq.id)
             if prompt is not None:
-                self._ticket(prompt, num_confirmed, tokens.get(sequence.id), now)
+                self._ticket(prompt, chunk.num_confirmed, tokens.get(chunk.seq.id), now)
 
     def fail(self, sequence: Sequence, error: RequestError) -> None:
         """The step of this sequence failed."""
@@ -171,6 +171,7 @@ class PrefillStage:
         prompt.session.send(pb.Frame(ticket=ticket), prompt.key)
 
     def _refuse(self, prompt: Prompt, error: RequestError) -> None:
+        self._metrics.engine_failures.labels("prefill", pb.ErrorCode.Name(error.code).lower()).inc()
         failure = pb.Failure(code=error.code, message=str(error))
         frame = pb.KvFailed(key=prompt.key.wire(), failure=failure, ask=prompt.ask)
         prompt.session.send(pb.Frame(kv_failed=frame), prompt.key)

@@ -25,6 +25,8 @@ def load_report(
     metrics.pulling.set(scheduler.num_pulling)
     metrics.leases.set(ledger.num_leases)
     metrics.leased_blocks.set(ledger.num_leased_blocks)
+    for side, num_blocks in ledger.take_quarantined()._asdict().items():
+        metrics.quarantines.labels(side).inc(num_blocks)
     return pb.LoadReport(
         num_waiting=num_waiting,
         num_running=scheduler.num_running,

@@ -37,6 +37,7 @@ class Request:
     sources: tuple[pb.WorkerRef, ...]  # as planned: the first, then the spare
     remote: bool  # the plan puts prefill on another worker
     local_allowed: bool
+    accepted_at: float
     pending_since: float
     deadline: float | None
     route: pb.Route
@@ -45,6 +46,7 @@ class Request:
     not_before: float = 0.0
     num_asks: int = 0
     num_deaths: int = 0  # of sources, under this request
+    has_stepped: bool = False
 
     @classmethod
     def of(cls, session: Session, submit: pb.Submit, me: pb.WorkerRef, sequence_id: int, now: float) -> Request:
@@ -73,10 +75,21 @@ class Request:
             sources=sources,
             remote=any(stage.worker.incarnation != me.incarnation for stage in stages),
             local_allowed=submit.plan.local_prefill_allowed,
+            accepted_at=now,
             pending_since=now,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
             route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
         )
+
+    def stepped(self, metrics: Metrics, now: float) -> None:
+        """It was in a step of this worker's engine; the first one counts."""
+        if self.has_stepped:
+            return
+        self.has_stepped = True
+        metrics.queue.labels("decode").observe(now - self.accepted_at)
+        if self.route.local_prefill:  # for the others the reservation counted
+            metrics.prefix_hit_tokens.labels("decode").inc(self.sequence.prefix_hit_tokens)
+            metrics.prefix_lookup_tokens.labels("decode").inc(len(self.sequence.tokens))
 
     def wait(self, until: float) -> None:
         self.not_before = until
@@ -103,7 +116,8 @@ class Request:
 class Tokens:
     """Collects what one turn of the loop tells each ingress."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._out: dict[Session, list[pb.SequenceTokens]] = {}
 
     def add(self, request: Request, first_token_index: int, tokens: list[int]) -> None:
@@ -120,6 +134,7 @@ class Tokens:
             route=request.route,
         )
         if error is not None:
+            self._metrics.engine_failures.labels("decode", pb.ErrorCode.Name(error.code).lower()).inc()
             last.failure.CopyFrom(pb.Failure(code=error.code, message=str(error)))
         self._out.setdefault(request.session, []).append(last)
 
@@ -132,8 +147,20 @@ class Tokens:
         self._out.clear()
 
 
-def count_pull(metrics: Metrics, result: PullResult, transport: str) -> None:
-    metrics.pulls.labels(PullOutcome(result.outcome)).inc()
-    metrics.pulled_blocks.inc(len(result.valid_pairs))
-    metrics.transfer_bytes.labels(transport, result.pull.peer).inc(result.num_bytes)
-    metrics.transfer_seconds.labels(transport, result.pull.peer).observe(result.seconds)
+class Reads:
+    """Counts reads under the names of their sources, which they outlive: a session may break before a read ends."""
+
+    def __init__(self, metrics: Metrics, transport: str) -> None:
+        self._metrics = metrics
+        self._transport = transport
+        self._sources: dict[int, str] = {}  # by pull
+
+    def posted(self, pull_id: int, source: str) -> None:
+        self._sources[pull_id] = source
+
+    def ended(self, result: PullResult) -> None:
+        metrics, labels = self._metrics, (self._transport, self._sources.pop(result.pull.id))
+        metrics.pulls.labels(PullOutcome(result.outcome)).inc()
+        metrics.pulled_blocks.inc(len(result.valid_pairs))
+        metrics.transfer_bytes.labels(*labels).inc(result.num_bytes)
+        metrics.transfer_seconds.labels(*labels).observe(result.seconds)

@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 
 from cluster.config import Role
 from cluster.errors import SessionError
+from cluster.exporter import Exporter
 from cluster.heart import StepAge
 from cluster.log import Log
 from cluster.membership import Member, Membership, MemberState, diff
@@ -82,12 +83,13 @@ class Worker:
         self._decode = DecodeStage(parts, self._pairs, self.metrics, settings.scheduler, me)
         self._dialer = Dialer(self._words, identity, settings.secret, self)
         self._server = WordsServer(self._words, identity, settings.secret, self)
+        self._exporter = Exporter(self.metrics, settings.words)
         for executor in parts.executors:
             executor.start()
         self._engine_thread.start()
-        address = self._server.start()
+        address, metrics_address = self._server.start(), self._exporter.start()
         self._log.info("listening", address=address, num_blocks=parts.blocks.groups[0].num_blocks)
-        return settings.member(address, parts.compatibility_hash, os.getpid())
+        return settings.member(address, metrics_address, parts.compatibility_hash, os.getpid())
 
     def update_members(self, membership: Membership) -> None:
         """Dials the sources that joined and drops those that left. Any thread."""
@@ -107,6 +109,7 @@ class Worker:
         if self._engine_thread.ident is not None:
             self._engine_thread.join()
         self._words.stop()
+        self._exporter.stop()
         for executor in self._parts.executors:
             executor.stop()
 
@@ -180,8 +183,11 @@ class Worker:
                 self._decode.fail(sequence, outcome.error, now)
         self._prefill.settle(outcome, now)
         self._decode.settle(outcome, now)
+        batch = self._parts.engine.last_batch
         self.metrics.step.observe(now - started_at)
-        self.metrics.batch_size.observe(len(outcome.tokens) + len(outcome.chunks))
+        self.metrics.batch_size.observe(batch.num_sequences)
+        self.metrics.computed_tokens.inc(batch.num_tokens)
+        self.metrics.sampled_tokens.inc(len(outcome.tokens))
         self.metrics.preemptions.inc(len(outcome.preempted))
 
     def _drain_inbox(self, wait_s: float) -> None:
@@ -246,7 +252,7 @@ class Worker:
     def _broken(self, session: Session, error: SessionError) -> None:
         self._sessions.discard(session)
         self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).dec()
-        self.metrics.broken_sessions.labels(type(error).__name__).inc()
+        self.metrics.broken_sessions.labels(error.reason).inc()
         now = time.monotonic()
         self._pairs.broken(session)
         self._prefill.session_broken(session, now)

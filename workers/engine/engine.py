@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cluster.errors import WorkerFailed
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_plan import StepOutcome, StepPlan
+
+
+class BatchSize(NamedTuple):
+    """What one step computed. `num_tokens` is 0 when it failed: nothing of it was confirmed."""
+
+    num_sequences: int
+    num_tokens: int
 
 
 class Engine:
@@ -28,6 +36,7 @@ class Engine:
         self.num_steps = 0  # those without rows included
         self.num_failed_steps = 0
         self.num_failed_in_a_row = 0
+        self.last_batch = BatchSize(0, 0)
         self.last_step_at = clock()  # end of the last step, seconds of `clock`
 
     @property
@@ -47,6 +56,7 @@ class Engine:
             self.num_failed_in_a_row = 0
             outcome = self._scheduler.settle(plan, sampled)
         self.num_steps += 1
+        self.last_batch = BatchSize(len(plan.sequences), 0 if outcome.error else plan.num_tokens)
         self.last_step_at = self._clock()
         return outcome if plan.sequences or outcome.preempted else None
 

@@ -1,0 +1,79 @@
+"""One process's metrics over HTTP, and who exports them where: plain values that Prometheus is told."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import start_http_server
+
+from cluster.config import WordsConfig
+from cluster.errors import ConfigError
+from cluster.membership import Membership, MemberState
+from cluster.metrics import Metrics
+from cluster.streams import bracketed
+
+
+class Exporter:
+    """GET /metrics of one process, on a thread of its own: a busy engine or event loop delays no scrape.
+
+    It listens where the words plane does: on `words.host`, on the first free port of the same range. Who scrapes
+    needs no secret, and learns counts only.
+    """
+
+    def __init__(self, metrics: Metrics, config: WordsConfig) -> None:
+        self._metrics = metrics
+        self._config = config
+        self._serving: tuple[WSGIServer, threading.Thread] | None = None
+
+    def start(self) -> str:
+        """The address to announce, host:port. Raises ConfigError when no port is free or the host is not ours."""
+        config = self._config
+        for port in range(config.port_min, config.port_max + 1):
+            try:
+                self._serving = start_http_server(port, config.host, self._metrics.registry)
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise ConfigError("words.host", f"cannot listen on {config.host!r}: {error.strerror}") from error
+            return f"{bracketed(config.host)}:{port}"
+        raise ConfigError(
+            "words.port_min",
+            f"no free port for metrics from {config.port_min} to {config.port_max} on {config.host}; "
+            "widen words.port_min – words.port_max",
+        )
+
+    def stop(self) -> None:
+        """Idempotent."""
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            server, thread = serving
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """A process that exports metrics. `roles`: what a worker accepts; `ingress` or `controller` for the others."""
+
+    name: str  # of a worker: stable over restarts
+    incarnation: str
+    address: str  # host:port
+    roles: tuple[str, ...]
+
+
+def exports_of(membership: Membership) -> tuple[Export, ...]:
+    """The workers that are alive and have said where their metrics are, in order of their names."""
+    return tuple(
+        Export(
+            name=member.name,
+            incarnation=member.incarnation,
+            address=member.metrics_address,
+            roles=tuple(role.value for role in member.roles),
+        )
+        for member in sorted(membership.members, key=lambda member: (member.name, member.incarnation))
+        if member.metrics_address and member.state is not MemberState.GONE
+    )
