@@ -20,7 +20,7 @@ from enum import Enum, auto
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
 from cluster.hashing import block_hashes
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, RequestKey, SamplingParams
+from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from router.plan import NoPlan, Plan
 
 MAX_UNREAD_TOKENS = 16_384
@@ -43,6 +43,7 @@ class RouterRequest:
     sampling: SamplingParams
     priority: int = 0  # larger first
     deadline_s: float | None = None  # remaining; None: none
+    leader_id: str = ""  # an open request with the same prompt: this one is placed beside it and shares its blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,9 @@ class TokenDelta:
     route: pb.Route | None
     plan: Plan  # of the attempt that runs now
     attempt: int  # 1: the first
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, where sampling.num_logprobs asks
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # all of them, of prompt tokens 1 …, with the first token
+    embedding: tuple[float, ...] = ()  # where sampling.pooling asks; comes with the finish, and no tokens
 
 
 class State(Enum):

@@ -44,6 +44,19 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STOP: _ClassVar[FinishReason]
     LENGTH: _ClassVar[FinishReason]
     ERROR: _ClassVar[FinishReason]
+
+class GrammarKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRAMMAR_UNSPECIFIED: _ClassVar[GrammarKind]
+    JSON_SCHEMA: _ClassVar[GrammarKind]
+    REGEX: _ClassVar[GrammarKind]
+    LARK: _ClassVar[GrammarKind]
+
+class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOL_NONE: _ClassVar[Pooling]
+    POOL_LAST: _ClassVar[Pooling]
+    POOL_MEAN: _ClassVar[Pooling]
 PEER_KIND_UNSPECIFIED: PeerKind
 INGRESS: PeerKind
 WORKER: PeerKind
@@ -70,6 +83,13 @@ FINISH_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
 ERROR: FinishReason
+GRAMMAR_UNSPECIFIED: GrammarKind
+JSON_SCHEMA: GrammarKind
+REGEX: GrammarKind
+LARK: GrammarKind
+POOL_NONE: Pooling
+POOL_LAST: Pooling
+POOL_MEAN: Pooling
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "shard", "tp_rank", "tp_size")
@@ -190,7 +210,7 @@ class RequestKey(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos")
+    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "min_p", "sample", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias_ids", "logit_bias_values", "bad_words", "num_logprobs", "num_prompt_logprobs", "grammar", "pooling")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +219,18 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -207,7 +239,43 @@ class SamplingParams(_message.Message):
     seed: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    min_p: float
+    sample: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    logit_bias_values: _containers.RepeatedScalarFieldContainer[float]
+    bad_words: _containers.RepeatedCompositeFieldContainer[BadWord]
+    num_logprobs: int
+    num_prompt_logprobs: int
+    grammar: Grammar
+    pooling: Pooling
+    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., sample: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias_ids: _Optional[_Iterable[int]] = ..., logit_bias_values: _Optional[_Iterable[float]] = ..., bad_words: _Optional[_Iterable[_Union[BadWord, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., pooling: _Optional[_Union[Pooling, str]] = ...) -> None: ...
+
+class BadWord(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("kind", "text")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    kind: GrammarKind
+    text: str
+    def __init__(self, kind: _Optional[_Union[GrammarKind, str]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class TokenLogprobs(_message.Message):
+    __slots__ = ("logprob", "top_ids", "top_logprobs")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WorkerRef(_message.Message):
     __slots__ = ("name", "incarnation", "shard")
@@ -238,7 +306,7 @@ class Plan(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., local_prefill_allowed: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard")
+    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +316,7 @@ class Submit(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    LEADER_ID_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     plan: Plan
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -257,7 +326,8 @@ class Submit(_message.Message):
     deadline_ms: int
     block_hashes: bytes
     shard: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ...) -> None: ...
+    leader_id: str
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key", "reason")
@@ -276,7 +346,7 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SequenceTokens(_message.Message):
-    __slots__ = ("key", "sample", "first_token_index", "token_ids", "finish", "failure", "route")
+    __slots__ = ("key", "sample", "first_token_index", "token_ids", "finish", "failure", "route", "logprobs", "prompt_logprobs", "first_prompt_logprob", "embedding")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +354,10 @@ class SequenceTokens(_message.Message):
     FINISH_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PROMPT_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     sample: int
     first_token_index: int
@@ -291,7 +365,11 @@ class SequenceTokens(_message.Message):
     finish: FinishReason
     failure: Failure
     route: Route
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., sample: _Optional[int] = ..., first_token_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    first_prompt_logprob: int
+    embedding: bytes
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., sample: _Optional[int] = ..., first_token_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class StepTokens(_message.Message):
     __slots__ = ("step", "sequences")
@@ -378,13 +456,17 @@ class BlockRun(_message.Message):
     def __init__(self, group: _Optional[int] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("token_ids",)
+    __slots__ = ("token_ids", "logprobs", "embedding")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    embedding: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s", "ask")
+    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s", "ask", "prompt_logprobs", "first_prompt_logprob")
     KEY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
@@ -396,6 +478,8 @@ class Ticket(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     ASK_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PROMPT_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     chunk: int
     runs: _containers.RepeatedCompositeFieldContainer[BlockRun]
@@ -407,7 +491,9 @@ class Ticket(_message.Message):
     queue_s: float
     compute_s: float
     ask: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., ask: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    first_prompt_logprob: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., ask: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("key", "ask")

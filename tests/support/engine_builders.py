@@ -234,7 +234,7 @@ class EngineDouble:
             if not seq.is_finished:
                 self.rank.check(self.rank.tables[row.id][0], seq.tokens[: row.start + row.num_tokens])
         outcome = self.scheduler.settle(plan, sampled)
-        for seq, token, index, _ in outcome.tokens:
+        for seq, token, index, *_ in outcome.tokens:
             assert index == seq.num_emitted - 1 and token == seq.tokens[-1]
             self.emitted.setdefault(seq.id, []).append(token)
         return outcome

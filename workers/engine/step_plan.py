@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from cluster.errors import WorkerFailed
-from cluster.request import FinishReason, SamplingParams
+from cluster.request import FinishReason, SamplingParams, TokenLogprobs
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
 
@@ -46,6 +47,7 @@ class NewSequence(NamedTuple):
     params: SamplingParams
     extents: tuple[int | None, ...]  # see Sequence
     block_tables: tuple[tuple[int, ...], ...]  # per group, this step's appends included
+    history: tuple[int, ...] = ()  # all known tokens, where params.needs_history; later ones come as literals
 
 
 class ResumedSequence(NamedTuple):
@@ -53,6 +55,7 @@ class ResumedSequence(NamedTuple):
 
     id: int
     block_tables: tuple[tuple[int, ...], ...]
+    history: tuple[int, ...] = ()  # as in NewSequence: tokens may have been added elsewhere
 
 
 class BlockCopy(NamedTuple):
@@ -82,11 +85,36 @@ class StepPlan:
     num_tokens: int = 0
 
 
+class PromptLogprobs(NamedTuple):
+    """Of the prompt tokens from index `first` (>= 1) on; a chunk brings those that its positions predict."""
+
+    first: int
+    entries: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the ranks computed, by sequence id. Every row with `sample` has a token, or a vector if it is pooled."""
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # where params.num_logprobs asks
+    prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)  # where it asks, a chunk at a time
+    vectors: Mapping[int, bytes] = field(default_factory=dict)  # float32, little endian, [d]: where params.pooling asks
+
+
 class SampledToken(NamedTuple):
     seq: Sequence
     token: int
     first_token_index: int  # among the emitted tokens of the request, replays included
     finish: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+
+
+class PooledVector(NamedTuple):
+    """The sequence has ended with it, with STOP."""
+
+    seq: Sequence
+    vector: bytes
 
 
 class Chunk(NamedTuple):
@@ -94,6 +122,7 @@ class Chunk(NamedTuple):
 
     seq: Sequence
     num_confirmed: int  # falls back when the sequence was preempted in between
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +132,7 @@ class StepOutcome:
     step: int
     tokens: list[SampledToken] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    vectors: list[PooledVector] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
     failed: list[Sequence] = field(default_factory=list)  # FINISHED without a reason, because the step raised

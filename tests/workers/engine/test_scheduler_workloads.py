@@ -233,7 +233,7 @@ class Workload(RuleBasedStateMachine):
     def take(self, outcome: StepOutcome | None) -> None:
         if outcome is None:
             return
-        for seq, num_confirmed in outcome.chunks:
+        for seq, num_confirmed, _ in outcome.chunks:
             if seq.stop_after_first:
                 self.ticket(seq, num_confirmed)
         for seq in outcome.finished:
