@@ -177,14 +177,17 @@ class Worker:
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:
         now = time.monotonic()
+        self._count(outcome, now - started_at)  # before anybody hears of the step
         if outcome.error is not None:
             for sequence in outcome.failed:
                 self._prefill.fail(sequence, outcome.error)
                 self._decode.fail(sequence, outcome.error, now)
         self._prefill.settle(outcome, now)
         self._decode.settle(outcome, now)
+
+    def _count(self, outcome: StepOutcome, step_s: float) -> None:
         batch = self._parts.engine.last_batch
-        self.metrics.step.observe(now - started_at)
+        self.metrics.step.observe(step_s)
         self.metrics.batch_size.observe(batch.num_sequences)
         self.metrics.computed_tokens.inc(batch.num_tokens)
         self.metrics.sampled_tokens.inc(len(outcome.tokens))

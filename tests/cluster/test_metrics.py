@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 from cluster.metrics import DropReason, Metrics, Outcome, PullOutcome
 
@@ -62,6 +63,17 @@ def test_names_and_labels_are_frozen() -> None:
 def test_names_follow_the_pattern() -> None:
     for row in declared(Metrics()):
         assert re.match(r"sluice_(ingress|engine|kv|transfer|words|cluster)_[a-z_]+ ", row), row
+
+
+def test_each_metric_is_moved_by_somebody() -> None:
+    root = Path(__file__).parents[2]
+    rooms = ("cluster", "router", "workers", "deploy")
+    sources = [path.read_text() for room in rooms for path in (root / room).rglob("*.py") if path.stem != "metrics"]
+    moved = set(re.findall(r"\bmetrics\.(\w+)", "".join(source.replace("_metrics", "metrics") for source in sources)))
+    moved |= {name.removeprefix("set_") for name in moved}
+    names = {name for name, metric in vars(Metrics()).items() if hasattr(metric, "_labelnames")}
+    assert len(names) == len(FROZEN.strip().splitlines())
+    assert names - moved == set()
 
 
 def test_two_processes_worth_of_metrics_share_nothing() -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from cluster.config_file import parse
 from deploy.local_app import local_app
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint, decided
+from tests.support.ray_cluster import until
+from tests.support.scrape import Scrape, Target, targets
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
 NUM_TOKENS = 64
 BLOCK_SIZE = 16
+NUM_BLOCKS = 160
+
+Targets = dict[str, Target]  # by name
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,27 @@ class PublicPort:
         with ThreadPoolExecutor(len(bodies)) as threads:
             return list(threads.map(self.ask, bodies))
 
+    def targets_when(self, holds: Callable[[Targets], bool], what: str) -> Targets:
+        """Any replica answers: each hears of the others with its next renewal."""
+        found: Targets = {}
+
+        def look() -> bool:
+            found.clear()
+            try:
+                found.update({target.name: target for target in targets(self.url)})
+            except (httpx.HTTPError, AssertionError):  # the replica that was asked has just died
+                return False
+            return holds(found)
+
+        asyncio.run(until(look, what, 60))
+        return found
+
+
+def whole(found: Targets) -> bool:
+    return sorted(name.partition("-")[0] for name in found) == [
+        "controller", "decode", "decode", "ingress", "ingress", "prefill", "prefill",
+    ]  # fmt: skip
+
 
 @pytest.fixture(scope="module", params=["llama", "deepseek-v32"])
 def port(request: pytest.FixtureRequest) -> Iterator[PublicPort]:
@@ -45,7 +75,7 @@ def port(request: pytest.FixtureRequest) -> Iterator[PublicPort]:
         {
             "name": "public",
             "model": {"path": str(checkpoint(request.param)), "served_name": "model"},
-            "kv": {"num_blocks": 160, "block_size": BLOCK_SIZE},
+            "kv": {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE},
             "scheduler": {"max_batched_tokens": 96, "chunk_tokens": 32, "max_sequences": 16},
             "pools": {"prefill": {"workers": 2}, "decode": {"workers": 2}},
             "router": {"local_prefill": "never"},
@@ -98,3 +128,84 @@ def test_health_models_and_metrics(port: PublicPort) -> None:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["model"]
         metrics = client.get("/metrics").text
     assert 'sluice_words_sessions{peer_kind="worker"} 4.0' in metrics
+
+
+def test_every_process_is_scraped_and_the_sums_are_what_was_served(port: PublicPort) -> None:
+    found = port.targets_when(whole, "all seven processes are named")
+    for name, target in found.items():
+        labels = target.labels
+        assert (labels["app"], labels["model"], labels["role"]) == ("public", "model", name.partition("-")[0])
+    assert len({target.address for target in found.values()}) == len({t.incarnation for t in found.values()}) == 7
+
+    random = Random(77)
+    bodies = [
+        {"prompt": [random.randrange(1, VOCAB_SIZE) for _ in range(random.randint(60, 100))], "max_tokens": 20}
+        for _ in range(8)
+    ]
+    before = {name: target.scrape() for name, target in found.items()}
+    answers = port.ask_all(bodies)
+    after = {name: target.scrape() for name, target in found.items()}
+
+    def grew(role: str, metric: str, **labels: str) -> float:
+        names = [name for name in found if name.partition("-")[0] == role]
+        return sum(after[name].total(metric, **labels) - before[name].total(metric, **labels) for name in names)
+
+    num_prompt = sum(len(body["prompt"]) for body in bodies)
+    num_tokens = sum(len(answer["choices"][0]["token_ids"]) for answer in answers)
+    routes = [answer["usage"]["sluice"] for answer in answers]
+    assert num_tokens == 8 * 20 and not any(route["prefix_hit_tokens"] or route["preemptions"] for route in routes)
+    assert grew("ingress", "sluice_ingress_requests_total", outcome="ok") == 8
+    assert grew("ingress", "sluice_ingress_prompt_tokens_total") == num_prompt
+    assert grew("ingress", "sluice_ingress_generated_tokens_total") == num_tokens
+    assert grew("prefill", "sluice_engine_sampled_tokens_total") == 8
+    assert grew("decode", "sluice_engine_sampled_tokens_total") == num_tokens - 8
+    assert grew("prefill", "sluice_engine_computed_tokens_total") == num_prompt
+    assert grew("decode", "sluice_engine_computed_tokens_total") == num_tokens - 8  # nobody needs the last one's KV
+    assert grew("decode", "sluice_transfer_bytes_total", transport="nixl") == sum(route["bytes"] for route in routes)
+    assert grew("decode", "sluice_transfer_pulled_blocks_total") == sum(route["blocks"] for route in routes)
+    for role in ("prefill", "decode"):
+        assert grew(role, "sluice_engine_queue_seconds_count", stage=role) == 8
+        assert grew(role, "sluice_engine_prefix_lookup_tokens_total", stage=role) == num_prompt
+        assert grew(role, "sluice_engine_batch_sequences_count") == grew(role, "sluice_engine_step_seconds_count") > 0
+        for name in (f"{role}-0", f"{role}-1"):
+            _check_gauges(after[name])
+            assert after[name].values("sluice_transfer_bytes_total", "peer") <= {"prefill-0", "prefill-1"}
+    assert grew("decode", "sluice_transfer_read_seconds_count", transport="nixl") >= 8
+    assert after["controller"].total("sluice_cluster_workers", state="ready") == 4
+
+
+def _check_gauges(worker: Scrape) -> None:
+    groups = worker.values("sluice_kv_blocks", "group")
+    assert groups and worker.values("sluice_kv_blocks", "state") >= {"free", "filling", "ready", "cached"}
+    for group in groups:
+        assert worker.total("sluice_kv_blocks", group=group) == NUM_BLOCKS
+    assert worker.total("sluice_words_sessions", peer_kind="ingress") == 2
+    assert worker.total("sluice_words_sessions", peer_kind="worker") == 2
+
+
+@pytest.mark.parametrize("port", ["llama"], indirect=True)
+def test_killed_processes_are_no_targets_and_their_successors_are(port: PublicPort) -> None:
+    """Last in this file."""
+    before = port.targets_when(whole, "all seven processes are named")
+    killed = [before["decode-0"], next(target for name, target in before.items() if name.startswith("ingress"))]
+    for target in killed:
+        os.kill(_listener(target.address), signal.SIGKILL)
+    dead = {target.incarnation for target in killed}
+    replaced = port.targets_when(
+        lambda found: whole(found) and dead.isdisjoint(target.incarnation for target in found.values()),
+        "both have successors",
+    )
+    assert replaced["decode-1"] == before["decode-1"] and replaced["prefill-0"] == before["prefill-0"]
+    scrapes = {name: target.scrape() for name, target in replaced.items()}
+    assert scrapes["decode-0"].total("sluice_engine_sampled_tokens_total") == 0
+    assert scrapes["controller"].total("sluice_cluster_restarts_total", pool="decode") == 1
+    assert scrapes["prefill-0"].total("sluice_words_broken_sessions_total", reason="gone") == 2
+    assert scrapes["decode-1"].total("sluice_words_broken_sessions_total", reason="gone") == 1  # of the replica
+
+
+def _listener(address: str) -> int:
+    port = int(address.rpartition(":")[2])
+    connections = psutil.net_connections("tcp")
+    (pid,) = {each.pid for each in connections if each.laddr[1:] == (port,) and each.status == psutil.CONN_LISTEN}
+    assert pid is not None
+    return pid
