@@ -13,14 +13,14 @@ the router's event loop; nothing here knows sessions or clocks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
 from cluster.hashing import block_hashes
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
+from router.output import Output
 from router.plan import NoPlan, Plan
 
 MAX_UNREAD_TOKENS = 16_384
@@ -83,7 +83,7 @@ class Flight:
         self.request = request
         self.state = State.PLACING
         self.attempt = 0
-        self.emitted: list[int] = []
+        self.output = Output(len(request.prompt_token_ids), request.sampling)
         self.plan: Plan | None = None
         self.session_id = ""  # of the running attempt
         self.excluded: set[str] = set()  # incarnations that turned it away or failed it, and live
@@ -98,6 +98,11 @@ class Flight:
         self._news = asyncio.Event()
         self._hashes: list[bytes] = []
         self._hash_root = b""
+
+    @property
+    def emitted(self) -> list[int]:
+        """The tokens so far, over all attempts."""
+        return self.output.token_ids
 
     @property
     def is_replay(self) -> bool:
@@ -130,27 +135,30 @@ class Flight:
         start = len(self._hashes)
         previous = self._hashes[-1] if start else None
         self._hashes += block_hashes(root, known[start * block_size :], block_size, previous)
+        sampling = request.sampling
+        if self.output.has_prompt_logprobs:
+            sampling = replace(sampling, num_prompt_logprobs=None)
         return pb.Submit(
             key=self.key.wire(),
             plan=self.plan.wire(),
             prompt_token_ids=request.prompt_token_ids,
             emitted_token_ids=self.emitted,
-            sampling=request.sampling.wire(),
+            sampling=sampling.wire(),
             priority=request.priority,
             deadline_ms=deadline_ms,
             block_hashes=b"".join(self._hashes),
             shard=self.plan.decode.shard,
+            leader_id=request.leader_id,
         )
 
     def receive(self, session_id: str, tokens: pb.SequenceTokens) -> Receipt:
         """Takes what is new of a frame; its finish ends the flight. After FAILED, GAP and UNREAD the caller acts."""
         if self.state is not State.RUNNING or session_id != self.session_id or tokens.key.attempt != self.attempt:
             return Receipt.OLD_ATTEMPT
-        new = self._new_tokens(tokens.first_token_index, tokens.token_ids)
-        if new is None:
+        num_new = self.output.take(tokens)
+        if num_new is None:
             return Receipt.GAP
-        self.emitted += new
-        if new:
+        if num_new:
             self._news.set()
         if tokens.finish == pb.ERROR:
             return Receipt.FAILED
@@ -158,7 +166,7 @@ class Flight:
             self._complete(FinishReason(tokens.finish), tokens.route if tokens.HasField("route") else None)
         elif len(self.emitted) - self._num_taken > MAX_UNREAD_TOKENS:
             return Receipt.UNREAD
-        return Receipt.REPEATED if tokens.token_ids and not new else Receipt.TAKEN
+        return Receipt.REPEATED if tokens.token_ids and not num_new else Receipt.TAKEN
 
     def fail_attempt(self, failure: pb.Failure, max_attempts: int, *, reported: bool) -> bool:
         """RUNNING -> PLACING, True: try elsewhere. Or -> ENDED, False: it is over.
@@ -171,7 +179,9 @@ class Flight:
         sampling = self.request.sampling
         if failure.code not in _ELSEWHERE:
             self.end(from_failure(failure))
-        elif len(self.emitted) >= sampling.max_tokens:  # nothing is missing but the word that it is over
+        elif (
+            sampling.pooling is None and len(self.emitted) >= sampling.max_tokens
+        ):  # nothing is missing but the word that it is over
             self._complete(FinishReason.LENGTH, None)
         elif self.emitted and self._is_stop(self.emitted[-1]):
             self._complete(FinishReason.STOP, None)
@@ -220,6 +230,7 @@ class Flight:
         if len(self.emitted) == self._num_taken and not whole:
             return None
         assert self.plan is not None
+        output = self.output
         first, self._num_taken, self._finish_taken = self._num_taken, len(self.emitted), self.finish is not None
         return TokenDelta(
             token_ids=tuple(self.emitted[first:]),
@@ -228,6 +239,9 @@ class Flight:
             route=self.route,
             plan=self.plan,
             attempt=self.attempt,
+            logprobs=tuple(output.logprobs[first:]),
+            prompt_logprobs=() if first else tuple(output.prompt_logprobs),
+            embedding=output.embedding,
         )
 
     async def news(self) -> None:
@@ -236,11 +250,6 @@ class Flight:
         self._news.clear()
 
     # ------------------------------------------------------------ inside
-
-    def _new_tokens(self, first: int, tokens: Sequence[int]) -> Sequence[int] | None:
-        """The tokens past those already emitted; None if some between are missing."""
-        known = len(self.emitted) - first
-        return None if known < 0 else tokens[known:]
 
     def _complete(self, finish: FinishReason, route: pb.Route | None) -> None:
         self.state = State.ENDED

@@ -165,9 +165,19 @@ class Router:
             shunned=flight.shunned if flight else (),
         )
 
+    def _leader_plan(self, flight: Flight) -> Plan | None:
+        """The plan of the flight that this one follows, if it runs where this one may go, too."""
+        leader = self._flights.get(flight.request.leader_id)
+        if leader is None or leader.state is not State.RUNNING or leader.plan is None:
+            return None
+        decode = leader.plan.decode.incarnation
+        avoided = decode in flight.excluded or decode in flight.shunned
+        return None if avoided or self._fleet.session(decode) is None else leader.plan
+
     def _place(self, flight: Flight) -> None:
         """Submits the next attempt, or queues the flight until a worker appears."""
-        plan = self._plan(flight)
+        led = self._leader_plan(flight)
+        plan = led or self._plan(flight)
         if isinstance(plan, NoPlan):
             self._wait_for_worker(flight, plan)
             return
@@ -178,7 +188,7 @@ class Router:
         root = chain_root(plan.decode.compatibility_hash)
         submit = flight.submit(root, self._block_size, self._remaining_ms(flight))
         session.send(pb.Frame(submit=submit), key)
-        num_tokens = len(flight.request.prompt_token_ids) + len(flight.emitted)
+        num_tokens = 0 if plan is led else len(flight.request.prompt_token_ids) + len(flight.emitted)
         self._fleet.sent(plan.decode, num_requests=1)
         self._fleet.sent(plan.prefill, num_tokens=num_tokens)
         if plan.local_reason is not None:
@@ -359,7 +369,8 @@ class Router:
             case Receipt.FAILED:
                 self._attempt_failed(flight, tokens.failure, reported=True)
             case Receipt.GAP:
-                gap = f"{session.peer.name} sent token {tokens.first_token_index} after {len(flight.emitted)} tokens"
+                sent = f"{len(tokens.token_ids)} tokens from {tokens.first_token_index} on"
+                gap = f"{session.peer.name} left something out: it sent {sent} when {len(flight.emitted)} were known"
                 self._retry_elsewhere(flight, pb.INTERNAL, gap)
             case Receipt.UNREAD:
                 self._end(flight, Busy("the client does not read its tokens"))
