@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,22 @@ class Router(Linear):
     def __init__(self, hidden_size: int, rule: RoutingRule, *, dtype: torch.dtype) -> None:
         super().__init__(hidden_size, rule.num_experts, partition=Partition.REPLICATED, dtype=dtype)
         self.rule = rule
-        bias = torch.empty(rule.num_experts, dtype=torch.float32)
-        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        self.e_score_correction_bias = None
+        if rule.balanced:
+            bias = torch.empty(rule.num_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, d]."""
         return route(F.linear(x.float(), self.weight.float()), self.e_score_correction_bias, self.rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    inner_size: int
+    routing: RoutingRule
+    num_shared: int = 0  # sizes of `inner_size` that an expert of all tokens has
+    shared_bias: bool = False
 
 
 class SparseMlp(nn.Module):
@@ -33,13 +45,14 @@ class SparseMlp(nn.Module):
     Each expert keeps the matrices that the checkpoint has for it, so that they can be views of the file.
     """
 
-    def __init__(
-        self, hidden_size: int, inner_size: int, num_shared: int, rule: RoutingRule, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, hidden_size: int, shape: ExpertShape, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate = Router(hidden_size, rule, dtype=dtype)
-        self.experts = nn.ModuleList(GatedMlp(hidden_size, inner_size, dtype=dtype) for _ in range(rule.num_experts))
-        self.shared_experts = GatedMlp(hidden_size, inner_size * num_shared, dtype=dtype) if num_shared else None
+        d, inner = hidden_size, shape.inner_size
+        self.gate = Router(d, shape.routing, dtype=dtype)
+        self.experts = nn.ModuleList(GatedMlp(d, inner, dtype=dtype) for _ in range(shape.routing.num_experts))
+        self.shared_experts = None
+        if shape.num_shared:
+            self.shared_experts = GatedMlp(d, inner * shape.num_shared, dtype=dtype, bias=shape.shared_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.gate.route(x)

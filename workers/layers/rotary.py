@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Every frequency slowed by `factor`."""
+
+    factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,13 +30,18 @@ class Llama3Scaling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
     """Frequencies that turn fewer than `beta_slow` times in the original context slowed by `factor`, those that turn
-    more than `beta_fast` times kept, those between blended; cos and sin times `attention_factor`."""
+    more than `beta_fast` times kept, those between blended; cos and sin times `attention_factor`. The bounds are moved
+    outwards to whole features with `truncate`."""
 
     factor: float
     beta_fast: float
     beta_slow: float
     original_max_position_embeddings: int
     attention_factor: float
+    truncate: bool = True
+
+
+RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -57,12 +70,14 @@ class Rotation:
 class RotaryEmbedding:
     """Frequencies of a model; holds no weight and follows the device of the positions."""
 
-    def __init__(self, head_dim: int, theta: float, scaling: Llama3Scaling | YarnScaling | None = None) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> None:
         # fp32 on the CPU whatever the model's dtype or device: a rounding of a frequency grows with the position.
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         frequencies = 1.0 / (theta**exponents)
         self.magnitude = 1.0  # of cos and sin
-        if isinstance(scaling, Llama3Scaling):
+        if isinstance(scaling, LinearScaling):
+            frequencies = frequencies / scaling.factor
+        elif isinstance(scaling, Llama3Scaling):
             frequencies = _llama3(frequencies, scaling)
         elif isinstance(scaling, YarnScaling):
             frequencies = _yarn(frequencies, theta, scaling)
@@ -99,10 +114,11 @@ def _yarn(frequencies: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
         length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(theta))
 
-    low = max(math.floor(feature(scaling.beta_fast)), 0)
-    high = min(math.ceil(feature(scaling.beta_slow)), head_dim - 1)
-    ramp = (torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device) - low) / max(
-        high - low, 0.001
-    )
+    low, high = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = (torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device) - low) / span
     slowed = ramp.clamp_(0, 1)
     return frequencies / scaling.factor * slowed + frequencies * (1 - slowed)

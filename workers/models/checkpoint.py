@@ -134,6 +134,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
+        if index.exists() and (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -142,20 +144,30 @@ class Checkpoint:
             names = sorted(set(wanted.values()))
         elif (folder / SINGLE).exists():
             wanted, names = {}, [SINGLE]
+        elif shards := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise CheckpointError(f"{folder}: {INDEX} is missing, which says what {shards[0]} holds; download it again")
         else:
             raise CheckpointError(
                 f"{folder}: neither {SINGLE} nor {INDEX}; convert the weights to safetensors, other formats are "
                 "refused because they can run code"
             )
         self.files = {name: WeightFile(folder / name) for name in names}
-        self._owner = {name: file for file in self.files.values() for name in file.tensors}
+        self._owner: dict[str, WeightFile] = {}
+        for file in self.files.values():
+            for name in file.tensors:
+                if name in self._owner:
+                    raise CheckpointError(
+                        f"{file.path}: tensor {name} is in {self._owner[name].path.name}, too; download both again"
+                    )
+                self._owner[name] = file
+        self.tensors: Mapping[str, StoredTensor] = {name: file.tensors[name] for name, file in self._owner.items()}
         for name, file in wanted.items():
             if name not in self.files[file].tensors:
-                raise CheckpointError(f"{folder / file}: tensor {name} is missing, which {INDEX} places there")
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        return {name: file.tensors[name] for name, file in self._owner.items()}
+                elsewhere = f"it is in {self._owner[name].path.name}; " if name in self._owner else ""
+                raise CheckpointError(
+                    f"{folder / file}: tensor {name} is missing, which {INDEX} places there; {elsewhere}download both "
+                    "again"
+                )
 
     def file_of(self, name: str) -> Path:
         return self._owner[name].path

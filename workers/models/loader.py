@@ -17,6 +17,7 @@ from workers.layers.linear import Embedding, Linear
 from workers.models.checkpoint import Checkpoint, read_json
 from workers.models.fields import ConfigFields
 from workers.models.model import DTYPES, CausalModel
+from workers.models.quantization import SCALE_SUFFIX, STORED, BlockFp8, read_quantization
 from workers.models.registry import find_model
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and everybody computes
@@ -27,6 +28,7 @@ _ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 class LoadedModel:
     model: CausalModel
     weights_identity: bytes  # 16 B: the stored weights, or the dummy seed
+    ignored: tuple[str, ...]  # stored tensors that are not computed with, on purpose: drafts, rotary buffers
     config_json: str  # what config.json says about the model: one line, sorted, free of how the file came to be
 
 
@@ -42,21 +44,22 @@ def load(path: str | Path, *, dtype: str = "auto", load_format: str = "auto", du
     config = read_json(config_path)
     fields = ConfigFields(config_path, config)
     architecture, model_class = find_model(config.get("architectures"), config_path)
-    resolved = _resolve_dtype(fields, dtype)
+    resolved, quantization = _resolve_dtype(fields, dtype), read_quantization(fields)
     with torch.device("meta"):
         model = model_class.from_fields(
             fields, architecture=architecture, dtype=resolved, eos_token_ids=_eos_token_ids(folder, fields)
         )
     if load_format == "dummy":
-        weights, identity = _dummy(model, dummy_seed), _dummy_identity(dummy_seed)
+        weights, ignored, identity = _dummy(model, dummy_seed), (), _dummy_identity(dummy_seed)
     elif load_format == "auto":
         checkpoint = Checkpoint(folder)
-        weights, identity = _stored(model, checkpoint, model.spec.dropped_prefixes), checkpoint.identity()
+        weights, ignored = _stored(model, checkpoint, model.spec.dropped_prefixes, quantization)
+        identity = checkpoint.identity()
     else:
         raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
     model.load_state_dict(weights, assign=True)
     kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
-    return LoadedModel(model.eval(), identity, json.dumps(kept, sort_keys=True, separators=(",", ":")))
+    return LoadedModel(model.eval(), identity, ignored, json.dumps(kept, sort_keys=True, separators=(",", ":")))
 
 
 def _resolve_dtype(fields: ConfigFields, wanted: str) -> str:
@@ -77,7 +80,10 @@ def _eos_token_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:
     return generation if generation is not None else fields.token_ids("eos_token_id") or ()
 
 
-def _stored(model: nn.Module, checkpoint: Checkpoint, dropped: tuple[str, ...]) -> Mapping[str, Tensor]:
+def _stored(
+    model: nn.Module, checkpoint: Checkpoint, dropped: tuple[str, ...], quantization: BlockFp8 | None
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The parameters by name, and which tensors were left alone."""
     wanted = dict(model.named_parameters())
     stored = checkpoint.tensors
     missing = sorted(wanted.keys() - stored.keys())
@@ -86,31 +92,62 @@ def _stored(model: nn.Module, checkpoint: Checkpoint, dropped: tuple[str, ...]) 
             f"{checkpoint.folder}: {_some(missing)} missing; download it again, or correct config.json if it "
             "describes another model"
         )
+    quantized = {name for name in wanted if quantization is not None and stored[name].dtype == STORED}
+    extra = sorted(stored.keys() - wanted.keys() - {name + SCALE_SUFFIX for name in quantized})
     # A tied head may be stored although nobody reads it: the embedding is the same matrix.
-    extra = [
-        name
-        for name in sorted(stored.keys() - wanted.keys())
-        if name != "lm_head.weight" and not name.endswith(_DERIVED) and not name.startswith(dropped)
+    ignored = [
+        name for name in extra if name == "lm_head.weight" or name.endswith(_DERIVED) or name.startswith(dropped)
     ]
-    if extra:
+    unknown = [name for name in extra if name not in set(ignored)]
+    if unknown:
         raise CheckpointError(
-            f"{checkpoint.file_of(extra[0])}: {_some(extra)} unknown to {type(model).__name__}; config.json describes "
-            "another model, or one that is not computed here"
+            f"{checkpoint.file_of(unknown[0])}: {_some(unknown)} unknown to {type(model).__name__}; config.json "
+            "describes another model, or one that is not computed here"
         )
     weights: dict[str, Tensor] = {}
     for name, parameter in wanted.items():
-        if stored[name].shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{checkpoint.file_of(name)}: tensor {name} has shape {list(stored[name].shape)}, config.json asks for "
-                f"{list(parameter.shape)}; they belong to different models"
-            )
-        if not stored[name].dtype.is_floating_point or stored[name].dtype.itemsize == 1:
-            raise CheckpointError(
-                f"{checkpoint.file_of(name)}: tensor {name} is stored as {stored[name].dtype}; use a checkpoint in "
-                f"{', '.join(DTYPES)}"
-            )
+        _expect_shape(checkpoint, name, tuple(parameter.shape))
+        if quantization is not None and name in quantized:
+            weights[name] = _dequantized(checkpoint, name, quantization, parameter.dtype)
+            continue
+        _expect_plain(checkpoint, name)
         weights[name] = checkpoint.read(name).to(parameter.dtype)
-    return weights
+    return weights, tuple(ignored)
+
+
+def _dequantized(checkpoint: Checkpoint, name: str, quantization: BlockFp8, dtype: torch.dtype) -> Tensor:
+    scales = name + SCALE_SUFFIX
+    if scales not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.file_of(name)}: tensor {scales} missing, without which {name} means nothing; download it "
+            "again"
+        )
+    values = checkpoint.read(name)
+    if values.dim() != 2:
+        raise CheckpointError(
+            f"{checkpoint.file_of(name)}: tensor {name} is in fp8 and no matrix; use a checkpoint that leaves it in "
+            f"{', '.join(DTYPES)}"
+        )
+    _expect_shape(checkpoint, scales, quantization.scale_shape(tuple(values.shape)))
+    _expect_plain(checkpoint, scales)
+    return quantization.dequantize(values, checkpoint.read(scales), dtype)
+
+
+def _expect_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if checkpoint.tensors[name].shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.file_of(name)}: tensor {name} has shape {list(checkpoint.tensors[name].shape)}, config.json "
+            f"asks for {list(shape)}; they belong to different models"
+        )
+
+
+def _expect_plain(checkpoint: Checkpoint, name: str) -> None:
+    dtype = checkpoint.tensors[name].dtype
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{checkpoint.file_of(name)}: tensor {name} is stored as {dtype}; use a checkpoint in {', '.join(DTYPES)}, "
+            "or in fp8 with a quantization_config in config.json"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

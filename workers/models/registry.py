@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cluster.errors import CheckpointError
-from workers.models.deepseek import DeepseekForCausalLM
+from workers.models.deepseek import (
+    DeepseekForCausalLM,
+    DeepseekV2ForCausalLM,
+    DeepseekV3ForCausalLM,
+    DeepseekV32ForCausalLM,
+)
+from workers.models.grouped_query import GqaForCausalLM
 from workers.models.llama import LlamaForCausalLM
+from workers.models.qwen import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-ModelClass: TypeAlias = type[LlamaForCausalLM] | type[DeepseekForCausalLM]
+ModelClass: TypeAlias = type[GqaForCausalLM] | type[DeepseekForCausalLM]
 
 MODELS: dict[str, ModelClass] = {
-    "DeepseekV3ForCausalLM": DeepseekForCausalLM,
-    "DeepseekV32ForCausalLM": DeepseekForCausalLM,
+    "DeepseekV2ForCausalLM": DeepseekV2ForCausalLM,
+    "DeepseekV3ForCausalLM": DeepseekV3ForCausalLM,
+    "DeepseekV32ForCausalLM": DeepseekV32ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
 }
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+Scoring: TypeAlias = Literal["sigmoid", "softmax"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRule:
-    """Sigmoid scores, a bias that balances load, experts limited to the best groups ("noaux_tc")."""
+    """Scores of all experts, experts limited to the best groups, the best of those.
+
+    DeepSeek's names: "noaux_tc" is sigmoid scores, a bias that balances load, groups that count for their two best
+    experts; "group_limited_greedy" is softmax scores and groups that count for their best; "greedy" is one group.
+    """
 
     num_experts: int  # E
-    num_groups: int  # G; divides E
-    max_groups: int  # groups that a token may use
     experts_per_token: int  # k
     normalize: bool  # weights of a token add up to `scale`
-    scale: float
+    scale: float = 1.0
+    scoring: Scoring = "softmax"
+    balanced: bool = False  # the checkpoint has a bias [E]
+    num_groups: int = 1  # G; divides E
+    max_groups: int = 1  # groups that a token may use
+    best_of_group: int = 1  # how many of its experts a group counts for
 
 
 class Routing(NamedTuple):
@@ -28,17 +37,18 @@ class Routing(NamedTuple):
     weights: Tensor
 
 
-def route(logits: Tensor, bias: Tensor, rule: RoutingRule) -> Routing:
+def route(logits: Tensor, bias: Tensor | None, rule: RoutingRule) -> Routing:
     """logits [T, E] fp32, bias [E] fp32.
 
-    The bias has a say in the choice and none in the weights. A group counts for its two best experts. Experts of the
-    other groups are excluded with -inf: a biased score may be negative, and 0 would then win.
+    The bias has a say in the choice and none in the weights. Experts of groups that are not chosen are excluded with
+    -inf: a biased score may be negative, and 0 would then win.
     """
-    scores = logits.sigmoid()
-    biased = scores + bias
+    scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(-1)
+    biased = scores if bias is None else scores + bias
     if rule.max_groups < rule.num_groups:
         grouped = biased.unflatten(-1, (rule.num_groups, -1))  # [T, G, E / G]
-        best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(rule.max_groups, -1).indices
+        counting = min(rule.best_of_group, grouped.shape[-1])
+        best = grouped.topk(counting, -1).values.sum(-1).topk(rule.max_groups, -1).indices
         excluded = torch.ones(grouped.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, False)
         biased = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
     experts = biased.topk(rule.experts_per_token, -1, sorted=False).indices

@@ -343,7 +343,7 @@ def test_older_config_keys_mean_the_same(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'; experts are chosen with sigmoid only"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'; only \"sigmoid\" is computed"),
         ({"topk_method": "greedy"}, "topk_method"),
         ({"n_group": 3}, "n_group = 3; must divide n_routed_experts = 16"),
         ({"topk_group": 5}, "topk_group = 5; must be at most n_group = 4"),
@@ -351,9 +351,14 @@ def test_older_config_keys_mean_the_same(folder: Path) -> None:
         ({"q_lora_rank": None}, "q_lora_rank = None; a model with index_topk needs it"),
         ({"index_head_dim": 8}, "index_head_dim = 8; must be at least"),
         ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not computed"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "default and yarn are"),
-        ({"hidden_act": "gelu"}, "silu only"),
+        ({"norm_topk_prob": None}, "norm_topk_prob = None; must be true or false"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads = 2; only 4 is computed"),
+        ({"rope_interleave": False}, "rope_interleave = False; only true is computed"),
+        ({"mlp_bias": True}, "mlp_bias = True; only false is computed"),
+        ({"layer_types": ["full_attention"] * 3}, "only indexed_attention is computed"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq = 2; only 1 is computed"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "use default, linear, llama3 or yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; only \"silu\" is computed"),
     ],
 )
 def test_what_is_not_computed_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:

@@ -205,7 +205,7 @@ def test_config_that_is_not_json(folder: Path) -> None:
         ({"tie_word_embeddings": "no"}, ("tie_word_embeddings = 'no'",)),
         ({"rms_norm_eps": -1}, ("rms_norm_eps = -1",)),
         ({"rope_parameters": 3}, ("rope_parameters = 3", "object")),
-        ({"rope_parameters": {"rope_type": "yarn"}}, ("rope_parameters.rope_type = 'yarn'", "llama3")),
+        ({"rope_parameters": {"rope_type": "spin"}}, ("rope_parameters.rope_type = 'spin'", "llama3")),
         ({"rope_parameters": {"rope_type": "llama3"}}, ("rope_parameters.factor = None",)),
         ({"dtype": "float8"}, ("dtype = 'float8'", "model.dtype", "bfloat16")),
         ({"eos_token_id": [1, "x"]}, ("eos_token_id = [1, 'x']",)),
