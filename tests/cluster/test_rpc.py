@@ -101,8 +101,9 @@ def test_a_closed_session_is_reported_once_to_each_side_and_dialed_again(pair: P
     pair.at_worker.wait("bulk")  # both streams are up
     pair.accepted.close("a test")
     pair.accepted.close("again")
-    assert "closed here: a test" in str(pair.at_worker.wait("broken").error)
-    assert "closed here: a test" in str(pair.at_ingress.wait("broken").error)
+    closed, gone = pair.at_worker.wait("broken").error, pair.at_ingress.wait("broken").error
+    assert closed is not None and closed.reason == "closed" and "closed here: a test" in str(closed)
+    assert gone is not None and gone.reason == "gone" and "closed here: a test" in str(gone)
     again = pair.at_ingress.wait("open", 2).session
     assert again.epoch > pair.dialed.epoch and again.open and not pair.dialed.open
     pair.dialed.send(submit())  # into the void
@@ -261,7 +262,7 @@ def test_a_killed_peer_breaks_the_session_once(words: WordsThread, process: Peer
     dialer, at_ingress = _keep(words, process)
     process.process.kill()
     error = at_ingress.wait("broken").error
-    assert "decode-0 broke: UNAVAILABLE" in str(error)
+    assert error is not None and error.reason == "gone" and "decode-0 broke: UNAVAILABLE" in str(error)
     dialer.stop()
     assert at_ingress.count("broken") == at_ingress.count("open") == 1
 
@@ -270,7 +271,8 @@ def test_a_killed_peer_breaks_the_session_once(words: WordsThread, process: Peer
 def test_a_frozen_peer_is_lost_by_its_silence(words: WordsThread, process: PeerProcess) -> None:
     dialer, at_ingress = _keep(words, process)
     process.process.send_signal(signal.SIGSTOP)
-    assert "no heartbeat for 1.00 s" in str(at_ingress.wait("broken").error)
+    error = at_ingress.wait("broken").error
+    assert error is not None and error.reason == "silent" and "no heartbeat for 1.00 s" in str(error)
     process.process.send_signal(signal.SIGCONT)
     at_ingress.wait("open", 2)
     dialer.stop()

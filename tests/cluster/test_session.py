@@ -66,6 +66,7 @@ def test_what_a_peer_must_not_send_ends_its_session_only(pair: Pair, data: bytes
     assert status != grpc.StatusCode.OK and message in details
     broken = pair.at_worker.wait("broken")
     assert broken.session.peer.name == "ingress-1" and message in str(broken.error)
+    assert broken.error is not None and broken.error.reason == ("mistake" if message else "gone")
     pair.dialed.send(submit())
     assert pair.at_ingress.wait_tokens(3) == [1, 2, 3] and pair.at_worker.count("broken") == 1
 

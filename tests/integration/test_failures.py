@@ -51,9 +51,14 @@ def test_a_step_that_raises_ends_its_own_sequences_only(chaos: Chaos) -> None:
             await chaos.cluster.ask([*TEXTS[1], *faulty_worker.RAISES], GREEDY, "bad-step")
         return await open_stream, failed.value
 
+    def num_failed(pool: str) -> float:
+        return chaos.runner.run(chaos.cluster.total("sluice_engine_failures_total", pool))
+
     before = members(chaos)
+    failed_before = num_failed("prefill"), num_failed("decode")
     answer, error = chaos.runner.run(one_fails())
     assert error.status == 500
+    assert (num_failed("prefill") - failed_before[0], num_failed("decode") - failed_before[1]) == (2, 1)
     assert_greedy(text, answer, LONG.max_tokens)
     chaos.runner.run(chaos.cluster.assert_all_free())
     [after] = chaos.runner.run(chaos.together([TEXTS[2]]))

@@ -111,6 +111,20 @@ def test_same_key_over_a_new_session_leaves_the_old_reader_its_blocks(rig: Rig) 
     assert rig.ledger.has_lease(KEYS[0])
 
 
+def test_what_enters_quarantine_is_told_once_by_side(rig: Rig) -> None:
+    expired, ended, released = rig.own(1, 0), rig.own(2, 0), rig.own(1, 0)
+    rig.ledger.lease(KEYS[0], "a", expired, 0.0)
+    rig.ledger.tick(LEASE_S)
+    rig.ledger.lease(KEYS[1], "b", ended, LEASE_S)
+    rig.ledger.end_session("b", LEASE_S)
+    rig.ledger.lease(KEYS[0], "a", released, LEASE_S)
+    rig.ledger.release(KEYS[0])
+    rig.ledger.post(7, rig.own(2, 1), LEASE_S)
+    rig.ledger.lose(7, LEASE_S)
+    assert rig.ledger.take_quarantined() == (3, 2)
+    assert rig.ledger.take_quarantined() == (0, 0)
+
+
 def test_destination_stays_filling_until_the_transport_reports(rig: Rig) -> None:
     refs = rig.own(2, 1)
     rig.ledger.post(7, refs, 0.0)
