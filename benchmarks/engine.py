@@ -43,6 +43,7 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence
 from workers.engine.sequence_mirror import SequenceMirror
+from workers.engine.step_plan import StepResult
 from workers.models.loader import load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -160,7 +161,7 @@ def _overhead_once(num_sequences: int, num_steps: int) -> tuple[float, float, fl
         mirror.apply(plan)
         batch = build(plan, mirror, CPU)
         built = time.perf_counter()
-        sampled = dict.fromkeys(batch.sampled_ids, 7)
+        sampled = StepResult(tokens=dict.fromkeys(batch.sampled_ids, 7))
         settling = time.perf_counter()
         scheduler.settle(plan, sampled)
         settled = time.perf_counter()

@@ -10,7 +10,7 @@ from cluster.request import RequestKey, SamplingParams
 from workers.engine.block_manager import BlockManager, BlockState, GroupCapacity
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence
-from workers.engine.step_plan import Literal, ScheduledSequence, StepOutcome, StepPlan
+from workers.engine.step_plan import Literal, ScheduledSequence, StepOutcome, StepPlan, StepResult
 
 ROOT = chain_root(b"engine tests")
 EOS = 0
@@ -233,7 +233,7 @@ class EngineDouble:
             seq = self.sequences[row.id]
             if not seq.is_finished:
                 self.rank.check(self.rank.tables[row.id][0], seq.tokens[: row.start + row.num_tokens])
-        outcome = self.scheduler.settle(plan, sampled)
+        outcome = self.scheduler.settle(plan, StepResult(tokens=sampled))
         for seq, token, index, *_ in outcome.tokens:
             assert index == seq.num_emitted - 1 and token == seq.tokens[-1]
             self.emitted.setdefault(seq.id, []).append(token)

@@ -81,6 +81,7 @@ class Driver:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            sample=sample,
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
         )
@@ -91,7 +92,6 @@ class Driver:
             len(tokens) if num_prompt is None else num_prompt,
             params,
             arrival=self.num_added,
-            sample=sample,
             stop_after_first=stop_after_first,
         )
         self.scheduler.add(seq)

@@ -29,10 +29,12 @@ class BlockTables:
     def admit(self, seq: Sequence, *, num_running: int) -> bool:
         """Blocks for all known input, cached ones first. False and nothing changed if there is no room.
 
-        The last known token is always computed, for its logits: the hit ends before its block.
+        The last known token is always computed, for its logits: the hit ends before its block. Where every prompt
+        position must be computed, nothing is looked up.
         """
         spare = [min(num_running, group.num_blocks // _SPARE_SHARE) for group in self._groups]
-        return self.occupy(seq, (len(seq.tokens) - 1) // self.block_size, spare=spare, for_transfer=False)
+        max_hit_blocks = 0 if seq.params.needs_whole_prompt else (len(seq.tokens) - 1) // self.block_size
+        return self.occupy(seq, max_hit_blocks, spare=spare, for_transfer=False)
 
     def occupy(self, seq: Sequence, max_hit_blocks: int, *, spare: SequenceOf[int], for_transfer: bool) -> bool:
         """Gives an empty sequence cached and reserved blocks for all its tokens; `spare` blocks must be left over."""

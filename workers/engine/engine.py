@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cluster.errors import WorkerFailed
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import StepOutcome, StepPlan
+from workers.engine.step_plan import StepOutcome, StepPlan, StepResult
 
 
 class BatchSize(NamedTuple):
@@ -24,6 +24,7 @@ class Engine:
 
     When a step raises, the sequences of its plan end, with `WorkerFailed` in the outcome; everybody else goes on, and
     so does the engine. None of their tokens were confirmed, so nothing of the step can be hit, leased or emitted.
+    A row that cannot be sampled (its logits are not numbers, its grammar broke) ends its own sequence only.
     A caller that sees `num_failed_in_a_row` rise has a broken device, not a bad request.
     """
 
@@ -49,14 +50,19 @@ class Engine:
         plan = self._agree(self._scheduler.schedule())
         try:
             launched = self._runner.launch(plan)  # build and launch
-            sampled = launched.collect()
+            result = launched.collect()
         except Exception as error:  # noqa: BLE001 - the step owns whatever a model, a kernel or the device raises
             outcome = self._fail(plan, error)
+            num_tokens = 0
         else:
             self.num_failed_in_a_row = 0
-            outcome = self._scheduler.settle(plan, sampled)
+            outcome = self._scheduler.settle(plan, result)
+            if outcome.failed:
+                reasons = sorted(set(result.failed.values()))
+                outcome.error = WorkerFailed(f"step {plan.step} could not be sampled: {'; '.join(reasons)}")
+            num_tokens = plan.num_tokens
         self.num_steps += 1
-        self.last_batch = BatchSize(len(plan.sequences), 0 if outcome.error else plan.num_tokens)
+        self.last_batch = BatchSize(len(plan.sequences), num_tokens)
         self.last_step_at = self._clock()
         return outcome if plan.sequences or outcome.preempted else None
 
@@ -70,7 +76,7 @@ class Engine:
         self.num_failed_in_a_row += 1
         self._runner.drain()
         failed = self._scheduler.abort_plan(plan)
-        outcome = self._scheduler.settle(plan, {})
+        outcome = self._scheduler.settle(plan, StepResult())
         outcome.failed = failed
         outcome.error = WorkerFailed(f"step {plan.step} failed on the worker: {type(error).__name__}: {error}")
         outcome.error.__cause__ = error  # for whoever logs it

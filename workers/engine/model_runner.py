@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from workers.engine import sampler
 from workers.engine.batch import build
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence_mirror import SequenceMirror
-from workers.engine.step_plan import BlockCopy, StepPlan
+from workers.engine.step_plan import BlockCopy, StepPlan, StepResult
 
 
 class StepModel(Protocol):
@@ -45,9 +45,9 @@ class Launched:
     tokens: Tensor  # [N] int64 on the device
     ids: list[int]  # [N]: whose they are
 
-    def collect(self) -> dict[int, int]:
-        """Sequence id -> sampled token. Waits for the device."""
-        return dict(zip(self.ids, self.tokens.tolist(), strict=True))
+    def collect(self) -> StepResult:
+        """Waits for the device."""
+        return StepResult(tokens=dict(zip(self.ids, self.tokens.tolist(), strict=True)))
 
 
 class ModelRunner:
@@ -80,7 +80,7 @@ class ModelRunner:
         """Sequences that the rank remembers."""
         return len(self._mirror)
 
-    def execute(self, plan: StepPlan) -> Mapping[int, int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """`launch`, then `collect`."""
         return self.launch(plan).collect()
 

@@ -92,9 +92,10 @@ class PlanBuilder:
 
 def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSequence]) -> None:
     tables = tuple(map(tuple, seq.block_tables))
+    history = tuple(seq.tokens) if seq.needs_history else ()
     if seq.is_known_to_ranks:
-        resumed.append(ResumedSequence(seq.id, tables))
+        resumed.append(ResumedSequence(seq.id, tables, history))
     else:
-        new.append(NewSequence(seq.id, seq.sample, seq.num_prompt, seq.params, seq.extents, tables))
+        new.append(NewSequence(seq.id, seq.num_prompt, seq.params, seq.extents, tables, history))
         seq.is_known_to_ranks = True
     seq.is_table_sent = True

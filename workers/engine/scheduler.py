@@ -9,7 +9,6 @@ sequence. Knows groups, never model types. Engine thread only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 
 from cluster.request import FinishReason
 from workers.engine.block_manager import BlockManager
@@ -18,7 +17,7 @@ from workers.engine.plan_builder import Launched, PlanBuilder
 from workers.engine.pulls import PullReservation, Pulls
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceQueue, SequenceStatus
-from workers.engine.step_plan import Chunk, SampledToken, StepOutcome, StepPlan
+from workers.engine.step_plan import Chunk, PooledVector, SampledToken, StepOutcome, StepPlan, StepResult
 
 __all__ = ["PullReservation", "Scheduler", "SchedulerLimits"]
 
@@ -222,8 +221,8 @@ class Scheduler:
             if remaining > 1:
                 chunks.append(seq)
             elif remaining == 1 and seq.status is SequenceStatus.RUNNING:
-                if known == computed and known + 1 >= seq.max_total_tokens:
-                    continue  # the token in flight is its last
+                if known == computed and (known + 1 >= seq.max_total_tokens or seq.needs_history):
+                    continue  # the token in flight is its last, or must be known before the next one is drawn
                 if computed < seq.capacity or self._grow(seq, computed + 1, batch):
                     rows[seq.id] = (seq, 1)
                     batch.budget -= 1
@@ -291,11 +290,10 @@ class Scheduler:
 
     # ------------------------------------------------------------------ the outcome
 
-    def settle(self, plan: StepPlan, sampled: Mapping[int, int]) -> StepOutcome:
+    def settle(self, plan: StepPlan, result: StepResult) -> StepOutcome:
         """The step's event has passed: confirms tokens, registers full blocks, applies stop conditions.
 
-        `sampled` has the token of every row with `sample`; tokens of sequences that ended meanwhile are dropped.
-        Plans settle in order.
+        Tokens of sequences that ended meanwhile are dropped; rows that failed end theirs. Plans settle in order.
         """
         launched = self._launched.popleft()
         assert launched.step == plan.step, f"plan {plan.step} settled before plan {launched.step}"
@@ -306,18 +304,27 @@ class Scheduler:
         for row, (seq, num_preemptions) in zip(plan.sequences, launched.rows, strict=True):
             if seq.status is SequenceStatus.FINISHED:
                 continue
+            if row.id in result.failed:  # before its blocks could be registered: what they hold is not to be hit
+                self._finish(seq, None)
+                outcome.failed.append(seq)
+                continue
             if seq.num_preemptions == num_preemptions:  # else its blocks are gone, but the token is good
                 confirmed = row.start + row.num_tokens
                 seq.num_confirmed = confirmed
                 if confirmed >= (seq.num_ready_blocks + 1) * block_size:
                     self._tables.fill(seq, confirmed)
                 if row.start < seq.num_known:
-                    outcome.chunks.append(Chunk(seq, confirmed))
+                    outcome.chunks.append(Chunk(seq, confirmed, result.prompt_logprobs.get(row.id)))
             if row.sample:
                 seq.num_pending -= 1
-                token = sampled[row.id]
-                finish = seq.accept(token, eos_token_ids)
-                outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish))
+                if seq.params.pooling is not None:
+                    finish = FinishReason.STOP
+                    outcome.vectors.append(PooledVector(seq, result.vectors[row.id]))
+                else:
+                    token = result.tokens[row.id]
+                    finish = seq.accept(token, eos_token_ids)
+                    logprobs = result.logprobs.get(row.id)
+                    outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))
                 if finish is not None:
                     self._finish(seq, finish)
                     outcome.finished.append(seq)

@@ -28,7 +28,7 @@ class SchedulerLimits:
 
     def max_total_tokens(self, seq: Sequence) -> int:
         """Length at which the sequence ends with LENGTH, over all attempts."""
-        if seq.stop_after_first:
+        if seq.stop_after_first or seq.params.pooling is not None:
             return len(seq.tokens) + 1
         return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len)
 
@@ -48,9 +48,12 @@ class SchedulerLimits:
                 f"max_tokens={seq.params.max_tokens} with {seq.num_emitted} tokens emitted already; raise it",
                 "max_tokens",
             )
-        if len(seq.tokens) >= self.max_model_len:
+        if seq.params.pooling is not None and seq.num_emitted:
+            raise InvalidRequest(f"{seq.num_emitted} emitted tokens: an embedding is of a prompt alone", "prompt")
+        num_new = 0 if seq.params.pooling is not None else 1
+        if len(seq.tokens) + num_new > self.max_model_len:
             raise RequestTooLong(
-                f"{len(seq.tokens)} tokens leave no room for a new one in max_model_len={self.max_model_len}; "
+                f"{len(seq.tokens)} tokens and {num_new} new are over max_model_len={self.max_model_len}; "
                 "shorten the prompt",
                 "prompt",
             )

@@ -61,6 +61,7 @@ class Sequence:
         "key",
         "last_step",
         "max_total_tokens",
+        "needs_history",
         "num_computed",
         "num_confirmed",
         "num_known",
@@ -73,7 +74,6 @@ class Sequence:
         "prefix_hit_tokens",
         "priority",
         "row",
-        "sample",
         "status",
         "stop_after_first",
         "tokens",
@@ -88,7 +88,6 @@ class Sequence:
         params: SamplingParams,
         *,
         arrival: int,
-        sample: int = 0,
         priority: int = 0,
         hashes: Iterable[bytes] = (),
         chain_root: bytes | None = None,
@@ -101,7 +100,8 @@ class Sequence:
         chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA, encoder input).
         extents: per group, the fixed number of tokens it holds for this sequence, or None where it grows with
         `tokens`; () means that all groups grow.
-        stop_after_first: a source sequence; it ends with LENGTH after one sampled token, the handoff.
+        stop_after_first: a source sequence; it ends with LENGTH after one sampled token, the handoff. (A pooled one
+        ends with STOP after its prompt, on a source as elsewhere.)
         """
         self.id = id
         self.key = key
@@ -109,8 +109,8 @@ class Sequence:
         self.num_prompt = num_prompt
         self.num_known = len(tokens)  # when it was last admitted: what is prefilled, not decoded
         self.params = params
+        self.needs_history = params.needs_history
         self.arrival = arrival
-        self.sample = sample
         self.priority = priority
         self.order = (-priority, arrival, id)  # smaller is served first
         self.hashes = list(hashes)
@@ -153,12 +153,19 @@ class Sequence:
         return not self.extents or self.extents[group] is None
 
     def accept(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Appends a sampled token; says whether and why the stream ends with it."""
+        """Appends a sampled token; says whether and why the stream ends with it.
+
+        Before `min_tokens` only a grammar whose text is complete brings EOS: there is nothing after it.
+        """
         self.tokens.append(token)
         params = self.params
         num_emitted = len(self.tokens) - self.num_prompt
-        stops = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
-        if stops and num_emitted >= params.min_tokens:
+        ends = token in eos_token_ids and not params.ignore_eos
+        if num_emitted < params.min_tokens:
+            stops = ends and params.grammar is not None
+        else:
+            stops = ends or token in params.stop_token_ids
+        if stops:
             return FinishReason.STOP
         if self.stop_after_first or len(self.tokens) >= self.max_total_tokens:
             return FinishReason.LENGTH

@@ -111,7 +111,7 @@ class SequenceMirror:
         self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
         self.seed[slot] = params.seed
-        self.sample[slot] = new.sample
+        self.sample[slot] = params.sample
         if params.min_tokens:
             eos = frozenset() if params.ignore_eos else self._eos_token_ids
             ending = tuple(sorted({*params.stop_token_ids, *eos}))

@@ -42,7 +42,6 @@ class NewSequence(NamedTuple):
     """First sight of a sequence; the ranks keep all of it until it is finished."""
 
     id: int
-    sample: int
     num_prompt: int
     params: SamplingParams
     extents: tuple[int | None, ...]  # see Sequence
@@ -94,12 +93,14 @@ class PromptLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the ranks computed, by sequence id. Every row with `sample` has a token, or a vector if it is pooled."""
+    """What the ranks computed, by sequence id. Every row with `sample` has a token, or a vector if it is pooled, or
+    is in `failed`."""
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # where params.num_logprobs asks
     prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)  # where it asks, a chunk at a time
     vectors: Mapping[int, bytes] = field(default_factory=dict)  # float32, little endian, [d]: where params.pooling asks
+    failed: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be sampled, and why; others are well
 
 
 class SampledToken(NamedTuple):
@@ -135,5 +136,7 @@ class StepOutcome:
     vectors: list[PooledVector] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
-    failed: list[Sequence] = field(default_factory=list)  # FINISHED without a reason, because the step raised
-    error: WorkerFailed | None = None  # what raised
+    failed: list[Sequence] = field(
+        default_factory=list
+    )  # FINISHED without a reason: the step raised, or their rows did
+    error: WorkerFailed | None = None  # why

@@ -13,7 +13,7 @@ from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 from workers.engine.sequence_mirror import SequenceMirror
-from workers.engine.step_plan import PreviousRow, StepPlan
+from workers.engine.step_plan import PreviousRow, StepPlan, StepResult
 
 GROUPS = 2
 
@@ -24,13 +24,13 @@ def sequences(seed: int, count: int) -> list[Sequence]:
     for i in range(count):
         tokens = [draw.randrange(50) for _ in range(draw.randint(1, 30))]
         params = SamplingParams(
-            max_tokens=draw.randint(1, 20), temperature=draw.choice([0.0, 0.5]), seed=draw.getrandbits(64), top_k=i
+            max_tokens=draw.randint(1, 20),
+            temperature=draw.choice([0.0, 0.5]),
+            seed=draw.getrandbits(64),
+            sample=draw.randint(0, 3),
+            top_k=i,
         )
-        made.append(
-            Sequence(
-                i, RequestKey(f"request-{i}", 0), tokens, len(tokens), params, arrival=i, sample=draw.randint(0, 3)
-            )
-        )
+        made.append(Sequence(i, RequestKey(f"request-{i}", 0), tokens, len(tokens), params, arrival=i))
     return made
 
 
@@ -73,7 +73,7 @@ def check(batch: StepBatch, plan: StepPlan, by_id: dict[int, Sequence]) -> None:
         (batch.draws.seed, [by_id[row.id].params.seed for _, row in sampled]),
         (batch.draws.top_k, [by_id[row.id].params.top_k for _, row in sampled]),
         (batch.draws.temperature, [by_id[row.id].params.temperature for _, row in sampled]),
-        (batch.draws.sample, [by_id[row.id].sample for _, row in sampled]),
+        (batch.draws.sample, [by_id[row.id].params.sample for _, row in sampled]),
     ]:
         assert values.tolist() == expected
 
@@ -108,7 +108,8 @@ def test_batches_say_what_the_scheduler_meant(
             unsettled.append(plan)
         if len(unsettled) == in_flight or not scheduler.has_work:
             oldest = unsettled.pop(0)
-            scheduler.settle(oldest, {row.id: draw.randrange(50) for row in oldest.sequences if row.sample})
+            tokens = {row.id: draw.randrange(50) for row in oldest.sequences if row.sample}
+            scheduler.settle(oldest, StepResult(tokens=tokens))
     mirror.apply(scheduler.schedule())
     assert len(mirror) == 0
     for table in mirror.tables:

@@ -7,11 +7,11 @@ from tests.support.engines import BLOCK_SIZE, TinyEngine, limits
 from tests.workers.engine.test_engine import prompts
 from workers.engine.block_manager import BlockRaise
 from workers.engine.model_runner import Launched
-from workers.engine.step_plan import BlockCopy, Literal, NewSequence, ScheduledSequence, StepPlan
+from workers.engine.step_plan import BlockCopy, Literal, NewSequence, ScheduledSequence, StepPlan, StepResult
 
 
 def new(id_: int, blocks: tuple[int, ...]) -> NewSequence:
-    return NewSequence(id_, 0, 3, SamplingParams(max_tokens=8), (), (blocks,))
+    return NewSequence(id_, 3, SamplingParams(max_tokens=8), (), (blocks,))
 
 
 def test_two_steps_in_flight_read_the_tokens_of_the_previous_one() -> None:
@@ -64,7 +64,7 @@ def test_copies_come_before_everything_else_of_the_step() -> None:
 def test_a_plan_without_rows_runs_no_model_but_is_applied() -> None:
     tiny = TinyEngine()
     tiny.runner.execute(StepPlan(1, (ScheduledSequence(1, 0, 1, Literal((1,)), True, ()),), new=(new(1, (5,)),)))
-    assert tiny.runner.execute(StepPlan(2, (), finished=(1,))) == {}
+    assert tiny.runner.execute(StepPlan(2, (), finished=(1,))) == StepResult()
     assert tiny.runner.num_sequences == 0
     assert len(tiny.model.batches) == 1
 
@@ -72,6 +72,6 @@ def test_a_plan_without_rows_runs_no_model_but_is_applied() -> None:
 def test_a_step_that_samples_nothing_gives_no_tokens() -> None:
     tiny = TinyEngine()
     row = ScheduledSequence(1, 0, BLOCK_SIZE, Literal((1, 2, 3, 4)), False, ())
-    assert tiny.runner.execute(StepPlan(1, (row,), new=(new(1, (5, 6)),))) == {}
+    assert tiny.runner.execute(StepPlan(1, (row,), new=(new(1, (5, 6)),))) == StepResult()
     row = ScheduledSequence(1, BLOCK_SIZE, 1, Literal((5,)), True, ())
-    assert tiny.runner.execute(StepPlan(2, (row,))) == {1: tiny.model.greedy([1, 2, 3, 4, 5], 1)[0]}
+    assert tiny.runner.execute(StepPlan(2, (row,))).tokens == {1: tiny.model.greedy([1, 2, 3, 4, 5], 1)[0]}

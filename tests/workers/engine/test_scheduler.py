@@ -11,7 +11,7 @@ from cluster.request import FinishReason, SamplingParams
 from tests.support.engine_builders import EngineDouble, expected_tokens, histories, next_token
 from workers.engine.block_manager import BlockState, GroupCapacity
 from workers.engine.sequence import SequenceStatus
-from workers.engine.step_plan import Literal, PreviousRow, StepPlan
+from workers.engine.step_plan import Chunk, Literal, PreviousRow, SampledToken, StepPlan, StepResult
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -77,9 +77,9 @@ def test_first_sight_of_a_chunk_and_the_handoff_of_a_source() -> None:
     seq = engine.sequence(list(range(6)), stop_after_first=True, params=greedy(50))
     engine.scheduler.add(seq)
     first, second = engine.step()[1], engine.step()[1]
-    assert (first.chunks, first.tokens) == ([(seq, 4)], [])
-    assert second.chunks == [(seq, 6)]
-    assert second.tokens == [(seq, next_token(histories(range(6))[-1]), 0, FinishReason.LENGTH)]
+    assert (first.chunks, first.tokens) == ([Chunk(seq, 4)], [])
+    assert second.chunks == [Chunk(seq, 6)]
+    assert second.tokens == [SampledToken(seq, next_token(histories(range(6))[-1]), 0, FinishReason.LENGTH)]
     assert second.finished == [seq]
     states = [engine.blocks.state(0, block) for block in seq.block_tables[0]]
     assert states == [BlockState.READY, BlockState.FILLING], "the stage may still lease them"
@@ -166,7 +166,7 @@ def test_two_plans_may_be_unsettled_and_they_settle_in_order() -> None:
     with pytest.raises(AssertionError, match="two plans"):
         engine.scheduler.schedule()
     with pytest.raises(AssertionError, match="before plan 1"):
-        engine.scheduler.settle(second, {})
+        engine.scheduler.settle(second, StepResult())
     assert isinstance(first.sequences[0].inputs, Literal)
 
 
@@ -320,7 +320,7 @@ def test_fixed_groups_are_reserved_whole_or_the_sequence_waits() -> None:
 @pytest.mark.parametrize(
     ("tokens", "max_tokens", "extent", "message"),
     [
-        ([1] * 12, 1, 0, "12 tokens leave no room .* max_model_len=12"),
+        ([1] * 12, 1, 0, "12 tokens and 1 new are over max_model_len=12"),
         ([1] * 6, 100, 0, "11 tokens need 3 blocks of group self, over 2 blocks"),
         ([1, 2], 2, 5, "5 tokens need 2 blocks of group cross, over 1 blocks"),
     ],
@@ -375,7 +375,7 @@ def test_failed_plan_ends_its_rows_only_and_leaves_nothing_to_hit() -> None:
     plan = engine.scheduler.schedule()
     engine.rank.run(plan)
     assert engine.scheduler.abort_plan(plan) == [bad]
-    assert engine.scheduler.settle(plan, {}).tokens == []
+    assert engine.scheduler.settle(plan, StepResult()).tokens == []
     engine.run()
     assert good.prefix_hit_tokens == 0
     assert engine.emitted[good.id] == expected_tokens(list(range(9)), good.params, 64)
