@@ -119,7 +119,7 @@ def test_what_enters_quarantine_is_told_once_by_side(rig: Rig) -> None:
     rig.ledger.end_session("b", LEASE_S)
     rig.ledger.lease(KEYS[0], "a", released, LEASE_S)
     rig.ledger.release(KEYS[0])
-    rig.ledger.post(7, rig.own(2, 1), LEASE_S)
+    rig.ledger.post(7, rig.own(2, 0), LEASE_S)
     rig.ledger.lose(7, LEASE_S)
     assert rig.ledger.take_quarantined() == (3, 2)
     assert rig.ledger.take_quarantined() == (0, 0)
