@@ -1,10 +1,7 @@
-"""What changes under a running app, and who dies, without a client noticing: two ingress replicas under load."""
+"""What changes under a running app without a client noticing: two ingress replicas under load."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +16,6 @@ from cluster.membership import Membership
 from deploy import life
 from deploy.local_app import LocalApp
 from tests.support.checkpoints import checkpoint
-from tests.support.ray_cluster import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -82,11 +78,11 @@ class Load:
                 self.num_done += 1
                 self.progress.notify_all()
 
-    def wait_for(self, num_more: int, *, max_failures: int = 0) -> None:
+    def wait_for(self, num_more: int) -> None:
         with self.progress:
             target = self.num_done + num_more
             assert self.progress.wait_for(lambda: self.num_done >= target, 60), f"the load stands: {self.failures}"
-        assert len(self.failures) <= max_failures, self.failures
+        assert not self.failures
 
 
 @pytest.fixture(scope="module")
@@ -101,32 +97,6 @@ def app() -> Iterator[LocalApp]:
 
 def members() -> Membership:
     return Membership.from_wire(life.status("redeploy").membership)
-
-
-def test_the_death_of_the_controller_is_no_business_of_streams(app: LocalApp) -> None:
-    before = members()
-    with Load(app.url) as load:
-        load.wait_for(3)
-        os.kill(life.status("redeploy").pid, signal.SIGKILL)
-        load.wait_for(30)
-    assert {m.incarnation for m in members().members} == {m.incarnation for m in before.members}
-
-
-def test_a_killed_ingress_replica_takes_its_own_requests_and_no_more(app: LocalApp) -> None:
-    def replicas() -> list[psutil.Process]:
-        assert app._cluster is not None
-        return [p for p in app._cluster.processes() if "ServeReplica" in " ".join(p.cmdline())]
-
-    before = replicas()
-    assert len(before) == 2
-    with Load(app.url) as load:
-        load.wait_for(6)
-        before[0].kill()
-        load.wait_for(30, max_failures=load.num_streams)
-        failed = len(load.failures)
-        asyncio.run(until(lambda: len(replicas()) == 2 and before[0] not in replicas(), "Serve replaces it"))
-        load.wait_for(10, max_failures=failed)
-    asyncio.run(until(lambda: life.status("redeploy").num_ingresses == 2, "the controller knows the new one"))
 
 
 def test_a_redeploy_with_another_pool_size_under_load_loses_nothing(app: LocalApp) -> None:

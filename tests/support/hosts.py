@@ -64,16 +64,18 @@ def hosts(count: int) -> Iterator[list[Host]]:
             _ip("link", "del", bridge)
 
 
-def serve_on(places: Mapping[str, Host]) -> WorkerMain:
+def serve_on(places: Mapping[str, Host], main: WorkerMain = plain_cluster.serve) -> WorkerMain:
     """Workers live on the host that their name is mapped to."""
-    return partial(_serve, dict(places))
+    return partial(_serve, dict(places), main)
 
 
-def _serve(places: dict[str, Host], config: SluiceConfig, pool: str, name: str, pipe: Connection) -> None:
+def _serve(
+    places: dict[str, Host], main: WorkerMain, config: SluiceConfig, pool: str, name: str, pipe: Connection
+) -> None:
     host = places[name]
     _enter(host.namespace)
     words = config.words.model_copy(update={"host": host.address})
-    plain_cluster.serve(config.model_copy(update={"words": words}), pool, name, pipe)
+    main(config.model_copy(update={"words": words}), pool, name, pipe)
 
 
 def _enter(namespace: str) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -28,6 +28,7 @@ from cluster.words_thread import WordsThread
 from router.flight import RouterRequest
 from router.router import Router
 from workers import standalone
+from workers.worker import Worker
 
 SECRET = b"a secret for tests"
 FORKS = multiprocessing.get_context("forkserver")
@@ -59,7 +60,11 @@ class Answer:
 
 def serve(config: SluiceConfig, pool: str, name: str, pipe: Connection) -> None:
     """In the worker's process."""
-    worker = standalone.make_worker(config, pool, name, SECRET)
+    run(standalone.make_worker(config, pool, name, SECRET), pipe)
+
+
+def run(worker: Worker, pipe: Connection) -> None:
+    """Tells who it is, then hears who is there, until the pipe is closed."""
     pipe.send_bytes(Membership(1, (worker.start(),)).to_wire())
     try:
         while True:
@@ -107,7 +112,8 @@ class PlainCluster:
 
     async def kill(self, name: str) -> None:
         worker = self.workers.pop(name)
-        worker.signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was dead already
+            worker.signal(signal.SIGKILL)
         await asyncio.to_thread(worker.process.join)
         worker.pipe.close()
 
@@ -188,16 +194,22 @@ class PlainCluster:
 
     async def assert_all_free(self, timeout_s: float = 30.0) -> None:
         """Nothing is held anywhere; and once the caches are cleared, every block is FREE."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            loads = [answer.load for answer in (await self.router.load()).values()]
-            held = [g for load in loads for g in load.groups if g.filling or g.ready or g.quarantined]
-            if len(loads) == len(self.workers) and not held and not any(load.num_leases for load in loads):
-                break
-            assert time.monotonic() < deadline, f"held after {timeout_s:g} s: {loads}"
-            await asyncio.sleep(0.02)
-        for answer in (await self.router.clear_cache()).values():
-            assert all(group.free == group.num_blocks for group in answer.load.groups), answer.load
+        await assert_all_free(self.router, len(self.workers), timeout_s)
+
+
+async def assert_all_free(router: Router, num_workers: int, timeout_s: float = 30.0) -> None:
+    """That many workers answer; nothing is held on any of them; and once the caches are cleared, every block is
+    FREE."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        loads = [answer.load for answer in (await router.load()).values()]
+        held = [g for load in loads for g in load.groups if g.filling or g.ready or g.quarantined]
+        if len(loads) == num_workers and not held and not any(load.num_leases for load in loads):
+            break
+        assert time.monotonic() < deadline, f"held after {timeout_s:g} s: {loads}"
+        await asyncio.sleep(0.02)
+    for answer in (await router.clear_cache()).values():
+        assert all(group.free == group.num_blocks for group in answer.load.groups), answer.load
 
 
 @asynccontextmanager
