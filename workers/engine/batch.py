@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.interface import AttentionBatch, GroupMetadata
+from workers.engine.prompt_readings import PromptReadings, readings
 from workers.engine.sampler import Draws
 from workers.engine.sequence_mirror import BlockTableArray, SequenceMirror
 from workers.engine.step_plan import Literal, StepPlan
@@ -30,9 +31,12 @@ class StepBatch:
     attention: AttentionBatch
     previous_tokens: Tensor  # [P] int64: rows of T whose token the previous step sampled,
     previous_rows: Tensor  # [P] int64: at these rows of its plan
-    sampled_rows: Tensor  # [N] int64: rows of the plan, in the order of the logits
+    sampled_rows: Tensor  # [N] int64: rows of the plan that draw a token, in the order of the logits
     sampled_ids: list[int]  # [N]: sequences
+    sampled_slots: _Ints  # [N]: where the mirror has them
     draws: Draws
+    num_logprobs: _Ints  # [N]: alternatives with each drawn token, −1 where no logprobs are wanted
+    readings: PromptReadings
 
 
 def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepBatch:
@@ -61,7 +65,14 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
     previous = [(i, row.inputs.row) for i, row in enumerate(rows) if not isinstance(row.inputs, Literal)]
     previous_at = np.array(previous, np.int64).reshape(-1, 2)
 
-    sampled = np.flatnonzero(np.array([row.sample for row in rows], bool))
+    draws_token = [row.sample for row in rows]
+    read = PromptReadings()
+    if mirror.readers:
+        read = readings(rows, query_starts.tolist(), mirror.readers)
+        pooled = {row.id for row in read.pooled}
+        draws_token = [row.sample and row.id not in pooled for row in rows]
+    sampled = np.flatnonzero(np.array(draws_token, bool))
+    sampled_slots = slots[sampled]
     to_device = _Mover(device)
     attention = AttentionBatch(
         num_sequences=len(rows),
@@ -80,7 +91,10 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         previous_rows=to_device(previous_at[:, 1]),
         sampled_rows=to_device(sampled if order is None else order[sampled]),
         sampled_ids=[rows[i].id for i in sampled.tolist()],
-        draws=_draws(mirror, slots[sampled], context_lens[sampled]),
+        sampled_slots=sampled_slots,
+        draws=_draws(mirror, sampled_slots, context_lens[sampled]),
+        num_logprobs=mirror.num_logprobs[sampled_slots],
+        readings=read,
     )
 
 
@@ -100,10 +114,10 @@ def _draws(mirror: SequenceMirror, slots: _Ints, positions: _Ints) -> Draws:
         temperature=mirror.temperature[slots],
         top_k=mirror.top_k[slots],
         top_p=mirror.top_p[slots],
+        min_p=mirror.min_p[slots],
         seed=mirror.seed[slots],
         sample=mirror.sample[slots],
         position=positions,
-        banned=mirror.forbidden(slots, positions),
     )
 
 

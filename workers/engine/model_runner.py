@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.engine import sampler
-from workers.engine.batch import build
+from workers.engine.adjustments import adjustments
+from workers.engine.batch import StepBatch, build
 from workers.engine.block_manager import BlockRaise
+from workers.engine.constraint import ConstraintCompiler
+from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
+from workers.engine.pooling import Pooler
+from workers.engine.prompt_readings import PromptRow
 from workers.engine.sequence_mirror import SequenceMirror
-from workers.engine.step_plan import BlockCopy, StepPlan, StepResult
+from workers.engine.step_plan import BlockCopy, PromptLogprobs, StepPlan, StepResult
+
+_NOT_NUMBERS = "the model's logits are not finite numbers; the checkpoint may need another dtype"
 
 
 class StepModel(Protocol):
@@ -37,17 +45,52 @@ class GenerationTable(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+class PromptSlice(NamedTuple):
+    """Logprobs of the prompt tokens of a sequence from index `first` on."""
+
+    id: int
+    first: int
+    logprobs: Logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """A step that was given to the device."""
+    """A step that was given to the device. Tensors are there."""
 
     step: int
-    tokens: Tensor  # [N] int64 on the device
+    tokens: Tensor  # [N] int64
+    is_valid: Tensor  # [N] bool
     ids: list[int]  # [N]: whose they are
+    failures: Mapping[int, str]  # row of N -> why it was not to be drawn
+    drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
+    prompts: Sequence[PromptSlice] = ()
+    vectors: Mapping[int, Tensor] = field(default_factory=dict)  # sequence id -> [d] float32
 
     def collect(self) -> StepResult:
         """Waits for the device."""
-        return StepResult(tokens=dict(zip(self.ids, self.tokens.tolist(), strict=True)))
+        ids = self.ids
+        tokens = dict(zip(ids, self.tokens.tolist(), strict=True))
+        failed = {ids[row]: reason for row, reason in self.failures.items()}
+        if not self.is_valid.all():
+            invalid = (id_ for id_, is_valid in zip(ids, self.is_valid.tolist(), strict=True) if not is_valid)
+            failed |= dict.fromkeys(invalid, _NOT_NUMBERS)
+        logprobs = {
+            ids[row]: entry
+            for rows, drawn in self.drawn_logprobs
+            for row, entry in zip(rows, drawn.collect(), strict=True)
+        }
+        prompts: dict[int, PromptLogprobs] = {}
+        for prompt in self.prompts:
+            entries = prompt.logprobs.collect()
+            if any(math.isnan(entry.logprob) for entry in entries):
+                failed[prompt.id] = _NOT_NUMBERS
+            prompts[prompt.id] = PromptLogprobs(prompt.first, entries)
+        vectors: dict[int, bytes] = {}
+        for id_, vector in self.vectors.items():
+            if not vector.isfinite().all():
+                failed[id_] = "the hidden states of its prompt are not finite numbers"
+            vectors[id_] = vector.cpu().numpy().astype("<f4").tobytes()
+        return StepResult(tokens, logprobs, prompts, vectors, failed)
 
 
 class ModelRunner:
@@ -66,12 +109,14 @@ class ModelRunner:
         *,
         device: torch.device,
         eos_token_ids: frozenset[int] = frozenset(),
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         assert len(caches) == len(generation_tables) == len(block_sizes), "one of each per group"
         self._model = model
         self._caches = list(caches)
         self._generation_tables = list(generation_tables)
-        self._mirror = SequenceMirror(block_sizes, eos_token_ids)
+        self._mirror = SequenceMirror(block_sizes, eos_token_ids, constraints)
+        self._pooler = Pooler()
         self._device = device
         self._previous = torch.zeros(0, dtype=torch.int64, device=device)  # by row of the previous plan
 
@@ -94,22 +139,50 @@ class ModelRunner:
         self._raise_generations(plan.raises)
         self._copy(plan.copies)
         self._mirror.apply(plan)
+        self._pooler.forget(plan.finished)
         previous, self._previous = (
             self._previous,
             torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
         if not plan.sequences:
-            return Launched(plan.step, self._previous, [])
+            return self._nothing_drawn(plan)
         batch = build(plan, self._mirror, self._device)
         if len(batch.previous_rows):
             batch.input_ids[batch.previous_tokens] = previous[batch.previous_rows]
         hidden = self._model.forward(batch.input_ids, batch.attention)
-        if not batch.sampled_ids:
-            return Launched(plan.step, self._previous[:0], [])
+        launched = self._draw(plan, batch, hidden) if batch.sampled_ids else self._nothing_drawn(plan)
+        if batch.readings.prompts or batch.readings.pooled:
+            prompts = [self._prompt(row, hidden) for row in batch.readings.prompts]
+            vectors = self._pooler.pool(hidden, batch.readings.pooled)
+            launched = replace(launched, prompts=prompts, vectors=vectors)
+        return launched
+
+    def _draw(self, plan: StepPlan, batch: StepBatch, hidden: Tensor) -> Launched:
         logits = self._model.logits(hidden[batch.attention.logits_rows])
-        tokens = sampler.sample(logits, batch.draws)
+        kept: list[DrawnRows] = []
+        if (batch.num_logprobs >= 0).any():
+            kept = DrawnRows.keep(logits, batch.num_logprobs.tolist())
+        adjusted, failures = adjustments(self._mirror, batch.sampled_slots, batch.draws.position, logits.shape[1])
+        if adjusted is not None:
+            logits = adjusted.apply(logits)
+        tokens, is_valid = sampler.sample(logits, batch.draws)
         self._previous[batch.sampled_rows] = tokens
-        return Launched(plan.step, tokens, batch.sampled_ids)
+        return Launched(
+            step=plan.step,
+            tokens=tokens,
+            is_valid=is_valid,
+            ids=batch.sampled_ids,
+            failures=failures,
+            drawn_logprobs=[(rows.rows, rows.of(tokens)) for rows in kept],
+        )
+
+    def _nothing_drawn(self, plan: StepPlan) -> Launched:
+        none = self._previous[:0]
+        return Launched(step=plan.step, tokens=none, is_valid=none.bool(), ids=[], failures={})
+
+    def _prompt(self, row: PromptRow, hidden: Tensor) -> PromptSlice:
+        states = hidden[row.start : row.start + len(row.targets)]
+        return PromptSlice(row.id, row.first, hidden_logprobs(states, self._model.logits, row.targets, row.num_top))
 
     def drain(self) -> None:
         """Waits until the device does nothing of ours any more: blocks of a failed step may then be reused."""

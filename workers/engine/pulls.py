@@ -35,6 +35,7 @@ class Pulls:
 
     def reserve(self, seq: Sequence) -> PullReservation | None:
         """Blocks for all its tokens; a sink that computes nothing may hit every full block. None: no room now."""
+        assert seq.params.pooling is None, f"{seq}: a vector is read where the prompt is computed"
         totals = self._tables.totals(seq, len(seq.tokens))
         held = [have + total for have, total in zip(self._num_blocks, totals, strict=True)]
         if any(have > limit for have, limit in zip(held, self._max_blocks, strict=True)):

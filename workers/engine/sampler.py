@@ -1,6 +1,6 @@
-"""Drawing the next tokens: greedy, temperature, top-k, top-p, as one pure function.
+"""Drawing the next tokens: greedy, temperature, top-k, top-p, min-p, as one pure function.
 
-A draw is the argmax of (logits / temperature + Gumbel noise) over the tokens that top-k and top-p leave. The noise
+A draw is the argmax of (logits / temperature + Gumbel noise) over the tokens that the limits leave. The noise
 of a token is Philox4x32-10 of key `seed` and counter (token id // 4, position, sample, 0), word token id % 4: the
 same bits for the same (seed, sample, position, token id), alone or in any batch, whole or split over the vocabulary.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,45 +31,52 @@ class Draws:
     temperature: npt.NDArray[np.float32]  # 0: greedy
     top_k: npt.NDArray[np.int64]  # 0: off
     top_p: npt.NDArray[np.float32]  # 1: off
+    min_p: npt.NDArray[np.float32]  # 0: off
     seed: npt.NDArray[np.uint64]
     sample: npt.NDArray[np.int64]  # which of a request's n sequences
     position: npt.NDArray[np.int64]  # index of the drawn token in prompt + emitted
-    banned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row, token ids that must not be drawn)
 
 
-def sample(logits: Tensor, draws: Draws) -> Tensor:
-    """Token ids [N] int64 on the logits' device, from logits [N, V] of any float dtype, which may be overwritten.
+class Drawn(NamedTuple):
+    tokens: Tensor  # [N] int64
+    is_valid: Tensor  # [N] bool: False where the logits hold NaN or +inf, or nothing but -inf; the token means nothing
+
+
+def sample(logits: Tensor, draws: Draws) -> Drawn:
+    """Token ids on the logits' device, from logits [N, V] of any float dtype; -inf where a token must not be drawn.
 
     Pure: row i of the result depends on row i of the arguments only. Equal scores go to the lowest token id.
     """
-    for row, token_ids in draws.banned:
-        logits[row, list(token_ids)] = -torch.inf
     drawing = np.flatnonzero(draws.temperature > 0)
-    tokens = logits.argmax(dim=-1)
+    tokens = logits.argmax(dim=-1)  # NaN is the largest
+    largest = logits.gather(1, tokens[:, None])
     if drawing.size:
         rows_per_chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
         edges = [*range(0, drawing.size, rows_per_chunk), drawing.size]
         for start, end in pairwise(edges):
             rows = drawing[start:end]
-            tokens[_tensor(rows, logits)] = _draw(logits, draws, rows)
-    return tokens
+            tokens[_tensor(rows, logits)] = _draw(logits, largest, draws, rows)
+    return Drawn(tokens, largest[:, 0].isfinite())
 
 
-def _draw(logits: Tensor, draws: Draws, rows: npt.NDArray[np.intp]) -> Tensor:
-    scores = logits[_tensor(rows, logits)].float()
+def _draw(logits: Tensor, largest: Tensor, draws: Draws, rows: npt.NDArray[np.intp]) -> Tensor:
+    at = _tensor(rows, logits)
+    scores = (logits[at] - largest[at]).float()  # at most 0: no temperature is too low for it
     scores /= _tensor(draws.temperature[rows], logits)[:, None]
-    top_k, top_p = draws.top_k[rows], draws.top_p[rows]
+    top_k, top_p, min_p = draws.top_k[rows], draws.top_p[rows], draws.min_p[rows]
     limited = (top_k > 0) | (top_p < 1)
     if limited.any():
         at = _tensor(np.flatnonzero(limited), logits)
-        scores[at] = _limit(scores[at], _tensor(top_k[limited], logits), _tensor(top_p[limited], logits))
+        scores[at] = limit_mass(scores[at], _tensor(top_k[limited], logits), _tensor(top_p[limited], logits))
+    if min_p.any():
+        scores = limit_ratio(scores, _tensor(min_p, logits))
     noise = token_noise(
         scores.shape[1], draws.seed[rows], draws.sample[rows], draws.position[rows], device=logits.device
     )
     return scores.add_(noise).argmax(dim=-1)
 
 
-def _limit(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def limit_mass(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """-inf for the tokens outside top-k, then outside the smallest set of at least top_p mass. [N, V].
 
     Tokens equal to the last one kept stay: the result does not depend on how a sort breaks ties.
@@ -80,10 +88,15 @@ def _limit(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = ordered.masked_fill(ordered < kth, -torch.inf)
     mass_before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
     mass_before[:, 0] = 0.0  # the first token always stays
-    num_kept = (mass_before < top_p[:, None]).sum(dim=-1, keepdim=True)
+    num_kept = (mass_before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
     nucleus = torch.where(top_p[:, None] < 1, ordered.gather(1, num_kept - 1), kth)
     # Both: rounding may carry the mass of top-k to just under top_p, and the nucleus past the k-th.
     return scores.masked_fill(scores < torch.maximum(kth, nucleus), -torch.inf)
+
+
+def limit_ratio(scores: Tensor, min_p: Tensor) -> Tensor:
+    """-inf for the tokens of less than min_p times the probability of the most likely one. [N, V], largest 0."""
+    return scores.masked_fill(scores < min_p.log().clamp(max=0.0)[:, None], -torch.inf)
 
 
 def token_noise(

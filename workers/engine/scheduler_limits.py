@@ -17,6 +17,7 @@ class SchedulerLimits:
     max_model_len: int  # tokens of a sequence, the last sampled one included
     prefill_reserve: float  # share of every group that reservations of pulls leave alone
     chunk_tokens: int  # known input of one sequence per step
+    vocab_size: int | None = None  # token ids of requests are below it; None: not checked
 
     def __post_init__(self) -> None:
         if min(self.max_batched_tokens, self.max_sequences, self.chunk_tokens) < 1 or self.max_model_len < 2:
@@ -50,6 +51,7 @@ class SchedulerLimits:
             )
         if seq.params.pooling is not None and seq.num_emitted:
             raise InvalidRequest(f"{seq.num_emitted} emitted tokens: an embedding is of a prompt alone", "prompt")
+        self._check_tokens(seq)
         num_new = 0 if seq.params.pooling is not None else 1
         if len(seq.tokens) + num_new > self.max_model_len:
             raise RequestTooLong(
@@ -59,6 +61,23 @@ class SchedulerLimits:
             )
         # The last token is emitted without KV of its own.
         self._check_pool(seq, groups, self.max_total_tokens(seq) - 1, None)
+
+    def _check_tokens(self, seq: Sequence) -> None:
+        """A token id that the model does not have would fail the step of everybody in it."""
+        params = seq.params
+        if not all(params.bad_words):
+            raise InvalidRequest("a bad word has no tokens; leave it out", "bad_words")
+        if self.vocab_size is None:
+            return
+        for name, token_ids in (
+            ("prompt", seq.tokens),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+            ("bad_words", [token for word in params.bad_words for token in word]),
+        ):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+                wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+                raise InvalidRequest(f"token id {wrong}: the model has {self.vocab_size}, from 0 on", name)
 
     def check_pull(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
         """Raises RequestTooLong if reservations of pulls may never hold that much: compute it locally instead."""

@@ -1,6 +1,7 @@
 """What a rank remembers of the sequences between steps: block tables and sampling parameters, in arrays by slot.
 
-Arrays and not objects, so that a batch of any size is gathered by a few numpy calls. Engine thread only.
+Arrays and not objects, so that a batch of any size is gathered by a few numpy calls. What few sequences ask for lies
+in dicts, which are empty otherwise. Engine thread only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from workers.engine.step_plan import NewSequence, StepPlan
+from cluster.request import SamplingParams
+from workers.engine.constraint import ConstraintCompiler
+from workers.engine.history import History
+from workers.engine.prompt_readings import PromptReader
+from workers.engine.step_plan import Literal, NewSequence, StepPlan
 
 _Array = npt.NDArray[Any]
 _FIRST_SLOTS = 64
@@ -48,17 +53,28 @@ class BlockTableArray:
 class SequenceMirror:
     """Follows the deltas of the plans. `tables[g]` and the other arrays are indexed by slot; read only for others."""
 
-    def __init__(self, block_sizes: Sequence[int], eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        block_sizes: Sequence[int],
+        eos_token_ids: frozenset[int],
+        constraints: ConstraintCompiler | None = None,
+    ) -> None:
         self.tables = [BlockTableArray(size) for size in block_sizes]
         self.num_prompt = np.zeros(_FIRST_SLOTS, np.int64)
         self.min_tokens = np.zeros(_FIRST_SLOTS, np.int64)
         self.temperature = np.zeros(_FIRST_SLOTS, np.float32)
         self.top_k = np.zeros(_FIRST_SLOTS, np.int64)
         self.top_p = np.ones(_FIRST_SLOTS, np.float32)
+        self.min_p = np.zeros(_FIRST_SLOTS, np.float32)
         self.seed = np.zeros(_FIRST_SLOTS, np.uint64)
         self.sample = np.zeros(_FIRST_SLOTS, np.int64)
+        self.num_logprobs = np.zeros(_FIRST_SLOTS, np.int64)  # −1: off
+        self.histories: dict[int, History] = {}  # by slot
+        self.biases: dict[int, tuple[tuple[int, ...], tuple[float, ...]]] = {}  # by slot: token ids, what is added
+        self.readers: dict[int, PromptReader] = {}  # by sequence id
         self._ending: dict[int, tuple[int, ...]] = {}  # slot -> tokens that end it, if min_tokens forbids them at first
         self._eos_token_ids = eos_token_ids
+        self._constraints = constraints
         self._slots: dict[int, int] = {}
         self._free = list(range(_FIRST_SLOTS - 1, -1, -1))
 
@@ -74,22 +90,34 @@ class SequenceMirror:
             slot = self._slots.pop(id_)
             self._clear(slot)
             self._ending.pop(slot, None)
+            self.histories.pop(slot, None)
+            self.biases.pop(slot, None)
+            self.readers.pop(id_, None)
             self._free.append(slot)
         for id_ in plan.preempted:
             self._clear(self._slots[id_])
         for new in plan.new:
             self._add(new)
         for resumed in plan.resumed:
-            self._append(self._slots[resumed.id], resumed.block_tables)
+            slot = self._slots[resumed.id]
+            self._append(slot, resumed.block_tables)
+            if slot in self.histories:
+                self.histories[slot].extend(0, resumed.history)
         for row in plan.sequences:
             if row.appends:
                 self._append(self._slots[row.id], row.appends)
+        if self.histories:
+            for row in plan.sequences:
+                history = self.histories.get(self._slots[row.id])
+                if history is not None:
+                    assert isinstance(row.inputs, Literal), f"sequence {row.id}: its last token is not known here"
+                    history.extend(row.start, row.inputs.tokens)
 
     def slots(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
         slots = self._slots
         return np.array([slots[id_] for id_ in ids], np.int64)
 
-    def forbidden(
+    def early_ends(
         self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """(index, token ids) of the draws that must not end their sequence yet."""
@@ -110,14 +138,31 @@ class SequenceMirror:
         self.temperature[slot] = params.temperature
         self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
+        self.min_p[slot] = params.min_p
         self.seed[slot] = params.seed
         self.sample[slot] = params.sample
+        self.num_logprobs[slot] = -1 if params.num_logprobs is None else params.num_logprobs
         if params.min_tokens:
             eos = frozenset() if params.ignore_eos else self._eos_token_ids
             ending = tuple(sorted({*params.stop_token_ids, *eos}))
             if ending:
                 self._ending[slot] = ending
         self._append(slot, new.block_tables)
+        self._add_extras(slot, new, params)
+
+    def _add_extras(self, slot: int, new: NewSequence, params: SamplingParams) -> None:
+        tokens: list[int] = []
+        if params.needs_history:
+            history = self.histories[slot] = History(params, new.num_prompt, self._constraints)
+            history.extend(0, new.history)
+            tokens = history.tokens
+        if params.logit_bias:
+            self.biases[slot] = (
+                tuple(token for token, _ in params.logit_bias),
+                tuple(value for _, value in params.logit_bias),
+            )
+        if params.num_prompt_logprobs is not None or params.pooling is not None:
+            self.readers[new.id] = PromptReader(new.num_prompt, tokens, params.num_prompt_logprobs, params.pooling)
 
     def _append(self, slot: int, blocks: Sequence[Sequence[int]]) -> None:
         for table, more in zip(self.tables, blocks, strict=True):
@@ -132,7 +177,17 @@ class SequenceMirror:
         size = 2 * old
         for table in self.tables:
             table.grow(size)
-        for name in ("num_prompt", "min_tokens", "temperature", "top_k", "top_p", "seed", "sample"):
+        for name in (
+            "num_prompt",
+            "min_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "seed",
+            "sample",
+            "num_logprobs",
+        ):
             setattr(self, name, _widen(getattr(self, name), (size,)))
         self._free.extend(range(size - 1, old - 1, -1))
 

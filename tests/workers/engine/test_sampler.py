@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from workers.engine import sampler
 from workers.engine.philox import gumbel, philox, philox_scalar
-from workers.engine.sampler import Draws, sample, token_noise
+from workers.engine.sampler import Draws, token_noise
 
 # From Random123's kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -38,17 +39,23 @@ def draws(
     seed: int = 0,
     sample_index: int = 0,
     first_position: int = 0,
-    banned: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    min_p: float = 0.0,
 ) -> Draws:
     return Draws(
         temperature=np.full(n, temperature, np.float32),
         top_k=np.full(n, top_k, np.int64),
         top_p=np.full(n, top_p, np.float32),
+        min_p=np.full(n, min_p, np.float32),
         seed=np.full(n, seed, np.uint64),
         sample=np.full(n, sample_index, np.int64),
         position=np.arange(first_position, first_position + n, dtype=np.int64),
-        banned=banned,
     )
+
+
+def sample(logits: Tensor, values: Draws) -> Tensor:
+    drawn = sampler.sample(logits, values)
+    assert drawn.is_valid.all()
+    return drawn.tokens
 
 
 def pick(values: Draws, rows: list[int]) -> Draws:
@@ -56,6 +63,7 @@ def pick(values: Draws, rows: list[int]) -> Draws:
         temperature=values.temperature[rows],
         top_k=values.top_k[rows],
         top_p=values.top_p[rows],
+        min_p=values.min_p[rows],
         seed=values.seed[rows],
         sample=values.sample[rows],
         position=values.position[rows],
@@ -105,7 +113,8 @@ def test_gumbel_is_finite_at_the_ends_and_close_to_the_double_precision_formula(
     seed=st.integers(0, 2**64 - 1),
     temperatures=st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.0]), min_size=9, max_size=9),
     top_ks=st.lists(st.sampled_from([0, 1, 3, 1000]), min_size=9, max_size=9),
-    top_ps=st.lists(st.sampled_from([0.05, 0.5, 0.9, 1.0]), min_size=9, max_size=9),
+    top_ps=st.lists(st.sampled_from([0.0, 0.05, 0.5, 0.9, 1.0]), min_size=9, max_size=9),
+    min_ps=st.lists(st.sampled_from([0.0, 0.05, 0.5, 1.0]), min_size=9, max_size=9),
 )
 def test_a_row_draws_the_same_token_alone_and_in_any_batch(
     n: int,
@@ -115,12 +124,14 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch(
     temperatures: list[float],
     top_ks: list[int],
     top_ps: list[float],
+    min_ps: list[float],
 ) -> None:
     logits = torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed % 2**32)) * 3
     values = Draws(
         temperature=np.array(temperatures[:n], np.float32),
         top_k=np.array(top_ks[:n], np.int64),
         top_p=np.array(top_ps[:n], np.float32),
+        min_p=np.array(min_ps[:n], np.float32),
         seed=np.array([(seed + 7 * i) % 2**64 for i in range(n)], np.uint64),
         sample=np.arange(n, dtype=np.int64) % 3,
         position=np.arange(n, dtype=np.int64) * 1000,
@@ -180,13 +191,6 @@ def test_top_p_looks_at_what_top_k_left() -> None:
     # Of the two largest, the first has 0.57 of the mass: alone enough for 0.5, not enough for 0.6.
     assert set(sample(logits.clone(), draws(2000, top_k=2, top_p=0.5)).tolist()) == {0}
     assert set(sample(logits.clone(), draws(2000, top_k=2, top_p=0.6)).tolist()) == {0, 1}
-
-
-def test_banned_tokens_are_never_drawn() -> None:
-    logits = torch.tensor([[9.0, 1.0, 0.0]]).repeat(500, 1)
-    banned = tuple((row, (0,)) for row in range(500))
-    assert 0 not in sample(logits.clone(), draws(500, banned=banned)).tolist()
-    assert set(sample(logits.clone(), draws(500, temperature=0.0, banned=banned)).tolist()) == {1}
 
 
 def test_large_batches_are_drawn_in_chunks_of_the_same_tokens() -> None:
