@@ -11,12 +11,14 @@ from ray.exceptions import RayError
 
 from cluster.config import LogConfig
 from cluster.controller import Renewal, Status, connect
+from cluster.exporter import Export
 from cluster.log import Log
 from cluster.membership import Membership, MemberState
 from deploy.lifeline import Lifeline
 from deploy.local_cluster import LocalCluster
 from tests.support.idle_actor import IdleActor, idle_config
 from tests.support.ray_cluster import all_ready, answer, follow, in_state, names_left, runs, until
+from tests.support.scrape import scrape
 
 pytestmark = pytest.mark.cluster
 
@@ -54,10 +56,18 @@ def test_a_restarted_controller_adopts_its_workers_and_the_ingress_follows(local
         seen: list[Membership] = []
         config = idle_config("adopt", decode=2, prefill=1)
         log = Log.open("test", LogConfig(level="error"))
-        lifeline = Lifeline(config, 9, "ingress-1", IdleActor, lambda membership, _: seen.append(membership), log)
+        export = Export(name="ingress-1", incarnation="x", address="127.0.0.1:3", roles=("ingress",))
+        lifeline = Lifeline(
+            config, 9, "ingress-1", IdleActor, lambda membership, _: seen.append(membership), log, export
+        )
         lifeline.start()
         await until(lambda: bool(seen) and all_ready(3)(seen[-1]), "the ingress sees three ready workers")
         before = seen[-1]
+        assert all(member.metrics_address == "127.0.0.1:2" for member in before.members)
+        await until(lambda: len(lifeline.exports) == 2, "the controller exports its metrics, too")
+        its_own, ours = lifeline.exports
+        assert ours == export and its_own.name == "controller"
+        assert scrape(its_own.address).total("sluice_cluster_workers", state="ready") == 3
         controller = connect("adopt", IdleActor)
         first: Status = await controller.status.remote()
         assert (first.revision, first.num_ingresses) == (9, 1)
@@ -72,10 +82,19 @@ def test_a_restarted_controller_adopts_its_workers_and_the_ingress_follows(local
             assert second.revision == -1
             second = await controller.status.remote()
         assert second.pid != first.pid
+        successor: list[Export] = []
+
+        def exported() -> bool:
+            successor[:] = [e for e in lifeline.exports if e.name == "controller" and e != its_own]
+            return len(successor) == 1 and export in lifeline.exports
+
+        await until(exported, "the new controller exports its metrics, and names those of the ingress")
+        assert scrape(successor[0].address).total("sluice_cluster_workers", state="ready") == 3
 
         os.kill(killed.pid, signal.SIGKILL)  # adopted workers are watched like any other
         await until(lambda: killed not in seen[-1].members, "the death is published")
         await until(lambda: all_ready(3)(seen[-1]), "a successor is published")
+        assert scrape(successor[0].address).total("sluice_cluster_restarts_total", pool=killed.pool) == 1
         await lifeline.stop()
         await controller.remove.remote()
         await until(lambda: names_left("adopt") == [], "nothing is left")

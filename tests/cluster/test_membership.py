@@ -14,6 +14,7 @@ members = st.builds(
     pool=st.sampled_from(["prefill", "decode", "mixed"]),
     incarnation=st.uuids().map(lambda u: u.hex),
     address=st.sampled_from(["", "127.0.0.1:20000", "[::1]:20001"]),
+    metrics_address=st.sampled_from(["", "127.0.0.1:20002", "[::1]:20003"]),
     roles=st.lists(st.sampled_from(list(Role)), unique=True).map(tuple),
     ranks=st.lists(st.builds(Rank, rank=st.integers(0, 7), shard=st.integers(0, 3)), max_size=3).map(tuple),
     compatibility_hash=st.binary(max_size=16),
@@ -41,6 +42,12 @@ def test_the_wire_form_may_grow() -> None:
     tree = json.loads(Membership(3, (member("decode-0", "a"),)).to_wire())
     tree["later"] = tree["members"][0]["later"] = 1
     assert Membership.from_wire(json.dumps(tree).encode()) == Membership(3, (member("decode-0", "a"),))
+
+
+def test_a_worker_of_an_older_release_exports_nothing() -> None:
+    tree = json.loads(Membership(3, (member("decode-0", "a"),)).to_wire())
+    del tree["members"][0]["metrics_address"]
+    assert Membership.from_wire(json.dumps(tree).encode()).members[0].metrics_address == ""
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class IdleActor:
             pool=self._spec.pool,
             incarnation=self._spec.incarnation,
             address="127.0.0.1:1" if started else "",
+            metrics_address="127.0.0.1:2" if started else "",
             roles=self._config.pools[self._spec.pool].roles,
             pid=os.getpid(),
             state=self._state,
