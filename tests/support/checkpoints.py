@@ -7,107 +7,19 @@ with std 4 / sqrt(inputs) and every embedding with std 0.1: nearly every token o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DeepseekV32Config,
-    DeepseekV32ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from tests.support.families import FAMILIES, VOCAB_SIZE
+from tests.support.fp8_blocks import write_pair
 from tests.support.margins import Margins
 
-VOCAB_SIZE = 512
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-def _llama(**changes: object) -> PreTrainedModel:
-    settings: dict[str, object] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "eos_token_id": VOCAB_SIZE - 1,
-        "bos_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))  # pyright: ignore[reportArgumentType]
-
-
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "beta_fast": 8.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.7,
-    "original_max_position_embeddings": 64,
-}
-_DEEPSEEK: Mapping[str, object] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "moe_intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 2,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 48,
-    "qk_nope_head_dim": 20,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 24,
-    "max_position_embeddings": 512,
-    "eos_token_id": VOCAB_SIZE - 1,
-    "bos_token_id": 0,
-}
-INDEX_TOPK = 16  # of the "deepseek-v32" families: most of a run is sparse
-
-
-def _deepseek_v32(**changes: object) -> PreTrainedModel:
-    indexer = {"index_topk": INDEX_TOPK, "index_n_heads": 16, "index_head_dim": 24}
-    config = DeepseekV32Config(**({**_DEEPSEEK, **indexer} | changes))  # pyright: ignore[reportArgumentType]
-    return DeepseekV32ForCausalLM(config)
-
-
-def _deepseek_v3(**changes: object) -> PreTrainedModel:
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**({**_DEEPSEEK} | changes)))  # pyright: ignore[reportArgumentType]
-
-
-FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
-    "llama": _llama,
-    "llama-mha-bias": lambda: _llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
-    "llama3-tied": lambda: _llama(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, num_key_value_heads=1),
-    "deepseek-v32": _deepseek_v32,
-    "deepseek-v32-yarn": lambda: _deepseek_v32(rope_parameters=YARN_ROPE, attention_bias=True),
-    "deepseek-v3": _deepseek_v3,
-    "deepseek-v3-lite": lambda: _deepseek_v3(q_lora_rank=None),  # queries without a latent
-}
+FP8 = "-fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +38,20 @@ def _root() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="sluice-checkpoints-")
 
 
-@cache
 def checkpoint(family: str, dtype: str = "float32") -> Path:
-    """The folder of one tiny model of `FAMILIES`. Callers must not change it; copy it first."""
+    """The folder of one tiny model of `FAMILIES`. Callers must not change it; copy it first.
+
+    With `FP8` behind the name its matrices are stored in fp8 blocks, whatever the dtype.
+    """
+    return _checkpoint(family, dtype)
+
+
+@cache  # of all arguments, given or not: a folder is written once, others may have mapped it
+def _checkpoint(family: str, dtype: str) -> Path:
     folder = Path(_root().name) / f"{family}-{dtype}"
+    if family.endswith(FP8):
+        write_pair(checkpoint(family.removesuffix(FP8)), folder, _meant(folder))
+        return folder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FAMILIES[family]().eval()
@@ -138,16 +60,24 @@ def checkpoint(family: str, dtype: str = "float32") -> Path:
     return folder
 
 
+def _meant(fp8: Path) -> Path:
+    return fp8.with_name(f"{fp8.name}-meant")
+
+
 @torch.no_grad()
 def redraw(model: nn.Module) -> None:
     """Draws all weights anew, in place, from torch's global generator."""
+    buffers = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             std = 0.1 if "embed" in name else 4 / parameter.shape[-1] ** 0.5
+            bias = name.replace("gate.weight", "gate.e_score_correction_bias")
+            if name.endswith("mlp.gate.weight") and bias not in buffers:
+                std /= 4  # a softmax over wider scores leaves nothing to choose between
             parameter.normal_(0, std)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
-    for name, buffer in model.named_buffers():
+    for name, buffer in buffers.items():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(-1.0, 0.3)  # most biased scores are negative, so that masking with 0 would show
 
@@ -157,7 +87,10 @@ def transformers_model(family: str, dtype: str = "float32") -> PreTrainedModel:
     """The same weights as `checkpoint`, as transformers computes them."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint(family, dtype), dtype=getattr(torch, dtype)).eval()
+    folder = checkpoint(family, dtype)
+    if family.endswith(FP8):
+        folder = _meant(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 @torch.inference_mode()

@@ -1,10 +1,13 @@
-"""The engine against transformers, token for token, in fp32 on the CPU: one test per way a prompt gets its KV.
+"""The engine against transformers, token for token, in fp32 on the CPU: one test per way a prompt gets its KV for two
+families, one test of all ways at once for every other.
 
 Only prompts whose reference run is decided clearly: a batch rounds otherwise than a single prompt, which may tip an
 expert or a chosen token that won by a nose.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +18,22 @@ from tests.support.margins import Margins
 from workers.engine.scheduler import SchedulerLimits
 from workers.models.loader import load
 
-FAMILIES = ["llama", "deepseek-v32"]  # names of tests.support.checkpoints.FAMILIES
+FAMILIES = ["llama", "deepseek-v32"]  # names of tests.support.families.FAMILIES
+OTHERS = [
+    "llama-mha-bias",
+    "llama3-tied",
+    "llama-linear",
+    "llama-yarn",
+    "qwen3",
+    "qwen3-tied-bias",
+    "qwen3-moe",
+    "qwen3-moe-normalized",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "deepseek-v3-yarn",
+    "deepseek-v3-wide-fp8",
+]
 NUM_TOKENS = 64
 NUM_PROMPTS = 8
 
@@ -83,6 +101,26 @@ def test_preempted_and_recomputed(family: str) -> None:
     loaded = engine(family, num_blocks=26, scheduler_limits=limits(max_sequences=8))
     expect_greedy(loaded, clear_runs(family))
     assert sum(len(outcome.preempted) for outcome in loaded.outcomes) > 0
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_every_way_at_once(other: str) -> None:
+    """Prompts that share a cached prefix, in chunks beside decodes, in a pool too small for all of them."""
+    loaded = engine(other, num_blocks=26, scheduler_limits=limits(max_batched_tokens=40, chunk_tokens=16))
+    prefixes = tuple(tuple(ragged_prompts(2, longest=20, seed=seed)[-1]) for seed in range(8))
+    shared = tuple(decided(other, prefixes, 1, 1)[0].prompt)
+    loaded.add(shared, max_tokens=2)
+    loaded.run()
+    runs = clear_runs(other, longest=70, prefix=shared)
+    first = len(loaded.outcomes)
+    expect_greedy(loaded, runs)
+    outcomes = loaded.outcomes[first:]
+    hits = [chunk.seq.prefix_hit_tokens for outcome in outcomes for chunk in outcome.chunks]
+    assert min(hits) > 0
+    chunks = Counter(chunk.seq.id for outcome in outcomes for chunk in outcome.chunks)
+    assert sum(count >= 3 for count in chunks.values()) >= 3, chunks
+    assert any(outcome.chunks and len(outcome.tokens) > len(outcome.chunks) for outcome in outcomes)
+    assert sum(len(outcome.preempted) for outcome in outcomes) > 0
 
 
 def test_seeded_draws_alone_in_a_batch_in_chunks_and_after_replay(family: str) -> None:

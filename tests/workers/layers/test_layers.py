@@ -10,7 +10,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.support.checkpoints import LLAMA3_ROPE, YARN_ROPE
+from tests.support.families import LLAMA3_ROPE, YARN_ROPE
 from workers.layers.norm import RmsNorm
 from workers.layers.rotary import Llama3Scaling, RotaryEmbedding, YarnScaling, yarn_mscale
 

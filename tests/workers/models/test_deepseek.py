@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from cluster.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import (
     DECIDED,
-    INDEX_TOPK,
     DecidedRun,
     checkpoint,
     decided,
     ragged_prompts,
     transformers_model,
 )
+from tests.support.families import INDEX_TOPK
 from tests.support.paged_model import PagedModel, Text
 from workers.attention.mla_interface import ContextKind, DenseContext
 from workers.layers.mla import LatentAttention
