@@ -172,11 +172,12 @@ class Router:
             return None
         decode = leader.plan.decode.incarnation
         avoided = decode in flight.excluded or decode in flight.shunned
-        return None if avoided or self._fleet.session(decode) is None else leader.plan
+        taken = any(each.connected and each.incarnation == decode for each in self._fleet.candidates())
+        return leader.plan if taken and not avoided else None
 
     def _place(self, flight: Flight) -> None:
         """Submits the next attempt, or queues the flight until a worker appears."""
-        led = self._leader_plan(flight)
+        led = self._leader_plan(flight)  # the leader's prefill computes the prompt for both
         plan = led or self._plan(flight)
         if isinstance(plan, NoPlan):
             self._wait_for_worker(flight, plan)
@@ -188,7 +189,7 @@ class Router:
         root = chain_root(plan.decode.compatibility_hash)
         submit = flight.submit(root, self._block_size, self._remaining_ms(flight))
         session.send(pb.Frame(submit=submit), key)
-        num_tokens = 0 if plan is led else len(flight.request.prompt_token_ids) + len(flight.emitted)
+        num_tokens = 0 if led else len(flight.request.prompt_token_ids) + len(flight.emitted)
         self._fleet.sent(plan.decode, num_requests=1)
         self._fleet.sent(plan.prefill, num_tokens=num_tokens)
         if plan.local_reason is not None:

@@ -21,6 +21,7 @@ from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pool import KvPool
 from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
+from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
@@ -76,6 +77,7 @@ class Assembly:
     executors: list[Executor]
     pool: KvPool  # kept alive for as long as a peer may read it
     next_id: Callable[[], int]
+    constraints: ConstraintCompiler | None = None  # None: no grammars
 
 
 def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assembly:
@@ -110,6 +112,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
             max_model_len=max_model_len,
             prefill_reserve=kv.prefill_reserve,
             chunk_tokens=limits.chunk_tokens,
+            vocab_size=spec.vocab_size,
         ),
         chain_root(compatibility),
         eos_token_ids=eos,

@@ -19,7 +19,8 @@ SILENT_READ_S = 0.5  # the reads of a dead process fail at once, those over a cu
 
 @dataclass(slots=True)
 class Fetch:
-    """The KV of `num_tokens` tokens is wanted in `destinations`, one span per group, reserved and FILLING."""
+    """The KV of `num_tokens` tokens is wanted in `destinations`, one span per group, reserved and FILLING; none where
+    only the handoff is wanted."""
 
     num_tokens: int
     destinations: tuple[BlockSpan, ...]

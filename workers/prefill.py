@@ -19,12 +19,14 @@ from cluster.config import SchedulerConfig
 from cluster.errors import Busy, DeadlineExceeded, NoWorker, RequestError
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import RequestKey, SamplingParams
+from cluster.request import RequestKey
 from cluster.session import Session
 from kvtransfer.connector import BlockSpan
 from workers.assembly import Assembly
+from workers.checked_params import checked_params
 from workers.engine.sequence import Sequence
-from workers.engine.step_plan import StepOutcome
+from workers.engine.step_plan import Chunk, StepOutcome
+from workers.serving import count_prefix_lookup
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +52,7 @@ class PrefillStage:
         self._source = parts.source
         self._next_id = parts.next_id
         self._block_size = parts.block_size
+        self._constraints = parts.constraints
         self._metrics = metrics
         self._limits = limits
         self._name = name
@@ -67,29 +70,29 @@ class PrefillStage:
         key = RequestKey.of(ask.key)
         if key in self._prompts:
             self._drop(self._prompts[key])
-        sequence_id = self._next_id()
-        sequence = Sequence(
-            sequence_id,
-            key,
-            list(ask.token_ids),
-            ask.num_prompt_tokens,
-            SamplingParams.of(ask.sampling),
-            arrival=sequence_id,
-            priority=ask.priority,
-            hashes=hashing.split(ask.block_hashes),
-            stop_after_first=True,
-        )
-        deadline = now + ask.deadline_ms / 1000 if ask.deadline_ms else None
-        prompt = Prompt(key, ask.ask, session, sequence, ask.first_block, now, deadline)
         try:
             if self.draining:
                 raise NoWorker(f"{self._name} is draining; ask another source")
             if self._scheduler.num_waiting >= self._limits.max_waiting:
                 raise Busy(f"{self._name} has {self._limits.max_waiting} prompts waiting; ask another source")
+            sequence_id = self._next_id()
+            sequence = Sequence(
+                sequence_id,
+                key,
+                list(ask.token_ids),
+                ask.num_prompt_tokens,
+                checked_params(ask.sampling, self._constraints),
+                arrival=sequence_id,
+                priority=ask.priority,
+                hashes=hashing.split(ask.block_hashes),
+                stop_after_first=True,
+            )
             self._scheduler.add(sequence)
         except RequestError as error:
-            self._refuse(prompt, error)
+            self._refuse(session, key, ask.ask, error)
             return
+        deadline = now + ask.deadline_ms / 1000 if ask.deadline_ms else None
+        prompt = Prompt(key, ask.ask, session, sequence, ask.first_block, now, deadline)
         self._prompts[key] = self._by_sequence[sequence_id] = prompt
 
     def cancel(self, session: Session, key: RequestKey) -> None:
@@ -118,32 +121,44 @@ class PrefillStage:
         late = [each for each in self._prompts.values() if each.deadline is not None and each.deadline <= now]
         for prompt in late:
             self._drop(prompt)
-            self._refuse(prompt, DeadlineExceeded(f"the deadline of {prompt.key.request_id} passed during prefill"))
+            error = DeadlineExceeded(f"the deadline of {prompt.key.request_id} passed during prefill")
+            self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
     def settle(self, outcome: StepOutcome, now: float) -> None:
-        """A ticket for every chunk that this step finished; the last one brings the first token."""
-        tokens = {sampled.seq.id: sampled.token for sampled in outcome.tokens}
+        """A ticket for every chunk that this step finished; the last one brings the first token, or the embedding."""
+        handoffs = {sequence.id: pb.Handoff(embedding=vector) for sequence, vector in outcome.vectors}
+        for sampled in outcome.tokens:
+            logprobs = None if sampled.logprobs is None else [sampled.logprobs.wire()]
+            handoffs[sampled.seq.id] = pb.Handoff(token_ids=[sampled.token], logprobs=logprobs)
         for chunk in outcome.chunks:
             prompt = self._by_sequence.get(chunk.seq.id)
             if prompt is not None:
-                self._ticket(prompt, chunk.num_confirmed, tokens.get(chunk.seq.id), now)
+                self._ticket(prompt, chunk, handoffs.get(chunk.seq.id), now)
 
     def fail(self, sequence: Sequence, error: RequestError) -> None:
         """The step of this sequence failed."""
         prompt = self._by_sequence.get(sequence.id)
         if prompt is not None:
             self._drop(prompt)
-            self._refuse(prompt, error)
+            self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
-    def _ticket(self, prompt: Prompt, num_confirmed: int, token: int | None, now: float) -> None:
+    def overflow(self, key: RequestKey) -> None:
+        """The sink does not read its tickets: they were dropped, so it must ask another source."""
+        prompt = self._prompts.get(key)
+        if prompt is not None:
+            self._metrics.overflows.inc()
+            self._drop(prompt)
+            error = Busy(f"the tickets of {key.request_id} did not fit into the outbox of {self._name}")
+            self._refuse(prompt.session, prompt.key, prompt.ask, error)
+
+    def _ticket(self, prompt: Prompt, chunk: Chunk, handoff: pb.Handoff | None, now: float) -> None:
         if prompt.started_at is None:
             prompt.started_at = now
             self._metrics.queue.labels("prefill").observe(now - prompt.accepted_at)
-            self._metrics.prefix_hit_tokens.labels("prefill").inc(prompt.sequence.prefix_hit_tokens)
-            self._metrics.prefix_lookup_tokens.labels("prefill").inc(len(prompt.sequence.tokens))
-        last = token is not None
-        end = -(-num_confirmed // self._block_size) if last else num_confirmed // self._block_size
-        if end <= prompt.next_block and not last:
+            count_prefix_lookup(self._metrics, "prefill", prompt.sequence)
+        last, read_off = handoff is not None, chunk.prompt_logprobs
+        end = -(-chunk.num_confirmed // self._block_size) if last else chunk.num_confirmed // self._block_size
+        if end <= prompt.next_block and not last and read_off is None:
             return
         spans = [
             BlockSpan(group, prompt.next_block, tuple(table[prompt.next_block : end]))
@@ -155,26 +170,28 @@ class PrefillStage:
             key=prompt.key.wire(),
             chunk=prompt.num_chunks,
             runs=[run.wire() for run in runs],
-            num_tokens=num_confirmed,
+            num_tokens=chunk.num_confirmed,
             last=last,
+            handoff=handoff,
             ask=prompt.ask,
             pid=os.getpid(),
         )
+        if read_off is not None:
+            ticket.first_prompt_logprob = read_off.first
+            ticket.prompt_logprobs.extend(entry.wire() for entry in read_off.entries)
         prompt.num_chunks += 1
         prompt.next_block = max(prompt.next_block, end)
-        if token is not None:
-            ticket.handoff.token_ids.append(token)
+        if last:
             ticket.prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
             ticket.queue_s = prompt.started_at - prompt.accepted_at
             ticket.compute_s = now - prompt.started_at
             self._forget(prompt)
         prompt.session.send(pb.Frame(ticket=ticket), prompt.key)
 
-    def _refuse(self, prompt: Prompt, error: RequestError) -> None:
+    def _refuse(self, session: Session, key: RequestKey, ask: int, error: RequestError) -> None:
         self._metrics.engine_failures.labels("prefill", pb.ErrorCode.Name(error.code).lower()).inc()
         failure = pb.Failure(code=error.code, message=str(error))
-        frame = pb.KvFailed(key=prompt.key.wire(), failure=failure, ask=prompt.ask)
-        prompt.session.send(pb.Frame(kv_failed=frame), prompt.key)
+        session.send(pb.Frame(kv_failed=pb.KvFailed(key=key.wire(), failure=failure, ask=ask)), key)
 
     def _drop(self, prompt: Prompt) -> None:
         self._forget(prompt)

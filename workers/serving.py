@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,6 +19,13 @@ from workers.engine.sequence import Sequence
 from workers.fetch import Fetch
 
 MAX_SOURCE_DEATHS = 2  # then the request is poisoned: neither a third source nor our own engine tries it
+
+
+def count_prefix_lookup(metrics: Metrics, stage: str, sequence: Sequence) -> None:
+    """Of a sequence computed here. Where every prompt position is needed, nothing is looked up."""
+    if not sequence.params.needs_whole_prompt:
+        metrics.prefix_hit_tokens.labels(stage).inc(sequence.prefix_hit_tokens)
+        metrics.prefix_lookup_tokens.labels(stage).inc(len(sequence.tokens))
 
 
 class Phase(Enum):
@@ -47,16 +56,25 @@ class Request:
     num_asks: int = 0
     num_deaths: int = 0  # of sources, under this request
     has_stepped: bool = False
+    num_prompt_logprobs: int = 0  # told to the ingress, of prompt tokens 1 …
 
     @classmethod
-    def of(cls, session: Session, submit: pb.Submit, me: pb.WorkerRef, sequence_id: int, now: float) -> Request:
+    def of(
+        cls,
+        session: Session,
+        submit: pb.Submit,
+        params: SamplingParams,
+        me: pb.WorkerRef,
+        sequence_id: int,
+        now: float,
+    ) -> Request:
         key = RequestKey.of(submit.key)
         sequence = Sequence(
             sequence_id,
             key,
             [*submit.prompt_token_ids, *submit.emitted_token_ids],
             len(submit.prompt_token_ids),
-            SamplingParams.of(submit.sampling),
+            params,
             arrival=sequence_id,
             priority=submit.priority,
             hashes=hashing.split(submit.block_hashes),
@@ -81,6 +99,22 @@ class Request:
             route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
         )
 
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether the ingress waits for more of them."""
+        sequence = self.sequence
+        wanted = sequence.params.num_prompt_logprobs is not None
+        return wanted and self.num_prompt_logprobs < sequence.num_prompt - 1
+
+    def skip_told(self, first: int, count: int) -> int | None:
+        """How many of `count` prompt logprobs from prompt token `first` on were told already; the others count as
+        told from now on. None: some before them are missing."""
+        known = self.num_prompt_logprobs + 1 - first
+        if known < 0:
+            return None
+        self.num_prompt_logprobs = max(self.num_prompt_logprobs, first + count - 1)
+        return min(known, count)
+
     def stepped(self, metrics: Metrics, now: float) -> None:
         """It was in a step of this worker's engine; the first one counts."""
         if self.has_stepped:
@@ -88,8 +122,7 @@ class Request:
         self.has_stepped = True
         metrics.queue.labels("decode").observe(now - self.accepted_at)
         if self.route.local_prefill:  # for the others the reservation counted
-            metrics.prefix_hit_tokens.labels("decode").inc(self.sequence.prefix_hit_tokens)
-            metrics.prefix_lookup_tokens.labels("decode").inc(len(self.sequence.tokens))
+            count_prefix_lookup(metrics, "decode", self.sequence)
 
     def wait(self, until: float) -> None:
         self.not_before = until
@@ -120,23 +153,56 @@ class Tokens:
         self._metrics = metrics
         self._out: dict[Session, list[pb.SequenceTokens]] = {}
 
-    def add(self, request: Request, first_token_index: int, tokens: list[int]) -> None:
-        self._out.setdefault(request.session, []).append(
-            pb.SequenceTokens(key=request.key.wire(), first_token_index=first_token_index, token_ids=tokens)
+    def add(
+        self, request: Request, first_token_index: int, tokens: list[int], logprobs: Iterable[pb.TokenLogprobs] = ()
+    ) -> None:
+        """`logprobs`: one per token, if they are asked for."""
+        self._put(
+            request.session,
+            pb.SequenceTokens(
+                key=request.key.wire(), first_token_index=first_token_index, token_ids=tokens, logprobs=logprobs
+            ),
         )
 
-    def end(self, request: Request, finish: FinishReason, error: RequestError | None) -> None:
+    def add_prompt_logprobs(self, request: Request, first: int, entries: SequenceOf[pb.TokenLogprobs]) -> bool:
+        """Of prompt tokens from index `first` on, each told once. False: some before them are missing."""
+        known = request.skip_told(first, len(entries))
+        if known is None:
+            return False
+        if known < len(entries):
+            piece = pb.SequenceTokens(
+                key=request.key.wire(),
+                first_token_index=request.sequence.num_emitted,
+                prompt_logprobs=entries[known:],
+                first_prompt_logprob=first + known,
+            )
+            self._put(request.session, piece)
+        return True
+
+    def end(self, request: Request, finish: FinishReason, *, embedding: bytes = b"") -> None:
         """The last word about a request. Nothing follows it."""
         last = pb.SequenceTokens(
             key=request.key.wire(),
-            first_token_index=len(request.sequence.tokens) - request.sequence.num_prompt,
+            first_token_index=request.sequence.num_emitted,
             finish=finish.value,
             route=request.route,
+            embedding=embedding,
         )
-        if error is not None:
-            self._metrics.engine_failures.labels("decode", pb.ErrorCode.Name(error.code).lower()).inc()
-            last.failure.CopyFrom(pb.Failure(code=error.code, message=str(error)))
-        self._out.setdefault(request.session, []).append(last)
+        self._put(request.session, last)
+
+    def fail(
+        self, session: Session, key: RequestKey, num_emitted: int, error: RequestError, route: pb.Route | None = None
+    ) -> None:
+        """The last word about a request that failed, or was never taken."""
+        self._metrics.engine_failures.labels("decode", pb.ErrorCode.Name(error.code).lower()).inc()
+        last = pb.SequenceTokens(
+            key=key.wire(),
+            first_token_index=num_emitted,
+            finish=pb.ERROR,
+            failure=pb.Failure(code=error.code, message=str(error)),
+            route=route,
+        )
+        self._put(session, last)
 
     def forget(self, session: Session) -> None:
         self._out.pop(session, None)
@@ -145,6 +211,9 @@ class Tokens:
         for session, sequences in self._out.items():
             session.send_tokens(step, sequences)
         self._out.clear()
+
+    def _put(self, session: Session, sequence: pb.SequenceTokens) -> None:
+        self._out.setdefault(session, []).append(sequence)
 
 
 class Reads:

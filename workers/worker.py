@@ -138,7 +138,7 @@ class Worker:
         self._post(partial(self._broken, session, error))
 
     def on_overflow(self, session: Session, key: RequestKey) -> None:
-        self._post(lambda: self._decode.overflow(key, time.monotonic()))
+        self._post(partial(self._overflowed, key))
 
     # ------------------------------------------------------------------ bytes threads
 
@@ -173,7 +173,7 @@ class Worker:
         self._idle = outcome is None
         if outcome is not None:
             self._settle(outcome, now)
-        self._decode.flush(engine.num_steps)
+        self._decode.flush(engine.num_steps, now)
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:
         now = time.monotonic()
@@ -260,6 +260,10 @@ class Worker:
         self._pairs.broken(session)
         self._prefill.session_broken(session, now)
         self._decode.session_broken(session, now)
+
+    def _overflowed(self, key: RequestKey) -> None:
+        self._prefill.overflow(key)
+        self._decode.overflow(key, time.monotonic())
 
     def _frame(self, session: Session, frame: pb.Frame) -> None:
         """A peer's mistake ends its session; nothing it sends ends the worker."""

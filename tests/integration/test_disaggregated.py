@@ -25,7 +25,8 @@ SETTINGS = {
     "scheduler.chunk_tokens": CHUNK,
     "scheduler.max_sequences": 16,
     "router.local_prefill": "never",
-    "words.heartbeat_timeout_s": 20.0,  # a busy machine is no failure here
+    "words.heartbeat_timeout_s": 20.0,
+    "words.step_timeout_s": 20.0,  # a busy machine is no failure here
 }
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.8, top_p=0.95, top_k=50)

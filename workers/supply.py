@@ -1,0 +1,237 @@
+"""How the KV of a request gets to this worker: reserved blocks and a source that fills them, or our own engine.
+
+The decode stage owns the requests; what is raised here ends one. An embedding needs no KV here: its source is asked
+with nothing reserved, and leases nothing. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.config import SchedulerConfig
+from cluster.errors import NoWorker, RequestError, RequestTooLong, TransferError
+from cluster.metrics import Metrics
+from cluster.protos import worker_pb2 as pb
+from cluster.session import Session
+from kvtransfer.connector import BlockRun, BlockSpan, Outcome, PullResult
+from workers.assembly import Assembly
+from workers.fetch import Fetch, Lingering
+from workers.pairs import Pairs
+from workers.serving import Phase, Reads, Request
+
+RETRY_S = 0.05  # before a source that was busy, or a pool that was full, is asked again
+
+
+class Supply:
+    """Between the scheduler's reservations, the sources of `Pairs` and the executors that read."""
+
+    def __init__(self, parts: Assembly, pairs: Pairs, metrics: Metrics, limits: SchedulerConfig) -> None:
+        self._scheduler = parts.scheduler
+        self._sink = parts.sink
+        self._executors = parts.executors
+        self._block_size = parts.block_size
+        self._pairs = pairs
+        self._metrics = metrics
+        self._limits = limits
+        self._lingering = Lingering()
+        self._reads = Reads(metrics, parts.executors[0].transport_name)
+
+    @property
+    def num_lingering(self) -> int:
+        """Asks whose requests are gone, and whose reads are not."""
+        return len(self._lingering)
+
+    # ------------------------------------------------------------------ asking
+
+    def start(self, request: Request, now: float) -> None:
+        """PENDING: finds a source and blocks, or computes here where the plan says so. Raises RequestError."""
+        if not request.remote:
+            self._compute_here(request, "plan")
+            return
+        session = self._pairs.pick(request.sources, ())
+        if session is None:
+            if request.local_allowed:
+                self._compute_here(request, "no_source")
+            elif now - request.pending_since > self._limits.max_pull_wait_s:
+                raise NoWorker("no prefill worker is within reach; start one")
+            else:
+                request.wait(now + RETRY_S)
+            return
+        fetch = self._fetch(request)
+        if fetch is not None:
+            request.fetch = fetch
+            request.phase = Phase.PULLING
+            self._ask(request, fetch, session, now)
+        elif request.phase is Phase.PENDING:
+            request.wait(now + RETRY_S)
+
+    def may_pull(self, request: Request) -> bool:
+        """Whether a preempted request goes to a source again, or waits for one."""
+        return request.remote and (not request.local_allowed or self._pairs.pick(request.sources, ()) is not None)
+
+    def _fetch(self, request: Request) -> Fetch | None:
+        """What a source is to fill; None: no room now, or the prompt is computed here."""
+        sequence = request.sequence
+        if sequence.params.pooling is not None:
+            return Fetch(len(sequence.tokens), (), ())
+        try:
+            reservation = self._scheduler.reserve_for_pull(sequence)
+        except RequestTooLong:  # for a reservation, which may not fill the pool; not for computing here
+            if not request.local_allowed:
+                raise
+            self._compute_here(request, "too_long_to_pull")
+            return None
+        if reservation is None:
+            return None
+        request.route.decode_prefix_hit_tokens = reservation.hit_tokens
+        self._metrics.prefix_hit_tokens.labels("decode").inc(reservation.hit_tokens)
+        self._metrics.prefix_lookup_tokens.labels("decode").inc(len(sequence.tokens))
+        destinations = tuple(
+            BlockSpan(group, reservation.first_block, blocks) for group, blocks in enumerate(reservation.destination)
+        )
+        return Fetch(len(sequence.tokens), destinations, reservation.raises)
+
+    def _ask(self, request: Request, fetch: Fetch, session: Session, now: float) -> None:
+        sequence, params = request.sequence, request.sequence.params
+        request.num_asks += 1
+        fetch.begin(session, request.num_asks, now)
+        tokens = sequence.tokens[: fetch.num_tokens]
+        num_full, rest = divmod(len(tokens), self._block_size)
+        if not request.lacks_prompt_logprobs:
+            params = replace(params, num_prompt_logprobs=None)
+        frame = pb.KvRequest(
+            key=request.key.wire(),
+            token_ids=tokens,
+            num_prompt_tokens=sequence.num_prompt,
+            block_hashes=b"".join(sequence.hashes[:num_full]),
+            first_block=fetch.valid_blocks() if fetch.destinations else num_full + bool(rest),
+            sampling=params.wire(),
+            priority=sequence.priority,
+            deadline_ms=request.remaining_ms(now),
+            ask=fetch.ask,
+        )
+        session.send(pb.Frame(kv_request=frame), request.key)
+
+    # ------------------------------------------------------------------ reading
+
+    def read(self, request: Request, fetch: Fetch, session: Session, ticket: pb.Ticket, now: float) -> bool:
+        """Reads the blocks of a ticket; False: they are not what was asked for, and the source is given up."""
+        if not ticket.runs:
+            return True
+        try:
+            runs = [BlockRun.of(run) for run in ticket.runs]
+            raises = fetch.take_raises()
+            pull = self._sink.plan(request.key, session.peer.incarnation, runs, fetch.wanted(), raises, now)
+        except (TransferError, ValueError) as error:
+            fetch.lose(str(error), now, died=False)
+            return False
+        fetch.begin_read(pull.id, now)
+        self._reads.posted(pull.id, session.peer.name)
+        for executor in self._executors:
+            executor.submit(pull)
+        return True
+
+    def pulled(self, request: Request | None, result: PullResult, now: float) -> bool:
+        """All ranks are through with one pull. Whether the request waited for it."""
+        self._reads.ended(result)
+        fetch = request.fetch if request is not None else None
+        if request is None or fetch is None or result.pull.id not in fetch.in_flight:
+            self._lingering.ended(result.key, result.pull.id)
+            return False
+        fetch.landed(result.valid_pairs)
+        request.route.blocks += len(result.valid_pairs)
+        request.route.bytes += result.num_bytes
+        request.route.transfer_s += fetch.end_read(result.pull.id, now)
+        if result.outcome is not Outcome.OK:
+            reason = f"{result.outcome}: {'; '.join(result.errors) or 'read thrown away'}"
+            fetch.lose(reason, now, died=result.outcome is Outcome.LOST)
+            fetch.blocks_stuck |= result.outcome is Outcome.STUCK
+        return True
+
+    def advance(self, request: Request, now: float) -> None:
+        """After anything that may have completed or failed a fetch; reads in flight decide first. Raises
+        RequestError."""
+        fetch = request.fetch
+        if fetch is None or fetch.in_flight:
+            return
+        if fetch.source_lost:
+            self._lose_source(request, fetch, now)
+        elif fetch.complete:
+            self.leave_source(request)
+            request.fetch = None
+            request.phase = Phase.RUNNING
+            self._scheduler.pull_done(request.sequence, fetch.num_tokens)
+
+    def check_wait(self, request: Request, now: float) -> None:
+        """A reservation without a ticket for too long goes back, so that two full workers cannot wait for ever.
+        Raises RequestError."""
+        fetch = request.fetch
+        assert fetch is not None
+        if fetch.is_silent(now):
+            fetch.give_up_reads()
+            self.advance(request, now)
+            return
+        if fetch.had_ticket or fetch.source_lost or not fetch.destinations:
+            return
+        if now - fetch.asked_at >= self._limits.max_pull_wait_s:
+            self._requeue(request, fetch, now)
+
+    # ------------------------------------------------------------------ without this source
+
+    def leave_source(self, request: Request) -> None:
+        """Nothing more is wanted from the source. While reads are in flight the release waits for them."""
+        fetch = request.fetch
+        if fetch is None or fetch.session is None:
+            return
+        session, fetch.session = fetch.session, None
+        key = request.key
+        if not fetch.last_ticket:
+            session.send(pb.Frame(cancel=pb.Cancel(key=key.wire(), reason="no longer wanted")))
+        if fetch.in_flight:
+            self._lingering.add(key, session, fetch.ask, fetch.in_flight)
+        else:
+            session.send(pb.Frame(release=pb.Release(key=key.wire(), ask=fetch.ask)))
+
+    def _lose_source(self, request: Request, fetch: Fetch, now: float) -> None:
+        """Another source, or our own engine, goes on from the blocks that have come."""
+        self.leave_source(request)
+        error: RequestError | None = request.blame(fetch)
+        if error is not None:
+            raise error
+        if fetch.blocks_stuck:
+            self._requeue(request, fetch, now)
+            return
+        session = self._pairs.pick(request.sources, fetch.tried)
+        if session is not None:
+            self._metrics.spares_used.inc()
+            request.route.spare_used += 1
+            self._ask(request, fetch, session, now)
+            return
+        if not request.local_allowed:
+            self._requeue(request, fetch, now)  # until one comes; those tried may live, busy or after a mishap
+            return
+        request.fetch = None
+        if request.lacks_prompt_logprobs or not fetch.destinations:  # blocks alone do not tell what is read off them
+            request.route.recomputed_tokens += fetch.num_tokens
+            if fetch.destinations:
+                self._scheduler.release_pull(request.sequence)
+            self._compute_here(request, "source_lost")
+            return
+        valid_tokens = min(fetch.valid_blocks() * self._block_size, fetch.num_tokens)
+        request.route.recomputed_tokens += fetch.num_tokens - valid_tokens
+        self._metrics.local_prefills.labels("source_lost").inc()
+        request.phase = Phase.RUNNING
+        self._scheduler.pull_done(request.sequence, valid_tokens)
+
+    def _requeue(self, request: Request, fetch: Fetch, now: float) -> None:
+        self.leave_source(request)
+        if fetch.destinations:
+            self._scheduler.release_pull(request.sequence)
+        request.fetch = None
+        request.pend(now, RETRY_S)
+
+    def _compute_here(self, request: Request, reason: str) -> None:
+        self._metrics.local_prefills.labels(reason).inc()
+        request.route.local_prefill = True
+        request.phase = Phase.RUNNING
+        self._scheduler.add(request.sequence)
