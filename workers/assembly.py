@@ -23,6 +23,7 @@ from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
+from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
@@ -117,6 +118,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         chain_root(compatibility),
         eos_token_ids=eos,
     )
+    constraints = GrammarCompiler(Path(model_config.path) / TOKENIZER_FILE, spec.vocab_size, eos)
     runner = ModelRunner(
         model,
         caches,
@@ -124,6 +126,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         [group.block_size for group in groups],
         device=torch.device("cpu"),
         eos_token_ids=eos,
+        constraints=constraints,
     )
     transfer = settings.transfer
     ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
@@ -141,6 +144,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         executors=[Executor(pool, transport, read_limits, on_done)],
         pool=pool,
         next_id=itertools.count(1).__next__,
+        constraints=constraints,
     )
 
 

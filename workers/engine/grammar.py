@@ -1,0 +1,173 @@
+"""Grammars over a checkpoint's vocabulary: what may come next, from llguidance's incremental parser.
+
+Every limit is in llguidance's own units (fuel, items, states) and not in seconds, so that the front door, a worker and
+a replay elsewhere agree on what is too large. A grammar that passes `check` may still run into a limit after some
+tokens: its constraint then allows EOS alone and `failure` says why, so that the request ends and no other notices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from cluster.errors import InvalidRequest
+from cluster.request import Grammar, GrammarKind
+
+TOKENIZER_FILE = "tokenizer.json"  # of a checkpoint
+MAX_GRAMMAR_BYTES = 65_536
+MAX_COMPILED = 64
+# One space, or a new line and its indentation. Unbounded white space lets a model fill its context with it.
+JSON_WHITESPACE = r"[ ]|\n[ ]{0,16}"
+_WORD_BITS = 32
+
+
+def _limits() -> llguidance.LLParserLimits:
+    """Tenths of a second to compile, tens of milliseconds a step.
+
+    The time to compile grows with the square of the grammar's size; an object has about 7 symbols per property, and
+    4 items in a row, so that these two limits meet at about 900 properties.
+    """
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_items_in_row=4_000,
+        max_lexer_states=50_000,
+        max_grammar_size=6_000,
+        verbose_errors=False,  # their text holds the grammar, which is the client's
+    )
+
+
+class GrammarState:
+    """A Constraint. `failure` is None, or why the grammar gave up on this sequence."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self._matcher = matcher
+        self._eos = eos_token_ids
+        self._vocab_size = vocab_size
+        self._ended = False
+
+    @property
+    def failure(self) -> str | None:
+        return _one_line(self._matcher.get_error()) or None
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if token in self._eos:
+                self._ended = True
+            if self._ended or not self._matcher.consume_token(token):
+                return
+
+    def fill(self, mask: npt.NDArray[np.uint32]) -> None:
+        num_words = -(-self._vocab_size // _WORD_BITS)
+        mask[:] = 0
+        if not self._ended:
+            allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)[:num_words]
+            if self.failure is None:
+                mask[: len(allowed)] = allowed
+        if past := self._vocab_size % _WORD_BITS:
+            mask[num_words - 1] &= np.uint32((1 << past) - 1)
+        if not mask.any():
+            for token in self._eos:
+                mask[token // _WORD_BITS] |= np.uint32(1 << token % _WORD_BITS)
+
+
+class GrammarCompiler:
+    """A ConstraintCompiler. Any thread; the vocabulary is read at the first grammar, which takes up to a second.
+
+    `vocab_size` is the model's. Where the tokenizer has fewer tokens the rest is never allowed.
+    """
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._eos = frozenset(token for token in eos_token_ids if token < vocab_size)
+        self._lock = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+
+    @property
+    def num_compiled(self) -> int:
+        return len(self._compiled)
+
+    def check(self, grammar: Grammar) -> None:
+        self._matcher(grammar)
+
+    def compile(self, grammar: Grammar) -> GrammarState:
+        return GrammarState(self._matcher(grammar).deep_copy(), self._eos, self._vocab_size)
+
+    def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
+        """At the start of the text, never advanced."""
+        with self._lock:
+            if (matcher := self._compiled.get(grammar)) is None:
+                matcher = self._compiled[grammar] = self._compile(grammar)
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+            return matcher
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        size = len(grammar.text.encode("utf-8", "surrogatepass"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"the grammar has {size} bytes, over the limit of {MAX_GRAMMAR_BYTES}; simplify it")
+        try:
+            source = _source(grammar)
+        except (ValueError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the {_noun(grammar)} cannot be read: {error}; correct it") from None
+        matcher = llguidance.LLMatcher(self._vocabulary(), source, log_level=0, limits=_limits())
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()  # finds what has no finite text at all, and what explodes at once
+        if error := matcher.get_error() or probe.get_error():
+            raise InvalidRequest(f"the {_noun(grammar)} is refused: {_one_line(error)}; simplify or correct it")
+        return matcher
+
+    def _vocabulary(self) -> llguidance.LLTokenizer:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if not self._eos:
+            raise InvalidRequest("the model has no end token for a grammar to end with; set eos_token_id in its config")
+        try:
+            text = self._file.read_text("utf-8")
+        except OSError as error:
+            raise InvalidRequest(
+                f"grammars need the model's {self._file.name}, which cannot be read ({error.strerror}); convert its "
+                "tokenizer to that format"
+            ) from None
+        eos = sorted(self._eos)
+        try:
+            tokenizer = llguidance.LLTokenizer(text, eos_token=eos)
+            if tokenizer.vocab_size < self._vocab_size:
+                tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
+        except ValueError as error:
+            raise InvalidRequest(f"grammars cannot use the model's {self._file.name}: {error}; save it again") from None
+        self._tokenizer = tokenizer
+        return tokenizer
+
+
+def _source(grammar: Grammar) -> str:
+    """In llguidance's own format. Raises ValueError for what is no JSON."""
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return llguidance.LLMatcher.grammar_from_json_schema(
+                grammar.text,
+                overrides={"whitespace_pattern": JSON_WHITESPACE, "lenient": False, "coerce_one_of": False},
+            )
+        case GrammarKind.REGEX:
+            return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+        case GrammarKind.LARK:
+            return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _noun(grammar: Grammar) -> str:
+    return {GrammarKind.JSON_SCHEMA: "schema", GrammarKind.REGEX: "regex", GrammarKind.LARK: "grammar"}[grammar.kind]
+
+
+def _one_line(error: str) -> str:
+    """On one line and bounded: parts of what the client sent stand in it."""
+    return " ".join(error.replace("<non-verbose/>", "").split())[:200]
