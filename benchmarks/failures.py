@@ -10,18 +10,20 @@ engine thread, the ingress in its event loop.
   frozen   SIGSTOP of a prefill worker: only its silence tells
   cut      the network of a prefill worker is unplugged (namespaces: needs root and iproute2, else it is left out)
 
-Each idle and loaded: under streams in a closed loop, and with one spinning process per core.
+Each idle and loaded: under streams in a closed loop, which keep every core busy. How long the kernel takes to end a
+killed process stands beside it: before that its sockets are open, and nobody can notice anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import os
+import select
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -75,6 +77,7 @@ class Watched:
 
     def __init__(self, cluster: PlainCluster) -> None:
         self.cluster = cluster
+        self.ended_s: list[float] = []  # from each SIGKILL until the process was gone
         self._at_ingress: dict[str, asyncio.Future[float]] = {}
         heard = cluster.router.on_broken
         loop = asyncio.get_running_loop()
@@ -90,11 +93,26 @@ class Watched:
         assert member is not None
         return member.incarnation
 
-    def signal(self, name: str, number: int) -> float:
-        """When it was sent."""
-        sent_at = time.monotonic()
-        self.cluster.workers[name].signal(number)
-        return sent_at
+    def freeze(self, name: str) -> float:
+        """When."""
+        frozen_at = time.monotonic()
+        self.cluster.workers[name].signal(signal.SIGSTOP)
+        return frozen_at
+
+    def kill(self, name: str) -> float:
+        """When."""
+        pid = self.cluster.workers[name].process.pid
+        assert pid is not None
+        handle = os.pidfd_open(pid)
+        killed_at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        threading.Thread(target=self._see_end, args=(handle, killed_at), daemon=True).start()
+        return killed_at
+
+    def _see_end(self, handle: int, killed_at: float) -> None:
+        select.select([handle], [], [], NOTICED_S)
+        self.ended_s.append(time.monotonic() - killed_at)
+        os.close(handle)
 
     async def at_ingress(self, incarnation: str) -> float:
         async with asyncio.timeout(NOTICED_S):
@@ -132,7 +150,7 @@ def _told(pipe: Connection, incarnation: str) -> float:
 async def kill_prefill(watched: Watched, number: int) -> list[float]:
     name = f"prefill-{number % 2}"
     incarnation = watched.incarnation(name)
-    killed_at = watched.signal(name, signal.SIGKILL)
+    killed_at = watched.kill(name)
     noticed = await watched.at_decode(incarnation)
     await _succeed(watched, name)
     return [at - killed_at for at in noticed]
@@ -141,7 +159,7 @@ async def kill_prefill(watched: Watched, number: int) -> list[float]:
 async def kill_decode(watched: Watched, number: int) -> list[float]:
     name = f"decode-{number % 2}"
     incarnation = watched.incarnation(name)
-    killed_at = watched.signal(name, signal.SIGKILL)
+    killed_at = watched.kill(name)
     noticed = await watched.at_ingress(incarnation)
     await _succeed(watched, name)
     return [noticed - killed_at]
@@ -150,7 +168,7 @@ async def kill_decode(watched: Watched, number: int) -> list[float]:
 async def freeze_prefill(watched: Watched, number: int) -> list[float]:
     name = f"prefill-{number % 2}"
     incarnation = watched.incarnation(name)
-    frozen_at = watched.signal(name, signal.SIGSTOP)
+    frozen_at = watched.freeze(name)
     noticed = [*await watched.at_decode(incarnation), await watched.at_ingress(incarnation)]
     await _succeed(watched, name)
     return [at - frozen_at for at in noticed]
@@ -179,11 +197,7 @@ async def _succeed(watched: Watched, name: str) -> None:
 
 @asynccontextmanager
 async def load(cluster: PlainCluster) -> AsyncIterator[None]:
-    """Streams without pause, and every core has one process that never sleeps beside ours."""
-    context = multiprocessing.get_context("spawn")
-    spinning = [context.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)]
-    for process in spinning:
-        process.start()
+    """Streams without pause."""
     clients = [asyncio.create_task(_client(cluster, number)) for number in range(NUM_STREAMS)]
     try:
         yield
@@ -191,9 +205,6 @@ async def load(cluster: PlainCluster) -> AsyncIterator[None]:
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-        for process in spinning:
-            process.kill()
-            process.join()
 
 
 async def _client(cluster: PlainCluster, number: int) -> None:
@@ -203,11 +214,6 @@ async def _client(cluster: PlainCluster, number: int) -> None:
         prompt[0] = 1 + prompt[0] % 500  # no prefix hits
         with suppress(SluiceError):  # two of its workers died: given up
             await cluster.ask(prompt, sampling)
-
-
-def _spin() -> None:
-    while True:
-        pass
 
 
 # ---------------------------------------------------------------- all of it
@@ -234,6 +240,8 @@ async def _measure(scenes: Mapping[str, tuple[Scene, int]], loaded: bool, main: 
                     for number in range(count):
                         noticed[what] += await scene(watched, number)
                     progress(f"failures: {what}, {LOADS[loaded]}: done")
+            if watched.ended_s:
+                noticed["process ended"] = watched.ended_s
     return noticed
 
 
@@ -258,17 +266,18 @@ def measure(num_kills: int, num_silences: int, *, loaded: bool) -> dict[str, lis
 def figures(noticed: Mapping[str, list[float]], *, loaded: bool) -> list[Figure]:
     made: list[Figure] = []
     for what, seconds in noticed.items():
-        silent = what in ("frozen", "cut")
+        silent, noted = what in ("frozen", "cut"), what != "process ended"
         bound_s = SILENT_S if silent else KILLED_LOADED_S if loaded else KILLED_S
+        note = f"{len(seconds)} times noticed; bound: the design's" if noted else "after SIGKILL, by the kernel"
         for name, share in (("p50", 0.5), ("worst" if silent else "p99", 0.99)):
             made.append(
                 Figure(
                     f"{what}, {LOADS[loaded]}, {name}",
                     1e3 * percentile(seconds, share),
                     "ms",
-                    None if name == "p50" else 1e3 * bound_s,
+                    1e3 * bound_s if noted and name != "p50" else None,
                     less_is_better=True,
-                    note=f"{len(seconds)} times noticed; bound: the design's",
+                    note=note,
                 )
             )
     return made

@@ -10,8 +10,9 @@ from random import Random
 
 import pytest
 
+from cluster.protos import worker_pb2 as pb
 from tests.support.chaos import GREEDY, Chaos, assert_greedy, is_greedy, prompts, running_chaos
-from tests.support.ingress_process import IngressProcess, ingress_process
+from tests.support.ingress_process import FAILED, IngressProcess, ingress_process
 from tests.support.plain_cluster import Answer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
@@ -36,9 +37,12 @@ async def until_all_stream(other: IngressProcess, num_texts: int) -> dict[int, l
     return told
 
 
+def busy(load: pb.LoadReport) -> int:
+    return load.num_running + load.num_waiting + load.num_pulling
+
+
 async def num_open(chaos: Chaos) -> int:
-    loads = [await chaos.watch.load(name) for name in chaos.cluster.workers]
-    return sum(load.num_running + load.num_waiting + load.num_pulling for load in loads)
+    return sum([busy(await chaos.watch.load(name)) for name in chaos.cluster.workers])
 
 
 def test_killed_at_any_token_its_requests_end_on_all_workers_and_ours_do_not_notice(chaos: Chaos) -> None:
@@ -114,4 +118,56 @@ def test_a_reader_that_stops_holds_up_nobody_and_gets_everything_later() -> None
             assert_greedy(text, ours[index], 200)
             assert ours[index].attempt == 1
             assert len(theirs[index]) == 128 and is_greedy(text, tuple(theirs[index]))
+        chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def test_an_outbox_that_overflows_ends_that_request_and_no_other() -> None:
+    """The reader stops. Its long requests have more to say than may wait, its short ones do not; ours have a session
+    of their own. When it reads again it finds its short ones whole, and the word that the others are over."""
+    num_short, num_long = 3, 40  # more than gRPC and the kernel take into their buffers
+    texts = prompts(num_short + num_long, 40, 80, seed=6)
+    max_tokens = [40] * num_short + [ENDLESS] * num_long
+    settings = {
+        "kv.num_blocks": 640,
+        "words.heartbeat_timeout_s": 60.0,
+        "words.outbox_max_request_bytes": 64 << 10,  # some 60 tokens with their ids, counted as they came
+        "transfer.lease_s": 60.0,
+        "router.max_attempts": 1,
+    }
+    with running_chaos(settings, decode=1) as chaos:
+
+        async def scene() -> tuple[list[Answer], dict[int, list[int]], set[int], float]:
+            async with ingress_process(chaos.cluster, texts, max_tokens, id_bytes=1000) as other:
+                told: dict[int, list[int]] = {index: [] for index in range(len(texts))}
+                while not all(told[index] for index in range(num_short)):
+                    news = await other.told()
+                    assert news is not None
+                    told[news[0]] += news[2]
+                other.signal(signal.SIGSTOP)
+                ours = await chaos.together(TEXTS[:2], replace(GREEDY, max_tokens=200))
+                await chaos.watch.until("decode-0", lambda load: not busy(load), "all ended")
+                num_overflows = await chaos.watch.counter("decode-0", "sluice_words_overflows_total")
+                await chaos.cluster.assert_all_free()  # while it has still not read a word of it
+                other.signal(signal.SIGCONT)
+                failed: set[int] = set()
+                while (news := await other.told()) is not None:
+                    index, first, tokens = news
+                    if first == FAILED:
+                        failed.add(index)
+                    else:
+                        assert first == len(told[index]), "a token was lost or doubled"
+                        told[index] += tokens
+                return ours, told, failed, num_overflows
+
+        ours, theirs, failed, num_overflows = chaos.runner.run(scene())
+        for text, answer in zip(TEXTS, ours, strict=False):
+            assert_greedy(text, answer, 200)
+            assert answer.attempt == 1
+        assert 0 < len(failed) == num_overflows
+        assert min(failed) >= num_short, "a short one was ended"
+        for index, text in enumerate(texts):
+            assert is_greedy(text, tuple(theirs[index]))
+            assert (len(theirs[index]) == max_tokens[index]) == (index not in failed)
+        [later] = chaos.runner.run(chaos.together([TEXTS[2]]))
+        assert_greedy(TEXTS[2], later)
         chaos.runner.run(chaos.cluster.assert_all_free())

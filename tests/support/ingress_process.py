@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from uuid import uuid4
 
 from cluster.config import SluiceConfig
+from cluster.errors import RequestError
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import Metrics
@@ -22,11 +23,17 @@ from router.flight import RouterRequest
 from router.router import Router
 from tests.support.plain_cluster import FORKS, SECRET, PlainCluster
 
-Told = tuple[int, int, tuple[int, ...]]  # index of the text, index of the first of the tokens, tokens
+FAILED = -1
+Told = tuple[int, int, tuple[int, ...]]  # index of the text, index of the first of the tokens or FAILED, tokens
 
 
 async def _serve(
-    config: SluiceConfig, membership: Membership, texts: Sequence[tuple[int, ...]], max_tokens: int, pipe: Connection
+    config: SluiceConfig,
+    membership: Membership,
+    texts: Sequence[tuple[int, ...]],
+    max_tokens: Sequence[int],
+    id_bytes: int,
+    pipe: Connection,
 ) -> None:
     words = WordsThread(config=config.words).start()
     identity = pb.Identity(kind=pb.INGRESS, name="other-ingress", incarnation=uuid4().hex)
@@ -40,10 +47,13 @@ async def _serve(
         await asyncio.sleep(0.01)
 
     async def client(index: int, text: tuple[int, ...]) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        request = RouterRequest(request_id=uuid4().hex, prompt_token_ids=text, sampling=sampling)
-        async for delta in router.generate(request):
-            pipe.send((index, delta.first_index, delta.token_ids))
+        sampling = SamplingParams(max_tokens=max_tokens[index], ignore_eos=True)
+        request = RouterRequest(request_id=uuid4().hex.ljust(id_bytes, "x"), prompt_token_ids=text, sampling=sampling)
+        try:
+            async for delta in router.generate(request):
+                pipe.send((index, delta.first_index, delta.token_ids))
+        except RequestError:
+            pipe.send((index, FAILED, ()))
 
     await asyncio.gather(*(client(index, text) for index, text in enumerate(texts)))
     pipe.send(None)
@@ -51,8 +61,15 @@ async def _serve(
     words.stop()
 
 
-def _main(config: SluiceConfig, wire: bytes, texts: list[tuple[int, ...]], max_tokens: int, pipe: Connection) -> None:
-    asyncio.run(_serve(config, Membership.from_wire(wire), texts, max_tokens, pipe))
+def _main(
+    config: SluiceConfig,
+    wire: bytes,
+    texts: list[tuple[int, ...]],
+    max_tokens: list[int],
+    id_bytes: int,
+    pipe: Connection,
+) -> None:
+    asyncio.run(_serve(config, Membership.from_wire(wire), texts, max_tokens, id_bytes, pipe))
 
 
 @dataclass(slots=True)
@@ -80,13 +97,19 @@ class IngressProcess:
 
 @asynccontextmanager
 async def ingress_process(
-    cluster: PlainCluster, texts: Sequence[tuple[int, ...]], max_tokens: int
+    cluster: PlainCluster, texts: Sequence[tuple[int, ...]], max_tokens: int | Sequence[int], *, id_bytes: int = 32
 ) -> AsyncIterator[IngressProcess]:
-    """Asks for all texts at once, as soon as its router is ready."""
+    """Asks for all texts at once, as soon as its router is ready. `max_tokens` of all texts, or of each.
+
+    Every token of a request travels with its id: long ids make many bytes of few tokens.
+    """
     ours, theirs = FORKS.Pipe()
     members = tuple(worker.member for worker in cluster.workers.values() if worker.member)
     wire = Membership(1, members).to_wire()
-    process = FORKS.Process(target=_main, args=(cluster.config, wire, list(texts), max_tokens, theirs), daemon=True)
+    limits = [max_tokens] * len(texts) if isinstance(max_tokens, int) else list(max_tokens)
+    process = FORKS.Process(
+        target=_main, args=(cluster.config, wire, list(texts), limits, id_bytes, theirs), daemon=True
+    )
     await asyncio.to_thread(process.start)
     theirs.close()
     try:
