@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from cluster.request import FinishReason, RequestKey, SamplingParams
+from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from kvtransfer.layout import KvGeometry, RankLayout
 from kvtransfer.pool import KvPool
 from tests.support.tiny_model import ROW, TinyModel
 from workers.attention.interface import KvCache
 from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
+from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
@@ -73,7 +76,6 @@ class Driver:
         stop_token_ids: tuple[int, ...] = (),
         stop_after_first: bool = False,
     ) -> Sequence:
-        self.num_added += 1
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -85,7 +87,31 @@ class Driver:
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
         )
-        seq = Sequence(
+        return self.submit(tokens, params, num_prompt=num_prompt, stop_after_first=stop_after_first)
+
+    def submit(
+        self,
+        tokens: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        num_prompt: int | None = None,
+        stop_after_first: bool = False,
+    ) -> Sequence:
+        seq = self.sequence(tokens, params, num_prompt=num_prompt, stop_after_first=stop_after_first)
+        self.scheduler.add(seq)
+        return seq
+
+    def sequence(
+        self,
+        tokens: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        num_prompt: int | None = None,
+        stop_after_first: bool = False,
+    ) -> Sequence:
+        """One that is not queued yet."""
+        self.num_added += 1
+        return Sequence(
             self.num_added,
             RequestKey(f"request-{self.num_added}", 0),
             list(tokens),
@@ -94,8 +120,6 @@ class Driver:
             arrival=self.num_added,
             stop_after_first=stop_after_first,
         )
-        self.scheduler.add(seq)
-        return seq
 
     def step(self) -> StepOutcome | None:
         outcome = self.engine.step()
@@ -114,6 +138,27 @@ class Driver:
         """As the outcomes said, which is what a client sees."""
         return [token.token for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
 
+    def logprobs(self, seq: Sequence) -> list[TokenLogprobs | None]:
+        """Of its emitted tokens."""
+        return [token.logprobs for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
+
+    def prompt_logprobs(self, seq: Sequence) -> dict[int, TokenLogprobs]:
+        """By index of the prompt token; what a later chunk says of the same token must be the same."""
+        found: dict[int, TokenLogprobs] = {}
+        for outcome in self.outcomes:
+            for chunk in outcome.chunks:
+                if chunk.seq is seq and chunk.prompt_logprobs is not None:
+                    assert chunk.prompt_logprobs.first >= 1
+                    for index, entry in enumerate(chunk.prompt_logprobs.entries, chunk.prompt_logprobs.first):
+                        assert found.setdefault(index, entry) == entry
+        return found
+
+    def vector(self, seq: Sequence) -> npt.NDArray[np.float32]:
+        """Of a pooled sequence."""
+        vectors = [each.vector for outcome in self.outcomes for each in outcome.vectors if each.seq is seq]
+        assert len(vectors) == 1
+        return np.frombuffer(vectors[0], "<f4")
+
     def finish(self, seq: Sequence) -> FinishReason | None:
         ends = [token.finish for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
         return ends[-1] if ends else None
@@ -126,6 +171,7 @@ class TinyEngine(Driver):
         num_blocks: int = 256,
         scheduler_limits: SchedulerLimits | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         pages = torch.full((num_blocks + 1, 1, BLOCK_SIZE, ROW), torch.nan, dtype=torch.float64)
         pages[0] = 0.0  # what nobody wrote must not be read: NaN would spread; the null block pads
@@ -135,7 +181,13 @@ class TinyEngine(Driver):
         blocks = BlockManager([GroupCapacity("self", num_blocks, BLOCK_SIZE)])
         scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
         self.runner = ModelRunner(
-            self.model, [self.cache], [self.generations], [BLOCK_SIZE], device=CPU, eos_token_ids=eos_token_ids
+            self.model,
+            [self.cache],
+            [self.generations],
+            [BLOCK_SIZE],
+            device=CPU,
+            eos_token_ids=eos_token_ids,
+            constraints=constraints,
         )
         super().__init__(Engine(scheduler, self.runner), scheduler, blocks)
 

@@ -47,7 +47,11 @@ class TinyModel:
 
     def next_token_logits(self, tokens: Sequence[int]) -> Tensor:
         """[1, V] without any cache."""
-        return self.logits(self._mix(self.embedding[list(tokens)])[None])
+        return self.logits(self.final_hidden(tokens)[None])
+
+    def final_hidden(self, tokens: Sequence[int]) -> Tensor:
+        """[ROW], of the last token, without any cache."""
+        return self._mix(self.embedding[list(tokens)])
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         tokens = list(prompt)
