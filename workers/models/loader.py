@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
 from cluster.hashing import HASH_BYTES
+from cluster.log import Log
 from workers.layers.linear import Embedding, Linear
 from workers.models.checkpoint import Checkpoint, read_json
 from workers.models.fields import ConfigFields
@@ -32,45 +34,57 @@ class LoadedModel:
     config_json: str  # what config.json says about the model: one line, sorted, free of how the file came to be
 
 
-def load(path: str | Path, *, dtype: str = "auto", load_format: str = "auto", dummy_seed: int = 0) -> LoadedModel:
-    """The model of a Hugging Face folder, on the CPU.
+def load(
+    path: str | Path, *, dtype: str = "auto", load_format: str = "auto", dummy_seed: int = 0, log: Log | None = None
+) -> LoadedModel:
+    """The model of a Hugging Face folder, on the CPU. Says once in the log which stored tensors it leaves alone.
 
     `dtype` "auto" takes the checkpoint's. Where it equals the stored one nothing is copied: processes that load the
-    same folder share its pages. `load_format` "dummy" needs config.json only. Raises CheckpointError naming file,
-    tensor or key, and the remedy.
+    same folder share its pages. Matrices in fp8 blocks are dequantised. `load_format` "dummy" needs config.json only.
+    Raises CheckpointError naming file, tensor or key, and the remedy.
     """
     folder = Path(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
     fields = ConfigFields(config_path, config)
     architecture, model_class = find_model(config.get("architectures"), config_path)
-    resolved, quantization = _resolve_dtype(fields, dtype), read_quantization(fields)
+    quantization = read_quantization(fields)
+    if load_format not in ("auto", "dummy"):
+        raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
+    checkpoint = Checkpoint(folder) if load_format == "auto" else None
+    resolved = _resolve_dtype(fields, dtype, checkpoint)
     with torch.device("meta"):
         model = model_class.from_fields(
             fields, architecture=architecture, dtype=resolved, eos_token_ids=_eos_token_ids(folder, fields)
         )
-    if load_format == "dummy":
+    if checkpoint is None:
         weights, ignored, identity = _dummy(model, dummy_seed), (), _dummy_identity(dummy_seed)
-    elif load_format == "auto":
-        checkpoint = Checkpoint(folder)
+    else:
         weights, ignored = _stored(model, checkpoint, model.spec.dropped_prefixes, quantization)
         identity = checkpoint.identity()
-    else:
-        raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
+    if ignored:
+        log = log or Log(logging.getLogger("sluice.models"))
+        log.info("tensors not computed with", model=str(folder), reason=f"drafts, derived or tied: {_some(ignored)}")
     model.load_state_dict(weights, assign=True)
     kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
     return LoadedModel(model.eval(), identity, ignored, json.dumps(kept, sort_keys=True, separators=(",", ":")))
 
 
-def _resolve_dtype(fields: ConfigFields, wanted: str) -> str:
+def _resolve_dtype(fields: ConfigFields, wanted: str, checkpoint: Checkpoint | None) -> str:
+    """What was asked for; for "auto" what config.json says, else how the embedding is stored."""
     if wanted == "auto":
-        key = "dtype" if fields.text("dtype", "") else "torch_dtype"
-        wanted = fields.text(key, "float32")
+        key = "dtype" if fields.has("dtype") else "torch_dtype"
+        wanted = fields.text(key, _embedding_dtype(checkpoint))
         if wanted not in DTYPES:
             fields.refuse(key, f"set model.dtype to one of {', '.join(DTYPES)}")
     if wanted not in DTYPES:
         raise CheckpointError(f"dtype = {wanted!r}; use auto or one of {', '.join(DTYPES)}")
     return wanted
+
+
+def _embedding_dtype(checkpoint: Checkpoint | None) -> str:
+    stored = None if checkpoint is None else checkpoint.tensors.get("model.embed_tokens.weight")
+    return "float32" if stored is None else str(stored.dtype).removeprefix("torch.")
 
 
 def _eos_token_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:

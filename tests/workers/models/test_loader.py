@@ -1,6 +1,8 @@
 """Loading: every damaged checkpoint names its file, the tensor and the remedy; weights are mapped, never copied."""
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.errors import CheckpointError
+from cluster.log import JsonFormatter, Log
 from tests.support.checkpoints import checkpoint
 from tests.support.mapped_memory import Residency, mapped
 from tests.support.paged_model import PagedModel, Text
@@ -110,6 +113,19 @@ def test_another_dtype_is_a_rounded_copy() -> None:
     assert load(checkpoint("llama", "bfloat16")).model.spec.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_auto_follows_the_checkpoint_whichever_way_it_says_so(tmp_path: Path, dtype: str) -> None:
+    said = checkpoint("llama", dtype)
+    assert json.loads((said / "config.json").read_text())["dtype"] == dtype
+    older, unsaid = (Path(shutil.copytree(said, tmp_path / name)) for name in ("older", "unsaid"))
+    edit_config(older, dtype=..., torch_dtype=dtype)
+    edit_config(unsaid, dtype=...)
+    for folder in (said, older, unsaid):
+        model = load(folder).model
+        assert model.spec.dtype == dtype
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {getattr(torch, dtype)}  # pyright: ignore
+
+
 def test_older_config_keys_mean_the_same(folder: Path) -> None:
     rope = json.loads((checkpoint("llama3-tied") / "config.json").read_text())["rope_parameters"]
     tied = Path(shutil.copytree(checkpoint("llama3-tied"), folder / "tied"))
@@ -126,6 +142,7 @@ def test_end_tokens_of_generation_config_win(folder: Path) -> None:
 
 
 def test_a_stored_tied_head_and_old_rotary_buffers_are_left_alone(folder: Path) -> None:
+    """And the log says so, once."""
     tied = Path(shutil.copytree(checkpoint("llama3-tied"), folder / "tied"))
     edit_weights(
         tied,
@@ -136,7 +153,16 @@ def test_a_stored_tied_head_and_old_rotary_buffers_are_left_alone(folder: Path) 
             }
         ),
     )
+    logger = logging.Logger("told")
+    handler = logging.StreamHandler(stream := io.StringIO())
+    handler.setFormatter(JsonFormatter())
+    logger.addHandler(handler)
+    loaded = load(tied, log=Log(logger))
+    assert loaded.ignored == ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert line["model"] == str(tied) and all(name in line["reason"] for name in loaded.ignored)
     assert parameters(tied).keys() == parameters(checkpoint("llama3-tied")).keys()
+    assert load(checkpoint("llama3-tied")).ignored == ()
 
 
 def test_every_matrix_says_how_it_is_split() -> None:
@@ -279,9 +305,37 @@ def test_index_without_its_shards(folder: Path) -> None:
     tensors = load_file(hidden)
     dropped = sorted(tensors)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, second)
-    assert f"{second}: tensor {dropped} is missing" in refusal(folder)
+    message = refusal(folder)
+    assert f"{second}: tensor {dropped} is missing, which {INDEX} places there" in message and "download" in message
+    save_file(tensors, second)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][dropped] = "model-00001-of-00002.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    message = refusal(folder)
+    first = folder / "model-00001-of-00002.safetensors"
+    assert f"{first}: tensor {dropped} is missing" in message and f"it is in {second.name}" in message
     (folder / INDEX).write_text("{}")
     assert f"{folder / INDEX}: no weight_map" in refusal(folder)
+
+
+def test_shards_that_do_not_belong_together(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "whole")
+    shard(folder)
+    first, second = (folder / f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
+    (folder / "whole").rename(folder / WEIGHTS)
+    assert f"holds both {WEIGHTS} and {INDEX}; remove" in refusal(folder)
+    (folder / WEIGHTS).unlink()
+    tensors = load_file(second)
+    twice = sorted(load_file(first))[0]
+    save_file(tensors | {twice: torch.ones(2)}, second)
+    assert f"{second}: tensor {twice} is in {first.name}, too; download" in refusal(folder)
+    (folder / INDEX).unlink()
+    assert f"{folder}: {INDEX} is missing, which says what {first.name} holds; download" in refusal(folder)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    message = refusal(tmp_path)
+    assert f"{tmp_path / 'config.json'}: no such file" in message and "model.path" in message
 
 
 # ---------------------------------------------------------------- shared memory
