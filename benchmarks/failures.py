@@ -229,7 +229,9 @@ def _settings(directory: Path) -> dict[str, object]:
     }
 
 
-async def _measure(scenes: Mapping[str, tuple[Scene, int]], loaded: bool, main: WorkerMain) -> dict[str, list[float]]:
+async def measure_scenes(
+    scenes: Mapping[str, tuple[Scene, int]], main: WorkerMain, *, loaded: bool
+) -> dict[str, list[float]]:
     """Each scene as often as its number says, one after the other, in one cluster."""
     noticed: dict[str, list[float]] = {what: [] for what in scenes}
     with tempfile.TemporaryDirectory() as directory:
@@ -252,7 +254,7 @@ def measure(num_kills: int, num_silences: int, *, loaded: bool) -> dict[str, lis
         "decode killed": (kill_decode, num_kills),
         "frozen": (freeze_prefill, num_silences),
     }
-    noticed = asyncio.run(_measure(scenes, loaded, serve))
+    noticed = asyncio.run(measure_scenes(scenes, serve, loaded=loaded))
     if os.geteuid() != 0 or shutil.which("ip") is None:
         progress("failures: no link is cut: that needs root and iproute2")
         return noticed
@@ -260,7 +262,7 @@ def measure(num_kills: int, num_silences: int, *, loaded: bool) -> dict[str, lis
         names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
         main = serve_on({name: lonely if name == "prefill-0" else other for name in names}, serve)
         cut: dict[str, tuple[Scene, int]] = {"cut": (partial(unplug_prefill, lonely), num_silences)}
-        return noticed | asyncio.run(_measure(cut, loaded, main))
+        return noticed | asyncio.run(measure_scenes(cut, main, loaded=loaded))
 
 
 def figures(noticed: Mapping[str, list[float]], *, loaded: bool) -> list[Figure]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import jitter, serving, transfer, words
+from benchmarks import failures, jitter, serving, transfer, words
 from benchmarks.checkpoint import TINY
 from benchmarks.latency import Slo
 from benchmarks.report import Report
@@ -90,3 +91,19 @@ def test_serving(tmp_path: Path) -> None:
     assert serving.table_of(report, summaries).row_count == 4
     serving.draw(tmp_path / "serving.png", report, summaries, plan)
     assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_failures() -> None:
+    """The cut apart, which needs namespaces: tests/chaos/test_two_hosts.py cuts."""
+    scenes: dict[str, tuple[failures.Scene, int]] = {
+        "prefill killed": (failures.kill_prefill, 1),
+        "decode killed": (failures.kill_decode, 1),
+        "frozen": (failures.freeze_prefill, 1),
+    }
+    noticed = asyncio.run(failures.measure_scenes(scenes, failures.serve, loaded=True))
+    assert {what: len(seconds) for what, seconds in noticed.items()} == {
+        "prefill killed": 2, "decode killed": 1, "frozen": 3, "process ended": 2,
+    }  # fmt: skip
+    assert all(0 < second < failures.NOTICED_S for seconds in noticed.values() for second in seconds)
+    bounds = {figure.name: figure.bound for figure in failures.figures(noticed, loaded=True)}
+    assert bounds["prefill killed, loaded, p99"] == 500 and bounds["frozen, loaded, worst"] == 2000
