@@ -60,15 +60,25 @@ class _Tokens:
         self.dead = False
 
     def merge(self, new: pb.SequenceTokens, num_bytes: int) -> None:
-        """Appends to the tokens of the same sample where they go on; first_token_index stays that of the first."""
+        """Appends to the tokens of the same sample where they go on, and their prompt logprobs, too; the indices stay
+        those of the first."""
         self.num_bytes += num_bytes
         for old in reversed(self.sequences):
             if old.sample == new.sample:
                 if old.finish or new.first_token_index != old.first_token_index + len(old.token_ids):
                     break
-                first = old.first_token_index
+                num_before = len(old.prompt_logprobs)
+                if (
+                    num_before
+                    and new.prompt_logprobs
+                    and new.first_prompt_logprob != old.first_prompt_logprob + num_before
+                ):
+                    break
+                first, first_prompt = old.first_token_index, old.first_prompt_logprob
                 old.MergeFrom(new)
                 old.first_token_index = first
+                if num_before:
+                    old.first_prompt_logprob = first_prompt
                 return
         self.sequences.append(new)
 

@@ -23,7 +23,7 @@ from cluster.log import Log
 from cluster.membership import Member, Membership
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, SamplingParams
+from cluster.request import FinishReason, SamplingParams, TokenLogprobs
 from cluster.words_thread import WordsThread
 from router.flight import RouterRequest
 from router.router import Router
@@ -56,6 +56,9 @@ class Answer:
     finish: FinishReason
     route: pb.Route
     attempt: int
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    embedding: tuple[float, ...]
 
 
 def serve(config: SluiceConfig, pool: str, name: str, pipe: Connection) -> None:
@@ -150,7 +153,13 @@ class PlainCluster:
     # ------------------------------------------------------------ requests
 
     async def stream(
-        self, prompt: list[int], sampling: SamplingParams, request_id: str = "", *, deadline_s: float | None = None
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        request_id: str = "",
+        *,
+        deadline_s: float | None = None,
+        leader_id: str = "",
     ) -> AsyncGenerator[tuple[list[int], Answer | None]]:
         """New tokens; the whole answer with the last ones."""
         request = RouterRequest(
@@ -158,19 +167,35 @@ class PlainCluster:
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             deadline_s=deadline_s,
+            leader_id=leader_id,
         )
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         async for delta in self.router.generate(request):
             assert delta.first_index == len(tokens), "a token was lost or doubled"
             tokens += delta.token_ids
+            logprobs += delta.logprobs
+            assert not (delta.prompt_logprobs and delta.first_index), "prompt logprobs come with the first token"
+            prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
             answer = None
             if delta.finish is not None:
                 assert delta.route is not None
-                answer = Answer(token_ids=tokens, finish=delta.finish, route=delta.route, attempt=delta.attempt)
+                answer = Answer(
+                    token_ids=tokens,
+                    finish=delta.finish,
+                    route=delta.route,
+                    attempt=delta.attempt,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    embedding=delta.embedding,
+                )
             yield list(delta.token_ids), answer
 
-    async def ask(self, prompt: list[int], sampling: SamplingParams, request_id: str = "") -> Answer:
-        answers = [answer async for _, answer in self.stream(prompt, sampling, request_id)]
+    async def ask(
+        self, prompt: list[int], sampling: SamplingParams, request_id: str = "", *, leader_id: str = ""
+    ) -> Answer:
+        answers = [answer async for _, answer in self.stream(prompt, sampling, request_id, leader_id=leader_id)]
         assert answers[-1] is not None
         return answers[-1]
 
