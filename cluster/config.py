@@ -164,6 +164,8 @@ class LimitsConfig(Section):
     """Open requests over all ingress replicas; the next one is answered 429."""
     max_prompt_tokens: Positive | None = None
     """Longest prompt; none: as the model allows."""
+    max_samples: Positive = 32
+    """Samples of one prompt that a request may ask for, and sequences of one request that run at once."""
     max_body_bytes: Positive = 8 << 20
     """Longest HTTP request body."""
 

@@ -1,21 +1,36 @@
-"""What the HTTP routes work with: from a checked request body to a running completion."""
+"""What the HTTP routes work with: from a checked request body to running sequences."""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from cluster.config import HttpConfig, LimitsConfig
 from cluster.errors import InvalidRequest, RequestTooLong
 from cluster.log import Log
 from cluster.metrics import Metrics
-from cluster.request import SamplingParams
-from deploy.completion import Completion, Tally
+from cluster.request import Grammar, Pooling, SamplingParams
+from deploy.chat_template import ChatPrompt
+from deploy.completion import Completion, Ending
+from deploy.embedding import Embeddings
+from deploy.generation import Generation, Prompt
+from deploy.openai_answers import Text, Tokens
 from deploy.openai_errors import UnknownModel
-from deploy.openai_schema import ChatRequest, CompletionRequest
+from deploy.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    SamplingRequest,
+    TokenizeRequest,
+)
+from deploy.request_fields import TokenIds
+from deploy.sampling_request import check_ids, sampling_of
 from deploy.served_model import ServedModel
 from deploy.stream import Detokenizer
+from deploy.tally import Tally
 from deploy.tokenizer import Tokenizer
 from router.flight import RouterRequest
 from router.router import Router
@@ -34,91 +49,176 @@ class ApiService:
     log: Log
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)
 
-    async def complete(self, body: CompletionRequest, tally: Tally) -> Completion:
-        """Raises the InvalidRequest family."""
+    async def complete(self, body: CompletionRequest, tally: Tally) -> Generation:
         self._check_model(body.model)
-        if isinstance(body.prompt, str):
-            prompt = await self._tokenizer("prompt").encode(body.prompt)
+        prompts = [
+            await self._prompt(prompt, "prompt", with_text=body.echo, add_special_tokens=body.add_special_tokens)
+            for prompt in body.prompts
+        ]
+        return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None)
+
+    async def chat(self, body: ChatRequest, tally: Tally) -> Generation:
+        self._check_model(body.model)
+        prompt = ChatPrompt(
+            messages=body.messages,
+            tools=() if body.tool_choice == "none" else body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
+        )
+        token_ids = await self._tokenizer("messages").encode_chat(prompt)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        prompts = [Prompt(text="", token_ids=tuple(token_ids))]
+        return await self._generation(body, prompts, max_tokens, "messages", tally, None)
+
+    async def embed(self, body: EmbeddingRequest, tally: Tally) -> Embeddings:
+        self._check_model(body.model)
+        size = self.model.hidden_size
+        if body.dimensions is not None and body.dimensions != size:
+            raise InvalidRequest(
+                f"dimensions: the model's vectors have {size}, no other number; remove it", "dimensions"
+            )
+        deadline_s = self._deadline_s(body.timeout_s)
+        prompts = [
+            await self._prompt(text, "input", with_text=False, add_special_tokens=body.add_special_tokens)
+            for text in body.inputs
+        ]
+        for prompt in prompts:
+            self._fit(prompt, 1, "input")
+            tally.prompt(len(prompt.token_ids))
+        sampling = SamplingParams(max_tokens=1, pooling=Pooling.MEAN if body.pooling == "mean" else Pooling.LAST)
+        requests = [
+            RouterRequest(
+                request_id=uuid4().hex,
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling,
+                priority=body.priority,
+                deadline_s=deadline_s,
+            )
+            for prompt in prompts
+        ]
+        return Embeddings(self.router, requests, max_running=self.limits.max_samples)
+
+    async def tokenize(self, body: TokenizeRequest) -> Tokens:
+        self._check_model(body.model)
+        if body.messages is None:
+            tokenizer = self._tokenizer("prompt")
+            token_ids = await tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         else:
-            prompt = body.prompt
-            largest = max(prompt)
-            if largest >= self.model.vocab_size:
-                raise InvalidRequest(
-                    f"prompt: token id {largest} is outside the vocabulary of {self.model.vocab_size}", "prompt"
-                )
-        return self._completion(body, prompt, body.max_tokens, "prompt", tally)
+            prompt = ChatPrompt(
+                messages=body.messages,
+                tools=body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                variables=body.chat_template_kwargs,
+            )
+            token_ids = await self._tokenizer("messages").encode_chat(prompt)
+        return Tokens(tokens=token_ids, count=len(token_ids), max_model_len=self.model.max_model_len)
 
-    async def chat(self, body: ChatRequest, tally: Tally) -> Completion:
-        """Raises the InvalidRequest family."""
+    def detokenize(self, body: DetokenizeRequest) -> Text:
         self._check_model(body.model)
-        messages = [message.plain() for message in body.messages]
-        prompt = await self._tokenizer("messages").encode_chat(messages)
-        return self._completion(body, prompt, body.max_completion_tokens or body.max_tokens, "messages", tally)
+        tokenizer = self._tokenizer("tokens")
+        check_ids(body.tokens, self.model, "tokens")
+        return Text(prompt=tokenizer.decode(body.tokens, skip_special_tokens=False))
 
-    def _completion(
-        self, body: CompletionRequest | ChatRequest, prompt: list[int], max_tokens: int | None, param: str, tally: Tally
-    ) -> Completion:
-        max_tokens = self._fit(prompt, max_tokens, param)
-        if body.min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens: {body.min_tokens} is over max_tokens = {max_tokens}", "min_tokens")
-        if body.stop and self.tokenizer is None:
-            raise InvalidRequest("stop: the model has no tokenizer to find stop strings; use stop_token_ids", "stop")
-        longest_s = self.http.request_timeout_s
-        if body.timeout_s is not None and body.timeout_s > longest_s:
-            raise InvalidRequest(f"timeout_s: {body.timeout_s:g} is over the limit of {longest_s:g} s", "timeout_s")
-        seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
-        request = RouterRequest(
-            request_id=uuid4().hex,
-            prompt_token_ids=tuple(prompt),
-            sampling=SamplingParams(
-                max_tokens=max_tokens,
-                min_tokens=body.min_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                top_k=body.top_k,
-                seed=seed,
-                stop_token_ids=tuple(body.stop_token_ids),
-                ignore_eos=body.ignore_eos,
-            ),
-            priority=body.priority,
-            deadline_s=body.timeout_s or longest_s,
-        )
-        self.metrics.prompt_tokens.inc(len(prompt))
-        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer.backend)
-        return Completion(
-            self.router,
-            request,
-            tally,
-            detokenizer=detokenizer,
-            stops=tuple(body.stop or ()),
+    # ------------------------------------------------------------ inside
+
+    async def _generation(
+        self,
+        body: SamplingRequest,
+        prompts: Sequence[Prompt],
+        max_tokens: int | None,
+        param: str,
+        tally: Tally,
+        grammar: Grammar | None,
+    ) -> Generation:
+        if body.num_samples > self.limits.max_samples:
+            name = "n" if body.n == body.num_samples else "best_of"
+            limit = f"{name}: {body.num_samples} is over the limit of {self.limits.max_samples}; send several requests"
+            raise InvalidRequest(limit, name)
+        deadline_s = self._deadline_s(body.timeout_s)
+        ending = Ending(
+            stops=tuple(body.stop),
+            show_stop=body.include_stop_str_in_output,
             eos_token_ids=self.model.eos_token_ids,
+            wants_tokens=max_tokens != 0,
+        )
+        completions: list[Completion] = []
+        scores_prompt = False
+        for prompt in prompts:
+            seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+            fitting = self._fit(prompt, max_tokens, param)
+            first = await sampling_of(body, self.model, self.tokenizer, max_tokens=fitting, seed=seed, grammar=grammar)
+            scores_prompt = first.num_prompt_logprobs is not None
+            leader_id = uuid4().hex
+            for sample in range(body.num_samples):
+                follows = sample > 0
+                request = RouterRequest(
+                    request_id=uuid4().hex if follows else leader_id,
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=replace(first, sample=sample, num_prompt_logprobs=None) if follows else first,
+                    priority=body.priority,
+                    deadline_s=deadline_s,
+                    leader_id=leader_id if follows else "",
+                )
+                completions.append(
+                    Completion(self.router, request, tally, detokenizer=self._detokenizer(), ending=ending)
+                )
+        for prompt in prompts:
+            tally.prompt(len(prompt.token_ids))
+        return Generation(
+            prompts,
+            completions,
+            tally,
+            num_choices=body.n,
+            max_running=self.limits.max_samples,
+            scores_prompt=scores_prompt,
         )
 
-    def _fit(self, prompt: list[int], max_tokens: int | None, param: str) -> int:
+    async def _prompt(self, given: str | TokenIds, param: str, *, with_text: bool, add_special_tokens: bool) -> Prompt:
+        if isinstance(given, str):
+            token_ids = await self._tokenizer(param).encode(given, add_special_tokens=add_special_tokens)
+            return Prompt(text=given, token_ids=tuple(token_ids))
+        check_ids(given, self.model, param)
+        text = self.tokenizer.decode(given) if with_text and self.tokenizer is not None else ""
+        return Prompt(text=text, token_ids=tuple(given))
+
+    def _fit(self, prompt: Prompt, max_tokens: int | None, param: str) -> int:
         """max_tokens, all that is left where none is asked for."""
         longest, limit = self.model.max_model_len, self.limits.max_prompt_tokens
-        if not prompt:
+        num_tokens = len(prompt.token_ids)
+        if not num_tokens:
             raise InvalidRequest(f"{param}: it has no tokens; send some text", param)
-        if limit is not None and len(prompt) > limit:
-            raise RequestTooLong(f"{param}: {len(prompt)} tokens are over the limit of {limit}; shorten it", param)
-        left = longest - len(prompt)
+        if limit is not None and num_tokens > limit:
+            raise RequestTooLong(f"{param}: {num_tokens} tokens are over the limit of {limit}; shorten it", param)
+        left = longest - num_tokens
         if left < 1:
             raise RequestTooLong(
-                f"{param}: {len(prompt)} tokens leave no room for an answer in the model's context of {longest}; "
+                f"{param}: {num_tokens} tokens leave no room for an answer in the model's context of {longest}; "
                 "shorten it",
                 param,
             )
         if max_tokens is not None and max_tokens > left:
             raise RequestTooLong(
-                f"{len(prompt)} prompt tokens and max_tokens = {max_tokens} are over the model's context of {longest}; "
+                f"{num_tokens} prompt tokens and max_tokens = {max_tokens} are over the model's context of {longest}; "
                 f"ask for at most {left}",
                 "max_tokens",
             )
-        return max_tokens or left
+        return left if max_tokens is None else max_tokens
 
-    def _check_model(self, name: str) -> None:
-        if name != self.model.name:
-            raise UnknownModel(f"the model {name!r} does not exist; use {self.model.name!r}", "model")
+    def _deadline_s(self, timeout_s: float | None) -> float:
+        longest_s = self.http.request_timeout_s
+        if timeout_s is not None and timeout_s > longest_s:
+            raise InvalidRequest(f"timeout_s: {timeout_s:g} is over the limit of {longest_s:g} s", "timeout_s")
+        return timeout_s or longest_s
+
+    def _detokenizer(self) -> Detokenizer | None:
+        return None if self.tokenizer is None else Detokenizer(self.tokenizer.backend)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model.name:
+            shown = name if len(name) <= 80 else name[:80] + "…"
+            raise UnknownModel(f"the model {shown!r} does not exist; use {self.model.name!r}", "model")
 
     def _tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -2,75 +2,47 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import RequestError
-from cluster.metrics import Metrics, Outcome
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason
-from deploy.openai_schema import Finish, PromptDetails, RouteReport, Usage, WorkerRoute
+from cluster.request import FinishReason, TokenLogprobs
+from deploy.openai_answers import Finish, RouteReport, WorkerRoute
 from deploy.stream import Detokenizer, StopFinder
+from deploy.tally import Pace, Tally
 from router.flight import RouterRequest, TokenDelta
 from router.plan import Plan
 from router.router import Router
 
 
-class Tally:
-    """One request in the ingress's metrics, from its arrival to its end, counted once."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self.arrived_at = time.monotonic()
-        self.first_at: float | None = None
-        self.last_at = self.arrived_at
-        self.num_tokens = 0
-        self._open = True
-        metrics.open_requests.inc()
-
-    def tokens(self, num_tokens: int) -> None:
-        """They just arrived, together; the time since the last ones is spread over them."""
-        now = time.monotonic()
-        if num_tokens and self.first_at is None:
-            self.first_at = now
-            self._metrics.ttft.observe(now - self.arrived_at)
-        elif num_tokens:
-            for _ in range(num_tokens):
-                self._metrics.inter_token.observe((now - self.last_at) / num_tokens)
-        self.last_at = now
-        self.num_tokens += num_tokens
-        self._metrics.generated_tokens.inc(num_tokens)
-
-    def end(self, outcome: Outcome) -> None:
-        """The first call counts."""
-        if not self._open:
-            return
-        self._open = False
-        self._metrics.open_requests.dec()
-        self._metrics.requests.labels(outcome).inc()
-        if outcome is Outcome.OK:
-            self._metrics.end_to_end.observe(time.monotonic() - self.arrived_at)
-
-    @property
-    def ttft_ms(self) -> float:
-        return 1000 * ((self.first_at or self.last_at) - self.arrived_at)
-
-    @property
-    def itl_ms(self) -> float | None:
-        if self.first_at is None or self.num_tokens < 2:
-            return None
-        return 1000 * (self.last_at - self.first_at) / (self.num_tokens - 1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """`finish` comes with the last one."""
+    """`finish` comes with the last one. `logprobs` and `offsets` are told where logprobs are asked for."""
 
+    index: int = 0
+    """Of the choice."""
     text: str
     token_ids: tuple[int, ...]
     finish: Finish | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    offsets: tuple[int, ...] = ()
+    """Where each token's text begins in the whole text, in characters."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of prompt tokens 1 …; with the first piece."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What ends a text, and what is shown of it."""
+
+    stops: tuple[str, ...] = ()
+    show_stop: bool = False
+    """The stop string that was found is part of the text."""
+    eos_token_ids: frozenset[int] = frozenset()
+    wants_tokens: bool = True
+    """False: only the prompt is looked at; the one token that a worker must emit is dropped."""
 
 
 class Completion:
@@ -83,50 +55,58 @@ class Completion:
         tally: Tally,
         *,
         detokenizer: Detokenizer | None,
-        stops: tuple[str, ...] = (),
-        eos_token_ids: frozenset[int] = frozenset(),
+        ending: Ending,
     ) -> None:
         self._router = router
         self.request = request
         self.tally = tally
+        self._pace = Pace()
         self._detokenizer = detokenizer
-        self._finder = StopFinder(stops)
-        self._silent = eos_token_ids.union(request.sampling.stop_token_ids)  # no text, where they end the request
+        self._ending = ending
+        self._finder = StopFinder(ending.stops)
+        self._silent = ending.eos_token_ids.union(request.sampling.stop_token_ids)  # no text, where they end it
+        self._with_logprobs = request.sampling.num_logprobs is not None
         self._num_tokens = 0
         self._last: TokenDelta | None = None
         self._route: pb.Route | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """At least one. Closing it early cancels the request. Raises the RequestError family."""
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         async with aclosing(self._router.generate(self.request)) as deltas:
             async for delta in deltas:
                 self._last, self._route = delta, delta.route
-                self.tally.tokens(len(delta.token_ids))
+                prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
+                if not self._ending.wants_tokens:
+                    yield Piece(text="", token_ids=(), finish="length", prompt_logprobs=prompt_logprobs)
+                    return
+                self.tally.tokens(len(delta.token_ids), self._pace)
                 piece = self._piece(delta)
                 if piece.text or piece.token_ids or piece.finish:
-                    yield piece
+                    yield replace(piece, prompt_logprobs=prompt_logprobs) if prompt_logprobs else piece
+                    prompt_logprobs = ()
                 if piece.finish is not None:
                     return
         raise RequestError(f"request {self.request.request_id} ended without a finish reason; report its id")
 
-    def usage(self, *, with_route: bool) -> Usage:
-        num_prompt = len(self.request.prompt_token_ids)
-        route = self._route
-        cached = 0 if route is None else _hit_tokens(route)
-        return Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=self._num_tokens,
-            total_tokens=num_prompt + self._num_tokens,
-            prompt_tokens_details=PromptDetails(cached_tokens=cached),
-            sluice=self._report() if with_route and self._last else None,
-        )
+    @property
+    def num_tokens(self) -> int:
+        """Emitted, up to the one that completed a stop string."""
+        return self._num_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found in caches."""
+        return 0 if self._route is None else _hit_tokens(self._route)
 
     def _piece(self, delta: TokenDelta) -> Piece:
         """The text of new tokens up to where a stop string begins, and the tokens up to the one that completed it."""
         text = ""
+        offsets: list[int] = []
         for count, token_id in enumerate(delta.token_ids, 1):
             self._num_tokens += 1
             ends = delta.finish is FinishReason.STOP and count == len(delta.token_ids)
+            offsets.append(0 if self._detokenizer is None else self._detokenizer.num_chars)
             if self._detokenizer is None or (ends and token_id in self._silent):
                 continue
             new = self._detokenizer.push(token_id)
@@ -136,14 +116,33 @@ class Completion:
             shown, stop = self._finder.push(new)
             text += shown
             if stop is not None:
-                return Piece(text=text, token_ids=delta.token_ids[:count], finish="stop")
+                return self._with(delta, offsets, text + self._shown(stop), "stop")
+        stop = None
         if delta.finish is not None and self._detokenizer is not None:
             shown, stop = self._finder.push(self._detokenizer.flush())
-            text += shown + self._finder.flush()
+            text += shown + (self._finder.flush() if stop is None else self._shown(stop))
         finish: Finish | None = None
         if delta.finish is not None:
-            finish = "stop" if delta.finish is FinishReason.STOP else "length"
-        return Piece(text=text, token_ids=delta.token_ids, finish=finish)
+            finish = "stop" if stop is not None or delta.finish is FinishReason.STOP else "length"
+        return self._with(delta, offsets, text, finish)
+
+    def _shown(self, stop: str) -> str:
+        return stop if self._ending.show_stop else ""
+
+    def _with(self, delta: TokenDelta, offsets: list[int], text: str, finish: Finish | None) -> Piece:
+        """As many tokens, logprobs and offsets as `offsets` has."""
+        token_ids = delta.token_ids[: len(offsets)]
+        if not self._with_logprobs:
+            return Piece(text=text, token_ids=token_ids, finish=finish)
+        logprobs = delta.logprobs[: len(offsets)]
+        if len(logprobs) != len(token_ids):
+            told = f"{len(delta.logprobs)} logprobs with {len(delta.token_ids)} tokens"
+            raise RequestError(f"request {self.request.request_id} was answered with {told}; report its id")
+        return Piece(text=text, token_ids=token_ids, finish=finish, logprobs=logprobs, offsets=tuple(offsets))
+
+    def report(self) -> RouteReport | None:
+        """None while nothing came."""
+        return None if self._last is None else self._report()
 
     def _report(self) -> RouteReport:
         """Without the worker's own report (a stop string ended the request here) it says what was planned."""
@@ -174,8 +173,8 @@ class Completion:
             spare_used=bool(route.spare_used),
             queue_s=route.queue_s,
             prefill_s=route.prefill_s,
-            ttft_ms=self.tally.ttft_ms,
-            itl_ms=self.tally.itl_ms,
+            ttft_ms=self.tally.ttft_ms(self._pace),
+            itl_ms=self._pace.itl_ms,
         )
 
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.openai_errors import body, response
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})  # for probes and scrapers, which hold no key
 
 

@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's completions and chat, health, metrics."""
+"""The HTTP routes: OpenAI's completions, chat and embeddings, tokens, health, metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,43 +16,64 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import RequestError
 from cluster.metrics import CONTENT_TYPE, Outcome
+from deploy.answer_writers import AnswerWriter, ChatWriter, CompletionWriter
 from deploy.api_service import ApiService
-from deploy.completion import Completion, Piece, Tally
+from deploy.completion import Piece
+from deploy.embedding import Embeddings, as_base64
 from deploy.gate import Gate
-from deploy.openai_errors import UnknownModel, body, body_of, of_validation, outcome_of, response, response_of
-from deploy.openai_schema import (
-    Answer,
-    AssistantMessage,
-    ChatChoice,
-    ChatRequest,
-    ChunkChoice,
-    CompletionChoice,
-    CompletionRequest,
-    Delta,
+from deploy.generation import Generation
+from deploy.json_body import JsonRoute
+from deploy.openai_answers import (
+    ChatAnswer,
+    CompletionAnswer,
+    Embedding,
+    EmbeddingAnswer,
+    EmbeddingUsage,
     ErrorBody,
     ModelCard,
     ModelList,
+    Text,
+    Tokens,
 )
+from deploy.openai_errors import UnknownModel, body, body_of, of_validation, outcome_of, response, response_of
+from deploy.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from deploy.stream import DONE_EVENT, EventStream, event, unless_gone
+from deploy.tally import Tally
 
 __all__ = ["ApiService", "create_app"]
-
-Kind = Literal["text_completion", "chat.completion"]
 
 
 def create_app(service: ApiService) -> FastAPI:
     """The app of one ingress replica. Its router must be started on the loop that serves the app."""
     app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses={"4XX": {"model": ErrorBody}})
+    app.router.route_class = JsonRoute
     app.add_middleware(Gate, api_keys=service.api_keys, max_body_bytes=service.limits.max_body_bytes)
     _add_errors(app, service)
 
-    @app.post("/v1/completions", response_model=Answer)
-    async def completions(request: Request, ask: Annotated[CompletionRequest, Body()]) -> Response:
-        return await _answer(service, request, ask, service.complete(ask, _tally(service, request)), "text_completion")
+    @app.post("/v1/completions", response_model=CompletionAnswer)
+    async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
+        generation = await service.complete(body, _tally(service, request))
+        writer = CompletionWriter(generation, body, service.model, service.tokenizer)
+        return await _answer(service, request, writer, stream=body.stream)
 
-    @app.post("/v1/chat/completions", response_model=Answer)
-    async def chat(request: Request, ask: Annotated[ChatRequest, Body()]) -> Response:
-        return await _answer(service, request, ask, service.chat(ask, _tally(service, request)), "chat.completion")
+    @app.post("/v1/chat/completions", response_model=ChatAnswer)
+    async def chat(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
+        generation = await service.chat(body, _tally(service, request))
+        writer = ChatWriter(generation, body, service.model, service.tokenizer)
+        return await _answer(service, request, writer, stream=body.stream)
+
+    @app.post("/v1/embeddings", response_model=EmbeddingAnswer)
+    async def embeddings(request: Request, body: Annotated[EmbeddingRequest, Body()]) -> Response:
+        tally = _tally(service, request)
+        return await _embed(service, request, body, await service.embed(body, tally), tally)
+
+    @app.post("/tokenize")
+    async def tokenize(body: Annotated[TokenizeRequest, Body()]) -> Tokens:
+        return await service.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: Annotated[DetokenizeRequest, Body()]) -> Text:
+        return service.detokenize(body)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -92,66 +113,63 @@ def _card(service: ApiService) -> ModelCard:
 # ---------------------------------------------------------------- answers
 
 
-async def _answer(
-    service: ApiService,
-    request: Request,
-    ask: CompletionRequest | ChatRequest,
-    preparing: Awaitable[Completion],
-    kind: Kind,
-) -> Response:
+async def _answer(service: ApiService, request: Request, writer: AnswerWriter, *, stream: bool) -> Response:
     """Errors before the first token have a status of their own, so a stream begins with its first token."""
-    completion = await preparing
-    writer = _Writer(completion, ask, kind, has_text=service.tokenizer is not None)
-    pieces = completion.pieces()
-    if not ask.stream:
-        async with aclosing(pieces):
-            whole = await unless_gone(_collect(pieces), request.receive)
-        answer = writer.whole(whole)
-        _log_end(service, completion, whole.finish)
-        completion.tally.end(Outcome.OK)
-        return Response(_json(answer), media_type="application/json")
+    generation = writer.generation
+    if not stream:
+        wholes = await unless_gone(generation.collect(), request.receive)
+        answer = writer.whole(wholes)
+        _log_end(service, generation, wholes[0].finish)
+        generation.tally.end(Outcome.OK)
+        return Response(answer, media_type="application/json")
+    pieces = generation.pieces()
     try:
         first = await unless_gone(anext(pieces), request.receive)  # type: ignore[arg-type]
     except BaseException:
         await pieces.aclose()
         raise
-    return _CountedStream(_events(service, writer, first, pieces), pieces, completion.tally)
-
-
-async def _collect(pieces: AsyncGenerator[Piece]) -> Piece:
-    text: list[str] = []
-    token_ids: list[int] = []
-    finish = None
-    async for piece in pieces:
-        text.append(piece.text)
-        token_ids += piece.token_ids
-        finish = piece.finish
-    return Piece(text="".join(text), token_ids=tuple(token_ids), finish=finish)
+    return _CountedStream(_events(service, writer, first, pieces), pieces, generation.tally)
 
 
 async def _events(
-    service: ApiService, writer: _Writer, first: Piece, pieces: AsyncGenerator[Piece]
+    service: ApiService, writer: AnswerWriter, first: Piece, pieces: AsyncGenerator[Piece]
 ) -> AsyncGenerator[bytes]:
-    completion = writer.completion
+    generation = writer.generation
     async with aclosing(pieces):
         try:
-            if writer.is_chat:
-                yield event(_json(writer.role()))
-            yield event(_json(writer.chunk(first)))
+            for chunk in writer.chunks(first):
+                yield event(chunk)
             finish = first.finish
             async for piece in pieces:
-                yield event(_json(writer.chunk(piece)))
+                for chunk in writer.chunks(piece):
+                    yield event(chunk)
                 finish = piece.finish
         except RequestError as error:  # the status has been sent: the stream says it
-            completion.tally.end(outcome_of(error))
-            _log_error(service, completion.request.request_id, error)
+            generation.tally.end(outcome_of(error))
+            _log_error(service, generation.request_id, error)
             yield event(body_of(error).model_dump_json())
         else:
-            if writer.wants_usage:
-                yield event(_json(writer.last()))
-            _log_end(service, completion, finish)
-            completion.tally.end(Outcome.OK)
+            last = writer.last()
+            if last is not None:
+                yield event(last)
+            _log_end(service, generation, finish)
+            generation.tally.end(Outcome.OK)
         yield DONE_EVENT
+
+
+async def _embed(
+    service: ApiService, request: Request, body: EmbeddingRequest, embeddings: Embeddings, tally: Tally
+) -> Response:
+    vectors = await unless_gone(embeddings.vectors(), request.receive)
+    shown = [as_base64(vector) if body.encoding_format == "base64" else vector.tolist() for vector in vectors]
+    num_tokens = embeddings.num_prompt_tokens
+    answer = EmbeddingAnswer(
+        data=[Embedding(index=index, embedding=vector) for index, vector in enumerate(shown)],
+        model=body.model,
+        usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+    )
+    tally.end(Outcome.OK)
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 class _CountedStream(EventStream):
@@ -168,69 +186,6 @@ class _CountedStream(EventStream):
         finally:
             await self._pieces.aclose()  # closing events that never began does not reach it
             self._tally.end(Outcome.CANCELLED)
-
-
-class _Writer:
-    """Pieces as answers or chunks of either endpoint."""
-
-    def __init__(
-        self, completion: Completion, ask: CompletionRequest | ChatRequest, kind: Kind, *, has_text: bool
-    ) -> None:
-        self.completion = completion
-        self.is_chat = kind == "chat.completion"
-        self.wants_usage = bool(ask.stream_options and ask.stream_options.include_usage) or ask.return_route
-        self._kind: Kind = kind
-        self._ids = ask.return_token_ids or not has_text  # without a tokenizer they are all there is
-        self._route = ask.return_route
-        self._model = ask.model
-        self._created = int(time.time())
-
-    def whole(self, piece: Piece) -> Answer:
-        token_ids = self._token_ids(piece)
-        usage = self.completion.usage(with_route=self._route)
-        if self.is_chat:
-            message = AssistantMessage(content=piece.text)
-            choice = ChatChoice(message=message, finish_reason=piece.finish, token_ids=token_ids)
-            return self._frame([choice]).model_copy(update={"usage": usage})
-        choice = CompletionChoice(text=piece.text, finish_reason=piece.finish, token_ids=token_ids)
-        return self._frame([choice]).model_copy(update={"usage": usage})
-
-    def role(self) -> Answer:
-        return self._frame([ChunkChoice(delta=Delta(role="assistant", content=""), finish_reason=None)])
-
-    def chunk(self, piece: Piece) -> Answer:
-        token_ids = self._token_ids(piece)
-        if self.is_chat:
-            delta = Delta(content=piece.text)
-            return self._frame([ChunkChoice(delta=delta, finish_reason=piece.finish, token_ids=token_ids)])
-        return self._frame([CompletionChoice(text=piece.text, finish_reason=piece.finish, token_ids=token_ids)])
-
-    def last(self) -> Answer:
-        """After the text: no choices, the usage."""
-        return self._frame([]).model_copy(update={"usage": self.completion.usage(with_route=self._route)})
-
-    def _frame(self, choices: list[CompletionChoice] | list[ChatChoice] | list[ChunkChoice]) -> Answer:
-        streamed = any(isinstance(choice, ChunkChoice) for choice in choices) or (self.is_chat and not choices)
-        prefix = "chatcmpl-" if self.is_chat else "cmpl-"
-        return Answer(
-            id=prefix + self.completion.request.request_id,
-            object="chat.completion.chunk" if streamed else self._kind,
-            created=self._created,
-            model=self._model,
-            choices=choices,
-        )
-
-    def _token_ids(self, piece: Piece) -> list[int] | None:
-        return list(piece.token_ids) if self._ids else None
-
-
-def _json(answer: Answer) -> str:
-    """Absent stays absent, but finish_reason and logprobs are null where OpenAI writes null."""
-    tree = answer.model_dump(exclude_none=True)
-    for choice in tree["choices"]:
-        choice.setdefault("finish_reason", None)
-        choice.setdefault("logprobs", None)
-    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
 # ---------------------------------------------------------------- errors
@@ -253,8 +208,13 @@ def _add_errors(app: FastAPI, service: ApiService) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}; see /v1/models for what is served"
-        return response(error.status_code, body(error.status_code, message, code="unknown_url"), error.headers)
+        remedy = "ask /v1/completions, /v1/chat/completions, /v1/embeddings or /v1/models"
+        allowed = (error.headers or {}).get("Allow")
+        if allowed is not None:
+            remedy = f"use {allowed}"
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}; {remedy}"
+        code = "unknown_url" if error.status_code == 404 else None
+        return response(error.status_code, body(error.status_code, message, code=code), error.headers)
 
     async def on_bug(request: Request, error: Exception) -> Response:
         """Ours. The client gets the id, the log the rest."""
@@ -276,15 +236,15 @@ def _add_errors(app: FastAPI, service: ApiService) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def _log_end(service: ApiService, completion: Completion, finish: str | None) -> None:
-    tally = completion.tally
+def _log_end(service: ApiService, generation: Generation, finish: str | None) -> None:
+    tally = generation.tally
     service.log.info(
         "request ended",
-        request=completion.request.request_id,
+        request=generation.request_id,
         finish=finish,
-        num_prompt_tokens=len(completion.request.prompt_token_ids),
+        num_prompt_tokens=generation.num_prompt_tokens,
         num_tokens=tally.num_tokens,
-        ttft_s=tally.ttft_ms / 1000,
+        ttft_s=tally.ttft_ms() / 1000,
         elapsed_s=time.monotonic() - tally.arrived_at,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ class ServedModel:
     vocab_size: int
     created: int  # seconds since 1970: when the checkpoint was written
     eos_token_ids: frozenset[int] = frozenset()
+    hidden_size: int | None = None  # of an embedding
+    fingerprint: str = "fp_none"  # changes with what the checkpoint holds
 
     @classmethod
     def read(cls, config: SluiceConfig) -> ServedModel:
@@ -41,8 +44,20 @@ class ServedModel:
             max_model_len=min(longest, config.model.max_model_len or longest),
             vocab_size=vocab_size,
             created=int(path.stat().st_mtime),
+            hidden_size=text.get("hidden_size", text.get("d_model")),
+            fingerprint=_fingerprint(path.parent),
             eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         )
+
+
+def _fingerprint(directory: Path) -> str:
+    """Of the settings' bytes, and of the names and sizes of the weights, which are too many to read."""
+    digest = blake2b(digest_size=5)
+    for file in sorted(directory.glob("*.json")):
+        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return f"fp_{digest.hexdigest()}"
 
 
 def _read(path: Path) -> Mapping[str, Any]:

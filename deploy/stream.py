@@ -28,7 +28,7 @@ class Detokenizer:
         self._skip = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
-        self._num_chars = 0  # handed out
+        self.num_chars = 0  # handed out
         self._pending = False
 
     def push(self, token_id: int) -> str:
@@ -36,7 +36,7 @@ class Detokenizer:
         self._ids.append(token_id)
         text = self._stream.step(self._backend, token_id)
         self._pending = text is None
-        self._num_chars += len(text or "")
+        self.num_chars += len(text or "")
         return text or ""
 
     def flush(self) -> str:
@@ -45,8 +45,8 @@ class Detokenizer:
             return ""
         self._pending = False
         whole = self._backend.decode(self._ids, skip_special_tokens=self._skip)
-        tail = whole[self._num_chars :]
-        self._num_chars += len(tail)
+        tail = whole[self.num_chars :]
+        self.num_chars += len(tail)
         return tail if tail.strip(_REPLACEMENT) == "" else ""
 
 

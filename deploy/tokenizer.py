@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
-from cluster.errors import CheckpointError, InvalidRequest
+from cluster.errors import CheckpointError
+from deploy.chat_template import ChatPrompt, render
+from deploy.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,6 +34,7 @@ class Tokenizer:
         self.backend: tokenizers.Tokenizer = fast.backend_tokenizer
         self.backend.no_truncation()  # a prompt is never cut silently
         self.backend.no_padding()
+        self.texts = TokenTexts(self.backend)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sluice-tokenize")
 
     @classmethod
@@ -52,13 +55,22 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._fast.chat_template)
 
-    async def encode(self, text: str) -> list[int]:
-        """With the special tokens that the model puts around a text."""
-        return await self._run(self._encode, text, True)
+    @property
+    def chat_template(self) -> str:
+        """The text of it, "" without one: how the model writes tool calls follows from it."""
+        template = self._fast.chat_template
+        return template if isinstance(template, str) else ""
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With the special tokens that the model puts around a text, unless they are not wanted."""
+        return await self._run(self._encode, text, add_special_tokens)
+
+    async def encode_chat(self, prompt: ChatPrompt) -> list[int]:
         """The chat template applied, up to where the assistant's answer begins. Raises InvalidRequest."""
-        return await self._run(self._encode_chat, messages)
+        return await self._run(self._encode_chat, prompt)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -69,17 +81,8 @@ class Tokenizer:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
-            raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
-        try:
-            text = self._fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from None
-        assert isinstance(text, str)
-        return self._encode(text, False)  # the template writes the special tokens itself
+    def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
+        return self._encode(render(self._fast, prompt), False)  # the template writes the special tokens itself
 
 
 def _loader(path: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:

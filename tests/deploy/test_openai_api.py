@@ -8,6 +8,7 @@ import pytest
 
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
+from cluster.request import SamplingParams
 from deploy.tokenizer import Tokenizer
 from tests.support.api import PROMPT, FrontDoor, complete, error, events, front_door, post, text_of
 from tests.support.routing import eventually
@@ -57,7 +58,7 @@ def test_a_chat_in_one_piece(door: FrontDoor, worker: ScriptedWorker, tokenizer:
     answer = post(door, "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}]).json()
     assert answer["object"] == "chat.completion"
     (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": text_of(worker, tokenizer, 3)}
+    assert choice["message"] == {"role": "assistant", "content": text_of(worker, tokenizer, 3), "refusal": None}
     assert choice["finish_reason"] == "stop" and "token_ids" not in choice
     sent = worker.submits[-1]
     assert sent.sampling.max_tokens == 512 - len(sent.prompt_token_ids)
@@ -77,19 +78,28 @@ def test_token_ids_in_and_out(door: FrontDoor, worker: ScriptedWorker) -> None:
     assert all("usage" not in chunk for chunk in streamed)
 
 
-def test_what_is_asked_for_reaches_the_worker(door: FrontDoor, worker: ScriptedWorker) -> None:
+def test_what_is_asked_for_reaches_the_worker(door: FrontDoor, worker: ScriptedWorker, tokenizer: Tokenizer) -> None:
     options = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "seed": -1, "min_tokens": 2, "stop_token_ids": [3]}
+    options |= {"presence_penalty": -2, "frequency_penalty": 1.5, "repetition_penalty": 1.25, "min_p": 0.25}
+    options |= {"logit_bias": {"399": -100, "7": 2.5}, "bad_words": ["fox", [9, 8]]}
     assert complete(door, **options, ignore_eos=True, priority=-4, timeout_s=5).status_code == 200
     sent = worker.submits[-1]
-    assert sent.sampling == pb.SamplingParams(
+    words = [tuple(tokenizer.backend.encode(word).ids) for word in ("fox", " fox")]
+    assert SamplingParams.of(sent.sampling) == SamplingParams(
         max_tokens=8,
         min_tokens=2,
         temperature=0.5,
         top_p=0.75,
         top_k=7,
+        min_p=0.25,
         seed=2**64 - 1,
-        stop_token_ids=[3],
+        stop_token_ids=(3,),
         ignore_eos=True,
+        presence_penalty=-2,
+        frequency_penalty=1.5,
+        repetition_penalty=1.25,
+        logit_bias=((7, 2.5), (399, -100)),
+        bad_words=(*words, (9, 8)),
     )
     assert sent.priority == -4 and 0 < sent.deadline_ms <= 5000
     complete(door)

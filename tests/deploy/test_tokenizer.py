@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import CheckpointError, InvalidRequest
+from deploy.chat_template import ChatPrompt
+from deploy.openai_chat import ChatMessage
 from deploy.tokenizer import Tokenizer
 from tests.support.tokenizer_files import write_tokenizer
 
@@ -21,6 +23,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return loaded
 
 
+def chat(*messages: tuple[str, str]) -> ChatPrompt:
+    ids = {"tool": {"tool_call_id": "call-1"}}
+    return ChatPrompt(
+        messages=[
+            ChatMessage.model_validate({"role": role, "content": content, **ids.get(role, {})})
+            for role, content in messages
+        ]
+    )
+
+
 def test_text_there_and_back(tokenizer: Tokenizer) -> None:
     text = "the quick brown fox: 東京 🦊\n\ttabs"
     ids = asyncio.run(tokenizer.encode(text))
@@ -28,8 +40,7 @@ def test_text_there_and_back(tokenizer: Tokenizer) -> None:
 
 
 def test_a_chat_becomes_the_templates_text(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    ids = asyncio.run(tokenizer.encode_chat(messages))
+    ids = asyncio.run(tokenizer.encode_chat(chat(("system", "be brief"), ("user", "hi"))))
     shown = tokenizer.backend.decode(ids, skip_special_tokens=False)
     assert shown == "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
     end = tokenizer.backend.token_to_id("<|end|>")
@@ -38,7 +49,7 @@ def test_a_chat_becomes_the_templates_text(tokenizer: Tokenizer) -> None:
 
 def test_what_the_template_refuses_is_the_clients_mistake(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="chat template refuses these messages: role tool") as refused:
-        asyncio.run(tokenizer.encode_chat([{"role": "tool", "content": "42"}]))
+        asyncio.run(tokenizer.encode_chat(chat(("tool", "42"))))
     assert refused.value.param == "messages"
 
 
@@ -47,7 +58,7 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
     loaded = Tokenizer.load(tmp_path)
     assert loaded is not None and not loaded.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template; use /v1/completions"):
-        asyncio.run(loaded.encode_chat([{"role": "user", "content": "hi"}]))
+        asyncio.run(loaded.encode_chat(chat(("user", "hi"))))
 
 
 def test_a_directory_without_tokenizer_files_is_fine(tmp_path: Path) -> None:
