@@ -23,7 +23,6 @@ import select
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -77,7 +76,7 @@ class Watched:
 
     def __init__(self, cluster: PlainCluster) -> None:
         self.cluster = cluster
-        self.ended_s: list[float] = []  # from each SIGKILL until the process was gone
+        self._ends: list[Awaitable[float]] = []
         self._at_ingress: dict[str, asyncio.Future[float]] = {}
         heard = cluster.router.on_broken
         loop = asyncio.get_running_loop()
@@ -106,13 +105,12 @@ class Watched:
         handle = os.pidfd_open(pid)
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        threading.Thread(target=self._see_end, args=(handle, killed_at), daemon=True).start()
+        self._ends.append(asyncio.ensure_future(asyncio.to_thread(_see_end, handle, killed_at)))
         return killed_at
 
-    def _see_end(self, handle: int, killed_at: float) -> None:
-        select.select([handle], [], [], NOTICED_S)
-        self.ended_s.append(time.monotonic() - killed_at)
-        os.close(handle)
+    async def ended_s(self) -> list[float]:
+        """Of every process killed: from the signal until it was gone."""
+        return await asyncio.gather(*self._ends)
 
     async def at_ingress(self, incarnation: str) -> float:
         async with asyncio.timeout(NOTICED_S):
@@ -133,6 +131,12 @@ class Watched:
     def forget(self, incarnation: str) -> None:
         """It is back, and may go again."""
         self._at_ingress.pop(incarnation, None)
+
+
+def _see_end(handle: int, killed_at: float) -> float:
+    select.select([handle], [], [], NOTICED_S)
+    os.close(handle)
+    return time.monotonic() - killed_at
 
 
 def _told(pipe: Connection, incarnation: str) -> float:
@@ -242,8 +246,8 @@ async def measure_scenes(
                     for number in range(count):
                         noticed[what] += await scene(watched, number)
                     progress(f"failures: {what}, {LOADS[loaded]}: done")
-            if watched.ended_s:
-                noticed["process ended"] = watched.ended_s
+            if ended_s := await watched.ended_s():
+                noticed["process ended"] = ended_s
     return noticed
 
 
