@@ -27,6 +27,14 @@ Work = Callable[[ApiService], Awaitable[None]]
 Progress = Callable[[str], None]
 
 _LOOK_S = 0.02
+_KV_BYTES = 512 << 20  # per worker: more takes seconds to allocate
+
+
+def for_one_job(config: SluiceConfig) -> SluiceConfig:
+    """With KV pools that are there at once, where the config does not size them."""
+    if {"num_blocks", "memory_bytes", "memory_fraction"} & config.kv.model_fields_set:
+        return config
+    return config.model_copy(update={"kv": config.kv.model_copy(update={"memory_bytes": _KV_BYTES})})
 
 
 async def run(config: SluiceConfig, directory: Path, work: Work, progress: Progress, *, with_tokenizer: bool) -> None:

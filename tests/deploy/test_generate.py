@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,27 @@ def line(prompt: Sequence[int], **options: object) -> dict[str, object]:
 class Job:
     """One run of the command on files in `folder`."""
 
-    def __init__(self, folder: Path, lines: Sequence[object], *words: str, model: Path | None = None) -> None:
-        self._output = folder / "out.jsonl"
+    def __init__(
+        self, folder: Path, lines: Sequence[object], *words: str, model: Path | None = None, output: str = "out.jsonl"
+    ) -> None:
+        self.output = folder / output
         source = folder / "in.jsonl"
         source.write_text("".join(f"{text if isinstance(text, str) else json.dumps(text)}\n" for text in lines))
         settings = [word for override in SMALL for word in ("--set", override)]
-        files = ["--model", str(model or checkpoint("llama")), "--input", str(source), "--output", str(self._output)]
+        files = ["--model", str(model or checkpoint("llama")), "--input", str(source), "--output", str(self.output)]
         self.command = Command("generate", *files, *settings, *words)
 
     def worker(self, pool: str) -> Any:
         return self.command.descendant(lambda words: "workers.standalone" in words and pool in words)
 
     def until_first_answer(self) -> None:
-        assert self.command.until(lambda: self._output.exists() and self._output.stat().st_size > 0)
+        assert self.command.until(lambda: self.output.exists() and b"\n" in self.output.read_bytes())
 
     def answers(self, status: int = 0) -> list[dict[str, Any]]:
         """What is in the output, after checking that nothing else is left."""
         assert self.command.wait() == status, self.command.errors
         assert self.command.left() == []
-        return [json.loads(text) for text in self._output.read_text().splitlines()]
+        return [json.loads(text) for text in self.output.read_text().splitlines()]
 
 
 @pytest.mark.cluster
@@ -77,22 +80,72 @@ def test_prompts_are_computed_by_one_process_and_answered_by_another(tmp_path: P
     assert "6 answers, 2 lines with errors; 72 tokens" in job.command.errors
 
 
-@pytest.mark.cluster
-def test_one_worker_alone_gives_the_same_answers_and_text(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The tiny one, with a tokenizer."""
+    folder = tmp_path / "model"
+    folder.mkdir()
     for file in checkpoint("llama").iterdir():
-        (model / file.name).symlink_to(file)
-    write_tokenizer(model)
+        (folder / file.name).symlink_to(file)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_job_goes_on_to_the_file_of_an_unhindered_one(tmp_path: Path, model: Path) -> None:
     prompts = ragged_prompts(2)
-    lines = [*(line(prompt) for prompt in prompts), {"prompt": "the quick fox", "max_tokens": 3, "seed": 1}, "no JSON"]
-    first, second, third, fourth = Job(tmp_path, lines, "--explain", model=model).answers()
+    drawn = [{"prompt_token_ids": prompt, "max_tokens": 300, "ignore_eos": True} for prompt in (*prompts, *prompts)]
+    lines = [
+        *(line(prompt) for prompt in prompts),
+        "no JSON",
+        "",
+        {"prompt": "the quick fox", "max_tokens": 6, "n": 2, "temperature": 2},
+        {"messages": [{"role": "user", "content": "the lazy dog"}], "max_tokens": 5, "temperature": 0},
+        *drawn,
+    ]
+    whole = Job(tmp_path, lines, "--explain", model=model, output="whole.jsonl")
+    first, second, bad, blank, several, chat, *long = answers = whole.answers()
     for prompt, answer in zip(prompts, (first, second), strict=True):
         assert answer["token_ids"] == greedy("llama", tuple(prompt), NUM_TOKENS)
         assert answer["route"]["plan"] == "aggregated" and answer["route"]["prefill"] is None
-        assert answer["route"]["blocks"] == 0
-    assert third["usage"]["prompt_tokens"] > 1 and isinstance(third["text"], str)
-    assert fourth.keys() == {"error"}
+        assert answer["route"]["blocks"] == 0 and isinstance(answer["text"], str)
+    assert bad.keys() == blank.keys() == {"error"}
+    assert several["usage"]["completion_tokens"] == 12 and len(several["routes"]) == 2
+    assert several["choices"][0]["token_ids"] != several["choices"][1]["token_ids"]
+    assert chat["usage"]["prompt_tokens"] > 1 and chat["text"]
+    assert [len(answer["token_ids"]) for answer in long] == [300] * 4
+    assert long[0]["token_ids"] != long[2]["token_ids"], "equal lines draw tokens of their own"
+    assert "answering: 10 of 10 lines, " in whole.command.errors
+
+    killed = Job(tmp_path, lines, model=model)
+    killed.until_first_answer()
+    killed.command.kill()
+    kept = killed.answers(-signal.SIGKILL)
+    assert 1 <= len(kept) < len(lines)
+    with killed.output.open("ab") as file:
+        file.write(b'{"fingerprint":"torn')
+    resumed = Job(tmp_path, lines, "--resume", model=model)
+    unexplained = [{key: value for key, value in answer.items() if "route" not in key} for answer in answers]
+    assert resumed.answers() == unexplained
+    assert f"{len(kept)} of 10 answers are there" in resumed.command.errors
+
+    done = resumed.output.read_bytes()
+    again = Job(tmp_path, lines, "--resume", model=model)
+    assert again.answers() == unexplained and again.output.read_bytes() == done
+    assert "all 10 answers are there" in again.command.errors and not again.command.family
+
+
+@pytest.mark.cluster
+def test_random_weights_from_standard_input_to_standard_output(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
+    words = ["--load-format", "dummy", "--input", "-", "--output", "-", "--set", "kv.num_blocks=20"]
+    command = Command("generate", "--model", str(tmp_path), *words, stdin=json.dumps(line([1, 2, 3])) + "\n")
+    assert command.wait() == 0, command.errors
+    assert command.left() == []
+    (answer,) = [json.loads(text) for text in command.output.splitlines()]
+    assert len(answer["token_ids"]) == NUM_TOKENS and answer["text"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.cluster
@@ -116,7 +169,7 @@ def test_an_interrupted_job_keeps_what_it_has_and_leaves_nothing(tmp_path: Path)
     job.worker("decode")
     job.command.interrupt()
     assert job.answers(generate.INTERRUPTED) == []
-    assert "stopped" in job.command.errors and "Traceback" not in job.command.errors
+    assert "the same command with --resume goes on" in job.command.errors and "Traceback" not in job.command.errors
 
 
 def test_weights_that_are_missing_end_it_with_the_reason(tmp_path: Path) -> None:
@@ -138,8 +191,20 @@ def test_files_that_do_not_do_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     source.write_text("{}\n")
     assert f"--output {source} is the input" in error("--input", str(source), "--output", str(source))
     assert f"--output {absent} cannot be written" in error("--input", str(source), "--output", absent)
-    source.write_bytes(b"\xff\n")
-    assert "is no UTF-8" in error("--input", str(source), "--output", "x")
+    assert "--resume needs a file" in error("--input", str(source), "--output", "-", "--resume")
+    assert not source.with_name("x").exists()
+
+
+def test_a_model_that_is_not_there_is_named_and_no_file_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_text("{}\n")
+    files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(["generate", "--model", str(tmp_path / "none"), *files]) == 1
+    assert f"{tmp_path / 'none' / 'config.json'}: No such file" in capsys.readouterr().err
+    assert main(["generate", *files]) == 1
+    assert "model.path: is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def configured(*words: str, **options: object) -> SluiceConfig:

@@ -20,11 +20,13 @@ MARK = "SLUICE_LOCAL_CLUSTER"  # in the environment of everything in a Ray clust
 class Command:
     """`python -m deploy …` in a process group of its own; its descendants are noted for as long as it runs."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, stdin: str | None = None) -> None:
+        """`stdin`: all that it may read."""
+        self._stdin = stdin
         self._process = subprocess.Popen(
             [sys.executable, "-m", "deploy", *words],
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -41,6 +43,10 @@ class Command:
     def interrupt(self) -> None:
         """Ctrl-C: the whole group gets it."""
         os.killpg(self._process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """It alone, without a chance to clean up."""
+        self._process.kill()
 
     def descendant(self, holds: Callable[[list[str]], bool]) -> psutil.Process:
         """The first one with such a command line, as soon as there is one."""
@@ -63,7 +69,7 @@ class Command:
     def wait(self) -> int:
         """The exit status. `output` and `errors` are set afterwards."""
         try:
-            self.output, self.errors = self._process.communicate(timeout=DEADLINE_S)
+            self.output, self.errors = self._process.communicate(self._stdin, timeout=DEADLINE_S)
         finally:
             self._ended.set()
             if self._process.poll() is None:
