@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -106,6 +108,7 @@ def _build(
 
 
 _llama = partial(_build, LlamaForCausalLM, LlamaConfig, _GQA)
+_qwen2 = partial(_build, Qwen2ForCausalLM, Qwen2Config, _GQA)
 _qwen3 = partial(_build, Qwen3ForCausalLM, Qwen3Config, _GQA)
 _qwen3_moe = partial(_build, Qwen3MoeForCausalLM, Qwen3MoeConfig, _QWEN3_MOE)
 _deepseek_v2 = partial(_build, DeepseekV2ForCausalLM, DeepseekV2Config, _V2)
@@ -118,6 +121,7 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama3-tied": partial(_llama, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, num_key_value_heads=1),
     "llama-linear": partial(_llama, rope_parameters=_LINEAR_ROPE),
     "llama-yarn": partial(_llama, rope_parameters=_BARE_YARN_ROPE),
+    "qwen2": _qwen2,
     "qwen3": partial(_qwen3, head_dim=24, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen3-tied-bias": partial(_qwen3, tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN_ROPE),
     "qwen3-moe": partial(_qwen3_moe, mlp_only_layers=[1]),

@@ -1,4 +1,6 @@
-"""Qwen3 and Qwen3-MoE: a norm over each head's query and key; experts in all or some layers, none shared."""
+"""Qwen2: biases on queries, keys and values. Qwen3 and Qwen3-MoE: a norm over each head's query and key instead;
+experts in all or some layers, none shared.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,21 @@ from workers.moe.routing import RoutingRule
 _WINDOW = ("max_window_layers", "sliding_window")  # mean something with use_sliding_window only
 
 
+class Qwen2ForCausalLM(GqaForCausalLM):
+    @classmethod
+    def read(cls, fields: ConfigFields) -> GqaConfig:
+        _refuse_windows(fields)
+        fields.expect("use_mrope", False, "positions have one axis")
+        config = read_gqa(fields, input_bias=True, output_bias=False)
+        fields.close(_WINDOW)
+        return config
+
+
 class Qwen3ForCausalLM(GqaForCausalLM):
     @classmethod
     def read(cls, fields: ConfigFields) -> GqaConfig:
         bias = fields.flag("attention_bias", False)
-        refuse_windows(fields)
+        _refuse_windows(fields)
         config = read_gqa(fields, input_bias=bias, output_bias=bias, head_norm=True)
         fields.close(_WINDOW)
         return config
@@ -24,7 +36,7 @@ class Qwen3MoeForCausalLM(GqaForCausalLM):
     @classmethod
     def read(cls, fields: ConfigFields) -> GqaConfig:
         bias = fields.flag("attention_bias", False)
-        refuse_windows(fields)
+        _refuse_windows(fields)
         experts = ExpertShape(inner_size=fields.integer("moe_intermediate_size"), routing=_read_routing(fields))
         config = read_gqa(
             fields,
@@ -38,7 +50,7 @@ class Qwen3MoeForCausalLM(GqaForCausalLM):
         return config
 
 
-def refuse_windows(fields: ConfigFields) -> None:
+def _refuse_windows(fields: ConfigFields) -> None:
     """Raises CheckpointError when a layer sees less than its whole context."""
     fields.expect("use_sliding_window", False, "every token sees its whole context")
     kinds = fields.texts("layer_types")

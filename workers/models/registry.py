@@ -14,7 +14,7 @@ from workers.models.deepseek import (
 )
 from workers.models.grouped_query import GqaForCausalLM
 from workers.models.llama import LlamaForCausalLM
-from workers.models.qwen import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from workers.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 ModelClass: TypeAlias = type[GqaForCausalLM] | type[DeepseekForCausalLM]
 
@@ -23,6 +23,7 @@ MODELS: dict[str, ModelClass] = {
     "DeepseekV3ForCausalLM": DeepseekV3ForCausalLM,
     "DeepseekV32ForCausalLM": DeepseekV32ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
     "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
 }

@@ -24,6 +24,7 @@ OTHERS = [
     "llama3-tied",
     "llama-linear",
     "llama-yarn",
+    "qwen2",
     "qwen3",
     "qwen3-tied-bias",
     "qwen3-moe",

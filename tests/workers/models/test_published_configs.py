@@ -52,6 +52,13 @@ LLAMA_3_1: dict[str, object] = {
         "rope_type": "llama3",
     },
 }
+QWEN_2: dict[str, object] = {
+    **_DENSE,
+    "max_window_layers": 28,
+    "sliding_window": 131072,
+    "use_mrope": False,
+    "use_sliding_window": False,
+}
 QWEN_3: dict[str, object] = {
     **_DENSE,
     "attention_bias": False,
@@ -154,6 +161,7 @@ DEEPSEEK_V3: dict[str, object] = {
 }
 PUBLISHED = {
     "LlamaForCausalLM": LLAMA_3_1,
+    "Qwen2ForCausalLM": QWEN_2,
     "Qwen3ForCausalLM": QWEN_3,
     "Qwen3MoeForCausalLM": QWEN_3_MOE,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2_LITE,
@@ -224,6 +232,8 @@ def test_what_is_needed_is_named(architecture: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
+        ("Qwen2ForCausalLM", {"use_mrope": True}, "use_mrope = True; only false"),
+        ("Qwen2ForCausalLM", {"attention_bias": False}, "attention_bias = False; no such setting"),
         ("Qwen3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window = True; only false"),
         ("Qwen3ForCausalLM", {"layer_types": ["sliding_attention"]}, "only full_attention"),
         ("Qwen3ForCausalLM", {"head_dim": None, "hidden_size": 4100}, "hidden_size = 4100; must be a multiple"),
