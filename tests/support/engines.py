@@ -143,14 +143,14 @@ class Driver:
         return [token.logprobs for outcome in self.outcomes for token in outcome.tokens if token.seq is seq]
 
     def prompt_logprobs(self, seq: Sequence) -> dict[int, TokenLogprobs]:
-        """By index of the prompt token; what a later chunk says of the same token must be the same."""
+        """By index of the prompt token; a recompute says the same again, up to rounding."""
         found: dict[int, TokenLogprobs] = {}
         for outcome in self.outcomes:
             for chunk in outcome.chunks:
                 if chunk.seq is seq and chunk.prompt_logprobs is not None:
                     assert chunk.prompt_logprobs.first >= 1
                     for index, entry in enumerate(chunk.prompt_logprobs.entries, chunk.prompt_logprobs.first):
-                        assert found.setdefault(index, entry) == entry
+                        assert abs(found.setdefault(index, entry).logprob - entry.logprob) < 1e-3
         return found
 
     def vector(self, seq: Sequence) -> npt.NDArray[np.float32]:

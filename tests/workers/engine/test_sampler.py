@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster.request import SamplingParams
+from tests.support import plain_sampler
 from workers.engine import sampler
 from workers.engine.philox import gumbel, philox, philox_scalar
 from workers.engine.sampler import Draws, token_noise
@@ -191,6 +193,59 @@ def test_top_p_looks_at_what_top_k_left() -> None:
     # Of the two largest, the first has 0.57 of the mass: alone enough for 0.5, not enough for 0.6.
     assert set(sample(logits.clone(), draws(2000, top_k=2, top_p=0.5)).tolist()) == {0}
     assert set(sample(logits.clone(), draws(2000, top_k=2, top_p=0.6)).tolist()) == {0, 1}
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 7, 60, 1000]),
+    top_p=st.sampled_from([0.05, 0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
+)
+def test_the_limits_leave_what_transformers_leave(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Asked of the sampler itself: with noise in the place of every token in turn, whom it can be made to draw."""
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(seed)) * 3
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = plain_sampler.filtered(logits, params)
+    scores = (logits - logits.max())[None] / temperature
+    scores = sampler.limit_mass(scores, torch.tensor([top_k]), torch.tensor([top_p]))
+    scores = sampler.limit_ratio(scores, torch.tensor([min_p]))[0]
+    torch.testing.assert_close(scores.softmax(-1), expected.softmax(-1))
+    many = draws(300, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    drawn = set(sample(logits.repeat(300, 1), many).tolist())
+    assert drawn <= set((expected != -torch.inf).nonzero()[:, 0].tolist())
+
+
+def test_min_p_looks_at_what_top_p_left_and_keeps_the_most_likely() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(2000, 1)
+    assert set(sample(logits, draws(2000, min_p=0.31)).tolist()) == {0, 1}
+    assert set(sample(logits, draws(2000, min_p=0.29)).tolist()) == {0, 1, 2}
+    assert set(sample(logits, draws(2000, top_p=0.45, min_p=0.01)).tolist()) == {0}
+    assert set(sample(logits, draws(2000, min_p=7.0)).tolist()) == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e30])
+def test_no_temperature_is_too_low_or_too_high(temperature: float) -> None:
+    logits = torch.tensor([[-300.0, 80.0, 79.0, 300.0]]).repeat(400, 1)
+    tokens = set(sample(logits, draws(400, temperature=temperature, top_p=0.999)).tolist())
+    assert tokens == ({3} if temperature < 1 else {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_numbers_are_named_and_leave_the_others_alone(bad: float, temperature: float) -> None:
+    logits = torch.randn(4, 20)
+    values = draws(4, temperature=temperature, top_k=5, top_p=0.9, min_p=0.1)
+    expected = sample(logits, values).tolist()
+    logits[2] = bad
+    if not math.isinf(bad):
+        logits[2, 3:] = 0.0  # one of them is enough
+    drawn = sampler.sample(logits, values)
+    assert drawn.is_valid.tolist() == [True, True, False, True]
+    assert [token for i, token in enumerate(drawn.tokens.tolist()) if i != 2] == [*expected[:2], expected[3]]
+    assert 0 <= int(drawn.tokens[2]) < 20  # a later step may read it
 
 
 def test_large_batches_are_drawn_in_chunks_of_the_same_tokens() -> None:
