@@ -12,7 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from tests.support.families import LLAMA3_ROPE, YARN_ROPE
 from workers.layers.norm import RmsNorm
-from workers.layers.rotary import Llama3Scaling, RotaryEmbedding, YarnScaling, yarn_mscale
+from workers.layers.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    RotaryEmbedding,
+    YarnScaling,
+    yarn_mscale,
+)
 
 SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
@@ -45,6 +52,49 @@ def test_rotary(scaled: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, wanted[0].transpose(0, 1), rtol=bound, atol=bound)
     exact = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got[:5], wanted[0].transpose(0, 1)[:5], rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling"),
+    [
+        ({"rope_type": "linear", "factor": 3.0}, LinearScaling(factor=3.0)),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+            YarnScaling(
+                factor=4.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                original_max_position_embeddings=32,
+                attention_factor=yarn_mscale(4.0, 1.0),
+                truncate=False,
+            ),
+        ),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 1.0},
+            YarnScaling(
+                factor=4.0,
+                beta_fast=1.0,
+                beta_slow=1.0,
+                original_max_position_embeddings=4096,
+                attention_factor=yarn_mscale(4.0, 1.0),
+            ),
+        ),
+    ],
+)
+def test_scaled_frequencies(parameters: dict[str, object], scaling: RopeScaling) -> None:
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64,
+            num_attention_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            rope_parameters={**parameters, "rope_theta": 50000.0},
+        )
+    )
+    ours = RotaryEmbedding(32, 50000.0, scaling)
+    torch.testing.assert_close(ours.frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert ours.magnitude == pytest.approx(theirs.attention_scaling)
+    assert not torch.allclose(ours.frequencies, RotaryEmbedding(32, 50000.0).frequencies)
 
 
 def test_yarn_and_interleaved_rotation() -> None:

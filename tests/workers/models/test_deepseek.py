@@ -312,6 +312,7 @@ def test_the_draft_layer_is_dropped(folder: Path) -> None:
 
     edit_weights(folder, add)
     assert parameters(folder).keys() == parameters(checkpoint("deepseek-v32")).keys()
+    assert load(folder).ignored == ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight")
     edit_config(folder, num_nextn_predict_layers=0)
     with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight.*unknown"):
         load(folder)
