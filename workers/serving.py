@@ -56,6 +56,7 @@ class Request:
     num_asks: int = 0
     num_deaths: int = 0  # of sources, under this request
     has_stepped: bool = False
+    num_replayed: int = 0  # tokens that an earlier attempt emitted
     num_prompt_logprobs: int = 0  # told to the ingress, of prompt tokens 1 …
 
     @classmethod
@@ -97,6 +98,7 @@ class Request:
             pending_since=now,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
             route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
+            num_replayed=len(submit.emitted_token_ids),
         )
 
     @property
@@ -172,7 +174,7 @@ class Tokens:
         if known < len(entries):
             piece = pb.SequenceTokens(
                 key=request.key.wire(),
-                first_token_index=request.sequence.num_emitted,
+                first_token_index=request.num_replayed,  # they come before all new ones
                 prompt_logprobs=entries[known:],
                 first_prompt_logprob=first + known,
             )

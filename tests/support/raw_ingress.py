@@ -27,23 +27,39 @@ class RawIngress:
         self._sessions: dict[str, Session] = {}
         self.last: dict[str, pb.SequenceTokens] = {}  # by request id: what ended it
         self.num_tokens: dict[str, int] = {}
+        self.refused: dict[str, pb.Failure] = {}  # by request id: what a source answered
+
+    async def session(self, worker: Member) -> Session:
+        """Dialed if need be."""
+        self._dialer.keep(worker.address, worker.incarnation)
+        async with asyncio.timeout(DEADLINE_S):
+            while (session := self._sessions.get(worker.incarnation)) is None:
+                await asyncio.sleep(0.005)
+        return session
 
     async def submit(
-        self, decode: Member, prefill: Member, prompt: tuple[int, ...], sampling: SamplingParams, deadline_ms: int = 0
+        self,
+        decode: Member,
+        prefill: Member,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams | pb.SamplingParams,
+        deadline_ms: int = 0,
     ) -> str:
         """The request's id, when the words are on their way."""
-        self._dialer.keep(decode.address, decode.incarnation)
-        async with asyncio.timeout(DEADLINE_S):
-            while (session := self._sessions.get(decode.incarnation)) is None:
-                await asyncio.sleep(0.005)
+        session = await self.session(decode)
         key = RequestKey(uuid4().hex, 1)
         source = pb.StagePlan(stage=pb.PREFILL, worker=_ref(prefill))
         plan = pb.Plan(stages=[source, pb.StagePlan(stage=pb.DECODE, worker=_ref(decode))])
-        submit = pb.Submit(
-            key=key.wire(), plan=plan, prompt_token_ids=prompt, sampling=sampling.wire(), deadline_ms=deadline_ms
-        )
+        asked = sampling.wire() if isinstance(sampling, SamplingParams) else sampling
+        submit = pb.Submit(key=key.wire(), plan=plan, prompt_token_ids=prompt, sampling=asked, deadline_ms=deadline_ms)
         session.send(pb.Frame(submit=submit), key)
         return key.request_id
+
+    async def refusal_of(self, request_id: str) -> pb.Failure:
+        async with asyncio.timeout(DEADLINE_S):
+            while request_id not in self.refused:
+                await asyncio.sleep(0.005)
+        return self.refused[request_id]
 
     async def end_of(self, request_id: str) -> pb.SequenceTokens:
         async with asyncio.timeout(DEADLINE_S):
@@ -64,6 +80,8 @@ class RawIngress:
         self._sessions[session.peer.incarnation] = session
 
     def on_frame(self, session: Session, frame: pb.Frame) -> None:
+        if frame.HasField("kv_failed"):
+            self.refused[frame.kv_failed.key.request_id] = frame.kv_failed.failure
         for tokens in frame.step_tokens.sequences:
             name = tokens.key.request_id
             assert name not in self.last, "words after the last word"
