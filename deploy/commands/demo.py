@@ -12,11 +12,9 @@ import json
 import os
 import time
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
@@ -26,6 +24,7 @@ from cluster.config_file import load
 from cluster.errors import SluiceError
 from deploy import demo_checkpoint, preflight, route_card
 from deploy.commands.options import add_config
+from deploy.event_client import events
 from deploy.local_app import LocalApp
 from deploy.openai_schema import RouteReport
 from deploy.signals import Stop, StopSignals
@@ -137,7 +136,7 @@ def _ask(url: str, options: argparse.Namespace, console: Console) -> Answer:
     }
     answer = Answer(time.monotonic())
     column = 0
-    for event in _events(f"{url}/v1/chat/completions", body):
+    for event in events(f"{url}/v1/chat/completions", body, timeout_s=_ANSWER_S):
         now = time.monotonic()
         for choice in event["choices"]:
             new_ids = choice.get("token_ids") or []
@@ -152,23 +151,6 @@ def _ask(url: str, options: argparse.Namespace, console: Console) -> Answer:
             answer.route = RouteReport.model_validate(event["usage"]["sluice"])
     console.print("\n")
     return answer
-
-
-def _events(url: str, body: dict[str, object]) -> Iterator[dict]:
-    try:
-        with httpx.stream("POST", url, json=body, timeout=_ANSWER_S, trust_env=False) as stream:
-            if stream.status_code != 200:
-                raise SluiceError(f"the front door answers {stream.status_code}: {stream.read().decode()}")
-            for line in stream.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise SluiceError(f"the request failed: {event['error']['message']}")
-                yield event
-    except httpx.HTTPError as error:
-        raise SluiceError(f"the front door does not answer: {error!r}") from error
 
 
 def _type(text: str, column: int, console: Console) -> int:

@@ -79,7 +79,7 @@ class Command:
 
     def left(self) -> list[tuple[int, list[str]]]:
         """Descendants that still run, after `wait`."""
-        _, alive = psutil.wait_procs(list(self.family), timeout=5)
+        _, alive = psutil.wait_procs(list(self.family), timeout=30)
         return [(p.pid, _command_line(p)) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
     def _watch(self) -> None:
