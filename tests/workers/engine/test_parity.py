@@ -31,7 +31,6 @@ OTHERS = [
     "qwen3-moe-normalized",
     "deepseek-v2",
     "deepseek-v2-lite",
-    "deepseek-v3",
     "deepseek-v3-yarn",
     "deepseek-v3-wide-fp8",
 ]

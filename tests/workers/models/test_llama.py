@@ -98,14 +98,15 @@ def test_what_earlier_owners_left_in_blocks_is_never_seen() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.01), ("float16", 0.001)])
-def test_half_precision_agrees_with_transformers_in_the_same_dtype(dtype: str, bound: float) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_half_precision_agrees_with_transformers_in_the_same_dtype(family: str, dtype: str, bound: float) -> None:
     """Teacher-forced: the logits' relative error stays near the dtype's rounding."""
-    model = PagedModel(load(checkpoint("llama", dtype)).model, block_size=8)
+    model = PagedModel(load(checkpoint(family, dtype)).model, block_size=8)
     assert model.cache.pages("kv").dtype == getattr(torch, dtype)
     text = Text(list(PROMPTS[-1]))
     got = model.step([(text, 60)])[0].float()
     with torch.inference_mode():
-        want = transformers_model("llama", dtype)(torch.tensor([PROMPTS[-1]])).logits[0, -1].float()
+        want = transformers_model(family, dtype)(torch.tensor([PROMPTS[-1]])).logits[0, -1].float()
     assert (got - want).norm() / want.norm() < bound
 
 
