@@ -20,11 +20,14 @@ _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})  # for probes and scrape
 class Gate:
     """Answers 401 and 413 itself. `scope["state"]["request_id"]` is what the client sent, or a new one."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
-        """No keys: everybody may come in."""
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int, ids_are_echoed: bool = False
+    ) -> None:
+        """No keys: everybody may come in. `ids_are_echoed`: who called us tells the client the id that it sent."""
         self._app = app
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._ids_are_echoed = ids_are_echoed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,11 +35,13 @@ class Gate:
             return
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
-        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        is_good = _REQUEST_ID.fullmatch(sent_id) is not None
+        request_id = sent_id if is_good else uuid4().hex
+        told = is_good and self._ids_are_echoed
+        scope.setdefault("state", {}).update(request_id=request_id, id_is_told=told)
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and not told:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 

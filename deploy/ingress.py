@@ -74,7 +74,8 @@ class Ingress:
                 limits=config.limits,
                 metrics=metrics,
                 log=log,
-            )
+            ),
+            ids_are_echoed=True,
         )
         add_targets(app, config.name, model.name, self._exports)
         return app

@@ -43,11 +43,19 @@ from deploy.tally import Tally
 __all__ = ["ApiService", "create_app"]
 
 
-def create_app(service: ApiService) -> FastAPI:
-    """The app of one ingress replica. Its router must be started on the loop that serves the app."""
+def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
+    """The app of one ingress replica. Its router must be started on the loop that serves the app.
+
+    `ids_are_echoed`: the server around it answers with the request's x-request-id, as Serve's does.
+    """
     app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses={"4XX": {"model": ErrorBody}})
     app.router.route_class = JsonRoute
-    app.add_middleware(Gate, api_keys=service.api_keys, max_body_bytes=service.limits.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        api_keys=service.api_keys,
+        max_body_bytes=service.limits.max_body_bytes,
+        ids_are_echoed=ids_are_echoed,
+    )
     _add_errors(app, service)
 
     @app.post("/v1/completions", response_model=CompletionAnswer)
@@ -224,7 +232,8 @@ def _add_errors(app: FastAPI, service: ApiService) -> None:
         if tally is not None:
             tally.end(Outcome.FAILED)
         failure = body(500, f"internal error; report the request id {request_id}")
-        return response(500, failure, {"x-request-id": request_id})  # past the gate, which adds it to others
+        headers = {} if request.state.id_is_told else {"x-request-id": request_id}  # past the gate
+        return response(500, failure, headers)
 
     handlers: list[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]]] = [
         (RequestError, on_request_error),
