@@ -61,7 +61,7 @@ def sample(logits: Tensor, draws: Draws) -> Drawn:
 
 def _draw(logits: Tensor, largest: Tensor, draws: Draws, rows: npt.NDArray[np.intp]) -> Tensor:
     at = _tensor(rows, logits)
-    scores = (logits[at] - largest[at]).float()  # at most 0: no temperature is too low for it
+    scores = logits[at].float() - largest[at].float()  # at most 0: no temperature is too low for it
     scores /= _tensor(draws.temperature[rows], logits)[:, None]
     top_k, top_p, min_p = draws.top_k[rows], draws.top_p[rows], draws.min_p[rows]
     limited = (top_k > 0) | (top_p < 1)

@@ -233,6 +233,13 @@ def test_no_temperature_is_too_low_or_too_high(temperature: float) -> None:
     assert tokens == ({3} if temperature < 1 else {0, 1, 2, 3})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_draw_what_the_same_values_draw_in_float32(dtype: torch.dtype) -> None:
+    logits = (torch.randn(2000, 400, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    values = draws(2000, temperature=6.0, min_p=0.05)
+    assert torch.equal(sample(logits, values), sample(logits.float(), values))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_numbers_are_named_and_leave_the_others_alone(bad: float, temperature: float) -> None:

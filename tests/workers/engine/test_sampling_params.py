@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.request import FinishReason, Pooling, SamplingParams
 from tests.support import plain_sampler
 from tests.support.counting_grammar import CountingCompiler, counting
-from tests.support.engines import TinyEngine, limits
+from tests.support.engines import BLOCK_SIZE, TinyEngine, limits
 from workers.engine.scheduler import SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceStatus
 from workers.engine.step_plan import StepPlan
@@ -147,12 +147,17 @@ def test_tokens_that_came_from_elsewhere_after_a_preemption_count() -> None:
     tiny.scheduler.park(second)
     while not first.is_finished:
         tiny.step()
-    assert tiny.scheduler.reserve_for_pull(second) is not None
+    tiny.blocks.clear_cache()
+    reservation = tiny.scheduler.reserve_for_pull(second)
+    assert reservation is not None and reservation.first_block == 0
     known = second.num_emitted
     for token in expected[known : known + 3]:
         tiny.scheduler.append_token(second, token)
-    tiny.blocks.clear_cache()
-    tiny.scheduler.pull_done(second, 0)
+    for position, token in enumerate(second.tokens[: 24 + known]):  # the bytes arrive
+        block = reservation.destination[0][position // BLOCK_SIZE]
+        tiny.model.rows[block, position % BLOCK_SIZE] = tiny.model.embedding[token]
+    tiny.scheduler.pull_done(second, 24 + known)
+    assert second.num_computed == 24 + known
     assert second.status is SequenceStatus.RUNNING
     tiny.run()
     assert second.tokens[24:] == expected
