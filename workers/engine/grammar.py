@@ -2,14 +2,15 @@
 
 Every limit is in llguidance's own units (fuel, items, states) and not in seconds, so that the front door, a worker and
 a replay elsewhere agree on what is too large. A grammar that passes `check` may still run into a limit after some
-tokens: its constraint then allows EOS alone and `failure` says why, so that the request ends and no other notices.
+tokens: `fill` then raises, which ends that sequence and no other.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import llguidance
@@ -45,37 +46,56 @@ def _limits() -> llguidance.LLParserLimits:
 
 
 class GrammarState:
-    """A Constraint. `failure` is None, or why the grammar gave up on this sequence."""
+    """A Constraint. `fill` raises InvalidRequest once the grammar has run into a limit, or was given a wrong token.
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+    Copies of a matcher share its lexer, and with it what other sequences have used of the limits. So the first error
+    is tried again on a matcher of its own.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        fresh: Callable[[], llguidance.LLMatcher],
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
         self._matcher = matcher
+        self._fresh: Callable[[], llguidance.LLMatcher] | None = fresh  # None: used
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
+        self._tokens: list[int] = []
         self._ended = False
-
-    @property
-    def failure(self) -> str | None:
-        return _one_line(self._matcher.get_error()) or None
 
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            if token in self._eos:
-                self._ended = True
-            if self._ended or not self._matcher.consume_token(token):
+            self._ended = self._ended or token in self._eos
+            if self._ended:
                 return
+            self._tokens.append(token)
+            self._matcher.consume_token(token)
 
     def fill(self, mask: npt.NDArray[np.uint32]) -> None:
         num_words = -(-self._vocab_size // _WORD_BITS)
         mask[:] = 0
         if not self._ended:
-            allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)[:num_words]
-            if self.failure is None:
-                mask[: len(allowed)] = allowed
+            allowed = np.frombuffer(self._allowed(), dtype=np.uint32)[:num_words]
+            mask[: len(allowed)] = allowed
         if past := self._vocab_size % _WORD_BITS:
             mask[num_words - 1] &= np.uint32((1 << past) - 1)
         if not mask.any():
             for token in self._eos:
                 mask[token // _WORD_BITS] |= np.uint32(1 << token % _WORD_BITS)
+
+    def _allowed(self) -> bytes:
+        allowed = self._matcher.compute_bitmask()
+        if (error := self._matcher.get_error()) and self._fresh is not None:
+            self._matcher, self._fresh = self._fresh(), None
+            self._matcher.consume_tokens(self._tokens)
+            allowed = self._matcher.compute_bitmask()
+            error = self._matcher.get_error()
+        if error:
+            raise InvalidRequest(f"the grammar cannot go on: {_one_line(error)}; simplify it")
+        return allowed
 
 
 class GrammarCompiler:
@@ -100,7 +120,14 @@ class GrammarCompiler:
         self._matcher(grammar)
 
     def compile(self, grammar: Grammar) -> GrammarState:
-        return GrammarState(self._matcher(grammar).deep_copy(), self._eos, self._vocab_size)
+        matcher = self._matcher(grammar).deep_copy()
+        return GrammarState(matcher, partial(self._renew, grammar), self._eos, self._vocab_size)
+
+    def _renew(self, grammar: Grammar) -> llguidance.LLMatcher:
+        """One that shares nothing; later sequences do not get the worn one, either."""
+        with self._lock:
+            self._compiled.pop(grammar, None)
+            return self._compile(grammar)
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
         """At the start of the text, never advanced."""

@@ -78,7 +78,7 @@ class Walk:
         self.tokens: list[int] = []
         self.masks: list[list[int]] = []
         pieces, dice = _bytes_of(backend), random.Random(seed)
-        for step in range(2_000):
+        for step in range(600):
             choices = allowed(state)
             self.masks.append(choices)
             assert choices, "an empty mask"
@@ -99,7 +99,6 @@ class Walk:
         self.text = b"".join(pieces[token] for token in self.tokens).decode(
             "utf-8", "strict" if self.ended else "replace"
         )
-        self.failure = state.failure
 
 
 _names = st.sampled_from(["a", "b", "name", "ü", 'q"uote', "x y", "z/1"])
@@ -115,7 +114,7 @@ _scalars = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(0, 5)).map(
         lambda pair: {"type": "string", "minLength": pair[0], "maxLength": pair[0] + pair[1]}
     ),
-    st.sampled_from(["^[a-f]{2,4}$", "^(ab|c)*d$", "^[0-9]{3}-[0-9]{2}$", "é|ß"]).map(
+    st.sampled_from(["^[a-f]{2,4}$", "^(ab|c)*d$", "^[0-9]{3}-[0-9]{2}$", "^(é|ß)$"]).map(
         lambda pattern: {"type": "string", "pattern": pattern}
     ),
     st.sampled_from(["date", "uuid", "ipv4", "date-time"]).map(lambda name: {"type": "string", "format": name}),
@@ -172,7 +171,6 @@ def test_what_is_drawn_from_the_masks_of_a_schema_is_valid(
     grammar = schema(tree)
     compiler.check(grammar)
     walk = Walk(compiler.compile(grammar), backend, seed)
-    assert walk.failure is None
     assert walk.ended, walk.text
     jsonschema.validate(json.loads(walk.text), tree)
     cut = seed % (len(walk.tokens) + 1)
@@ -217,7 +215,6 @@ def test_end_tokens_alone_after_the_end(compiler: GrammarCompiler, backend: toke
     assert set(allowed(state)) > EOS, "may end, or go on"
     state.advance([3, 0, 0, *backend.encode("x").ids])
     assert allowed(state) == sorted(EOS)
-    assert state.failure is None
 
 
 def test_any_json_object(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
@@ -237,7 +234,6 @@ def test_white_space_is_bounded(compiler: GrammarCompiler, backend: tokenizers.T
         state.advance([token])
         num_bytes += len(_bytes_of(backend)[token])
     assert 0 < num_bytes <= 17
-    assert state.failure is None
 
 
 _REFUSED = {
@@ -271,19 +267,20 @@ def test_refused(compiler: GrammarCompiler, grammar: Grammar, says: str) -> None
 
 
 def test_a_limit_reached_midway_ends_the_sequence(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
-    """It compiles, and explodes with the first letter. Only the end is left, the reason is kept, others go on."""
-    exploding = regex("((((((a{9}){9}){9}){9}){9}){9}){9}")
+    """Sequences of one grammar share a lexer, but none the limits that another met."""
+    exploding = regex("b|(a{1,1000}){1,1000}")
     compiler.check(exploding)
-    state, other = compiler.compile(exploding), compiler.compile(exploding)
-    state.advance(backend.encode("a").ids)
-    assert allowed(state) == sorted(EOS)
-    assert state.failure is not None and "too many" in state.failure
-    state.advance(backend.encode("a").ids)
-    assert allowed(state) == sorted(EOS)
-    assert other.failure is None
-    again = compiler.compile(exploding)
-    again.advance(backend.encode("a").ids)
-    assert allowed(again) == sorted(EOS) and again.failure == state.failure, "the same at a replay"
+    letter, other = backend.encode("a").ids, compiler.compile(exploding)
+    state, num_letters = compiler.compile(exploding), 0
+    with pytest.raises(InvalidRequest, match="too many"):
+        for num_letters in range(1_000):
+            assert letter[0] in allowed(state)
+            state.advance(letter)
+    assert num_letters > 1, "it was well at first"
+    with pytest.raises(InvalidRequest, match="too many"):
+        allowed(state)
+    other.advance(backend.encode("b").ids)
+    assert allowed(other) == sorted(EOS)
 
 
 def test_a_token_against_the_grammar_ends_the_sequence(
@@ -291,7 +288,8 @@ def test_a_token_against_the_grammar_ends_the_sequence(
 ) -> None:
     state = compiler.compile(regex("abc"))
     state.advance(backend.encode("x").ids)
-    assert allowed(state) == sorted(EOS) and state.failure is not None
+    with pytest.raises(InvalidRequest, match="cannot go on"):
+        allowed(state)
 
 
 def test_compiled_grammars_are_bounded(folder: Path, backend: tokenizers.Tokenizer) -> None:
