@@ -29,7 +29,8 @@ class LocalApp:
         self.config = config
         self._show_logs = show_logs or config.log.level == "debug"
         self.url = ""
-        self._progress = progress
+        self._on_progress = progress
+        self._told = ""
         self._cluster: LocalCluster | None = None
         self._deployed = False
 
@@ -47,6 +48,12 @@ class LocalApp:
         self._deploy(config)
         self._wait_until_ready()
         return self.url
+
+    def _progress(self, text: str) -> None:
+        """What has been said is not said again: a log is no place for a spinner."""
+        if text != self._told:
+            self._told = text
+            self._on_progress(text)
 
     def redeploy(self, config: SluiceConfig) -> None:
         """Brings the running app to `config` (not its port); returns when the new replicas serve."""

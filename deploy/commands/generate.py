@@ -150,7 +150,7 @@ def _generate(
         try:
             asyncio.run(main())
         except asyncio.CancelledError:
-            console.print(_how_to_go_on(output))
+            console.print(_how_to_go_on(output), soft_wrap=True)
             return INTERRUPTED
     return 0
 
