@@ -187,7 +187,7 @@ def test_embeddings_equal_transformers(door: PublicDoor, forward: Forward) -> No
     packed = door.post("/v1/embeddings", input=ids, encoding_format="base64", dimensions=96).json()
     floats = door.post("/v1/embeddings", input=ids).json()
     for one, other in zip(packed["data"], floats["data"], strict=True):
-        assert np.frombuffer(base64.b64decode(one["embedding"]), "<f4") == pytest.approx(other["embedding"], abs=1e-6)
+        assert np.frombuffer(base64.b64decode(one["embedding"]), "<f4") == pytest.approx(other["embedding"], abs=1e-4)
 
 
 def test_tokens_there_and_back(door: PublicDoor) -> None:
