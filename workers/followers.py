@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.request import RequestKey
 from workers.engine.sequence import Sequence
-from workers.serving import Request
+from workers.serving import Phase, Request
 
 
 def has_prompt(sequence: Sequence, block_size: int) -> bool:
@@ -43,9 +43,9 @@ class Followers:
                 self._waiting[waiting[0].key] = waiting[1:]
 
     def take_released(self) -> list[Request]:
-        """Those that may begin now."""
+        """Those that may begin now, and have not begun or ended meanwhile."""
         released, self._released = self._released, []
-        return [follower for follower in released if not follower.sequence.is_finished]
+        return [each for each in released if each.phase is Phase.PENDING and not each.sequence.is_finished]
 
     def _release(self, follower: Request, now: float) -> None:
         if not follower.sequence.is_finished:
