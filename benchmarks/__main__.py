@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer words engine serving failures] [--quick] [--json docs/measurements.json]
+    python -m benchmarks [--only transfer words engine overhead serving failures] [--quick] [--json FILE]
 
 Wants a machine that does nothing else, about ten minutes, and `pip install -e .[test]` for the picture. --quick only
 shows that everything runs: sizes so small that the figures mean nothing, and nothing is written unless asked for.
@@ -27,6 +27,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "transfer": "--tokens 256 --layers 4 --repeats 1",
         "words": "--round-trips 50 --steps 20 --sequences 8",
         "engine": "--only jitter --steps 10",
+        "overhead": "--requests 3 --warmup 2",
         "serving": "--rates 4 --seconds 1 --rounds 1",
         "failures": "--kills 1 --silences 1",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -11,6 +12,7 @@ class Arrival:
     at_s: float  # after the start; 0 when requests follow one another
     prompt: list[int]
     num_tokens: int  # of the answer
+    text: str = ""  # what the prompt says; "": the token ids are sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,8 @@ class Workload:
     """Lengths are uniform, ends included. `rate` requests/s arrive as a Poisson process; 0: one after the other.
 
     The process is the one that has `num_requests` arrivals in `span_s`: that many times, uniform and independent. So
-    what is offered is `rate` exactly, however short the run.
+    what is offered is `rate` exactly, however short the run. With `words`, one-token words by their ids, prompts are
+    text made of them; else they are token ids below `vocab_size`.
     """
 
     rate: float
@@ -27,6 +30,7 @@ class Workload:
     output_tokens: tuple[int, int]
     vocab_size: int
     seed: int
+    words: Mapping[int, str] | None = None
 
     @property
     def span_s(self) -> float:
@@ -36,11 +40,10 @@ class Workload:
         """In order. Prompts are random tokens: none begins like another, and none like those of another seed."""
         draw = random.Random(f"{self.seed}/{self.rate}")
         times = sorted(draw.uniform(0, self.span_s) for _ in range(self.num_requests))
-        return [
-            Arrival(
-                at_s,
-                [draw.randrange(self.vocab_size) for _ in range(draw.randint(*self.prompt_tokens))],
-                draw.randint(*self.output_tokens),
-            )
-            for at_s in times
-        ]
+        token_ids = list(self.words) if self.words else range(self.vocab_size)
+        found: list[Arrival] = []
+        for at_s in times:
+            prompt = [draw.choice(token_ids) for _ in range(draw.randint(*self.prompt_tokens))]
+            text = "".join(self.words[token_id] for token_id in prompt) if self.words else ""
+            found.append(Arrival(at_s, prompt, draw.randint(*self.output_tokens), text))
+        return found

@@ -21,11 +21,15 @@ from benchmarks.arrivals import Arrival, Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Endpoint:
     url: str  # http://host:port
     model: str
+    timeout_s: float = field(default=60.0, kw_only=True)  # of one request
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Endpoint):
     workload: Workload
-    timeout_s: float = 60.0  # of one request
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -36,6 +40,8 @@ class Job:
         workload = tree.pop("workload")
         for name in ("prompt_tokens", "output_tokens"):
             workload[name] = tuple(workload[name])
+        words = workload["words"]
+        workload["words"] = words and {int(token_id): word for token_id, word in words.items()}
         return cls(workload=Workload(**workload), **tree)
 
 
@@ -52,6 +58,7 @@ class Sample:
     hit_tokens: int = 0  # of the prompt, in any cache
     pulled_blocks: int = 0
     plan: str = ""  # the server's word
+    server_ttft_s: float = 0.0  # from the start of its route to the first token there
 
     @classmethod
     def list_from_json(cls, text: bytes) -> list[Sample]:
@@ -62,11 +69,11 @@ class Sample:
         return not self.error and len(self.token_s) == self.num_wanted
 
 
-async def ask(job: Job, arrival: Arrival, due: float, sample: Sample) -> None:
+async def ask(endpoint: Endpoint, arrival: Arrival, due: float, sample: Sample) -> None:
     """Fills in `sample`. `due` is of time.perf_counter."""
     body = {
-        "model": job.model,
-        "prompt": arrival.prompt,
+        "model": endpoint.model,
+        "prompt": arrival.text or arrival.prompt,
         "max_tokens": arrival.num_tokens,
         "min_tokens": arrival.num_tokens,
         "ignore_eos": True,
@@ -77,8 +84,8 @@ async def ask(job: Job, arrival: Arrival, due: float, sample: Sample) -> None:
     }
     sample.sent_s = time.perf_counter() - due
     try:
-        async with asyncio.timeout(job.timeout_s):
-            async for event in events(job.url, "/v1/completions", json.dumps(body).encode()):
+        async with asyncio.timeout(endpoint.timeout_s):
+            async for event in events(endpoint.url, "/v1/completions", json.dumps(body).encode()):
                 _take(sample, json.loads(event), time.perf_counter() - due)
     except (OSError, EOFError, ValueError) as error:  # a refused connection, a cut stream, TimeoutError
         sample.error = sample.error or f"{type(error).__name__}: {error}"
@@ -93,6 +100,7 @@ def _take(sample: Sample, tree: dict, now_s: float) -> None:  # type: ignore[typ
     if route:
         sample.hit_tokens, sample.pulled_blocks = route["prefix_hit_tokens"], route["blocks"]
         sample.plan = route["plan"]
+        sample.server_ttft_s = route["ttft_ms"] / 1e3
 
 
 async def events(url: str, path: str, body: bytes) -> AsyncIterator[bytes]:

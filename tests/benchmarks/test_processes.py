@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import failures, jitter, serving, transfer, words
+from benchmarks import failures, jitter, overhead, serving, transfer, words
 from benchmarks.checkpoint import TINY
 from benchmarks.latency import Slo
 from benchmarks.report import Report
@@ -91,6 +91,24 @@ def test_serving(tmp_path: Path) -> None:
     assert serving.table_of(report, summaries).row_count == 4
     serving.draw(tmp_path / "serving.png", report, summaries, plan)
     assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_overhead(tmp_path: Path) -> None:
+    """Cached prompts, wrong token counts and failed requests end the run."""
+    plan = overhead.Plan(num_requests=3, num_warmup=1, prompt_tokens=(65, 90), num_tokens=2, shape=TINY)
+    report = overhead.run(plan)
+    figures = written(report, tmp_path / "report.json")
+    added, lone, public = (figures[f"{name}, p50"] for name in ("added TTFT", *_TTFT))
+    assert added == pytest.approx(public - lone) and lone > 0 and public > 0
+    assert [figure.bound for figure in report.figures if figure.name.startswith("added TTFT")] == [10.0, 10.0]
+    rounds = report.details["rounds_s"]
+    assert isinstance(rounds, list) and len(rounds) == 3
+    assert all(
+        0 < one["public_server"] < one["public"] and 0 < one["replica_server"] < one["replica"] for one in rounds
+    )
+
+
+_TTFT = ("TTFT of the lone engine", "TTFT at the public port")
 
 
 def test_failures() -> None:
