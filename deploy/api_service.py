@@ -17,7 +17,7 @@ from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
 from deploy.generation import Generation, Prompt
 from deploy.openai_answers import Text, Tokens
-from deploy.openai_errors import UnknownModel
+from deploy.openai_errors import UnknownModel, Unsupported
 from deploy.openai_requests import (
     ChatRequest,
     CompletionRequest,
@@ -69,7 +69,7 @@ class ApiService:
         token_ids = await self._tokenizer("messages").encode_chat(prompt)
         max_tokens = body.max_completion_tokens or body.max_tokens
         prompts = [Prompt(text="", token_ids=tuple(token_ids))]
-        return await self._generation(body, prompts, max_tokens, "messages", tally, None)
+        return await self._generation(body, prompts, max_tokens, "messages", tally, _grammar(body))
 
     async def embed(self, body: EmbeddingRequest, tally: Tally) -> Embeddings:
         self._check_model(body.model)
@@ -224,3 +224,12 @@ class ApiService:
         if self.tokenizer is None:
             raise InvalidRequest(f"{param}: the model has no tokenizer; send token ids to /v1/completions", param)
         return self.tokenizer
+
+
+def _grammar(body: ChatRequest) -> Grammar | None:
+    """What the answer must match. Raises InvalidRequest."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise Unsupported(f"response_format: {body.response_format.type} is not supported; use text", "response_format")
+    if body.tools and body.tool_choice != "none":
+        raise Unsupported('tools: they are not called; remove them or set tool_choice to "none"', "tools")
+    return None

@@ -1,0 +1,96 @@
+"""The API's fields, frozen: a client relies on every one. Extend the lists on purpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deploy.openai_api import create_app
+from tests.support.api import FrontDoor
+
+PATHS = """
+/detokenize /health /metrics /tokenize /v1/chat/completions /v1/completions /v1/embeddings /v1/models
+/v1/models/{name}
+"""
+
+FIELDS = {
+    "AssistantMessage": "content refusal role tool_calls",
+    "CalledFunction": "arguments name",
+    "CalledTool": "function id type",
+    "ChatAnswer": "choices created id model object service_tier system_fingerprint usage",
+    "ChatChoice": "finish_reason index logprobs message prompt_logprobs token_ids",
+    "ChatLogprobs": "content refusal",
+    "ChatMessage": "audio content function_call name refusal role tool_call_id tool_calls",
+    "ChatRequest": """
+        add_generation_prompt audio bad_words chat_template_kwargs continue_final_message frequency_penalty
+        function_call functions ignore_eos include_stop_str_in_output logit_bias logprobs max_completion_tokens
+        max_tokens messages metadata min_p min_tokens modalities model n parallel_tool_calls prediction
+        presence_penalty priority prompt_cache_key prompt_cache_retention prompt_logprobs reasoning_effort
+        repetition_penalty response_format return_route return_token_ids safety_identifier seed service_tier stop
+        stop_token_ids store stream stream_options temperature timeout_s tool_choice tools top_k top_logprobs top_p
+        user verbosity web_search_options
+    """,
+    "CompletionAnswer": "choices created id model object system_fingerprint usage",
+    "CompletionChoice": "finish_reason index logprobs prompt_logprobs text token_ids",
+    "CompletionLogprobs": "text_offset token_logprobs tokens top_logprobs",
+    "CompletionRequest": """
+        add_special_tokens bad_words best_of echo frequency_penalty ignore_eos include_stop_str_in_output logit_bias
+        logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt prompt_logprobs
+        repetition_penalty return_route return_token_ids seed stop stop_token_ids stream stream_options suffix
+        temperature timeout_s top_k top_p user
+    """,
+    "DetokenizeRequest": "model tokens",
+    "Embedding": "embedding index object",
+    "EmbeddingAnswer": "data model object usage",
+    "EmbeddingRequest": "add_special_tokens dimensions encoding_format input model pooling priority timeout_s user",
+    "EmbeddingUsage": "prompt_tokens total_tokens",
+    "ErrorBody": "error",
+    "ErrorDetail": "code message param type",
+    "FormatSchema": "description name schema strict",
+    "Function": "description name parameters strict",
+    "FunctionCall": "arguments name",
+    "FunctionName": "name",
+    "ModelCard": "created id max_model_len object owned_by",
+    "ModelList": "data object",
+    "NamedTool": "function type",
+    "PromptDetails": "cached_tokens",
+    "ResponseFormat": "json_schema type",
+    "RouteReport": """
+        attempts blocks bytes chunks decode decode_prefix_hit_tokens gb_per_s itl_ms local_prefill plan preemptions
+        prefill prefill_prefix_hit_tokens prefill_s prefix_hit_tokens prompt_tokens queue_s recomputed_tokens
+        request_id spare_used transfer_s transport ttft_ms
+    """,
+    "StreamOptions": "include_obfuscation include_usage",
+    "Text": "prompt",
+    "TextPart": "text type",
+    "TokenLogprob": "bytes logprob token top_logprobs",
+    "TokenizeRequest": """
+        add_generation_prompt add_special_tokens chat_template_kwargs continue_final_message messages model prompt
+        tools
+    """,
+    "Tokens": "count max_model_len tokens",
+    "Tool": "function type",
+    "ToolCall": "function id type",
+    "TopLogprob": "bytes logprob token",
+    "Usage": """
+        completion_tokens prompt_tokens prompt_tokens_details sluice sluice_sequences total_tokens
+    """,
+    "WorkerRoute": "incarnation name pid",
+}
+
+
+@pytest.fixture(scope="module")
+def schema(shared_door: FrontDoor) -> dict[str, Any]:
+    return create_app(shared_door.service).openapi()
+
+
+def test_the_paths_are_these(schema: dict[str, Any]) -> None:
+    assert sorted(schema["paths"]) == PATHS.split()
+
+
+def test_the_fields_are_these(schema: dict[str, Any]) -> None:
+    found = {
+        name: " ".join(sorted(part.get("properties", ()))) for name, part in schema["components"]["schemas"].items()
+    }
+    assert found == {name: " ".join(fields.split()) for name, fields in FIELDS.items()}
