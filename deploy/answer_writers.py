@@ -8,11 +8,11 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
+from deploy.answer_reader import AnswerReader
 from deploy.completion import Piece
 from deploy.generation import Generation
 from deploy.logprobs import LogprobWriter
 from deploy.openai_answers import (
-    AssistantMessage,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
@@ -22,9 +22,11 @@ from deploy.openai_answers import (
     CompletionChoice,
     Delta,
     TokenLogprob,
+    Usage,
 )
 from deploy.openai_requests import ChatRequest, CompletionRequest, SamplingRequest
 from deploy.served_model import ServedModel
+from deploy.structured_output import may_call
 from deploy.tokenizer import Tokenizer
 
 
@@ -55,7 +57,9 @@ class _Frame:
         self.generation = generation
         self.logprobs = LogprobWriter(tokenizer)
         self._begun: set[int] = set()
-        self._usage = body.stream_options is not None and body.stream_options.include_usage
+        options = body.stream_options
+        self._usage = options is not None and options.include_usage
+        self._running_usage = options is not None and options.continuous_usage_stats
         self._route = body.return_route
         self._ids = body.return_token_ids or tokenizer is None  # without a tokenizer they are all there is
         self._prompt = body.prompt_logprobs is not None
@@ -78,23 +82,26 @@ class _Frame:
         return self.logprobs.of_prompt(self.generation.prompt_of(piece), piece) if self._prompt else None
 
     def whole(self, kind: type[CompletionAnswer] | type[ChatAnswer], prefix: str, choices: list[BaseModel]) -> str:
-        return _json(self._answer(kind, prefix, choices, with_usage=True), usage_is_null=False)
+        return _json(self._answer(kind, prefix, choices, self._final_usage()), usage_is_null=False)
 
     def chunk(self, kind: type[CompletionAnswer] | type[ChatChunk], prefix: str, choices: list[BaseModel]) -> str:
-        return _json(self._answer(kind, prefix, choices, with_usage=False), usage_is_null=self._usage)
+        usage = self.generation.usage(with_route=False) if self._running_usage else None
+        return _json(self._answer(kind, prefix, choices, usage), usage_is_null=self._usage)
 
     def last(self, kind: type[CompletionAnswer] | type[ChatChunk], prefix: str) -> str | None:
         if not (self._usage or self._route):
             return None
-        return _json(self._answer(kind, prefix, [], with_usage=True), usage_is_null=False)
+        return _json(self._answer(kind, prefix, [], self._final_usage()), usage_is_null=False)
+
+    def _final_usage(self) -> Usage:
+        return self.generation.usage(with_route=self._route)
 
     def _answer(
         self,
         kind: type[CompletionAnswer] | type[ChatAnswer] | type[ChatChunk],
         prefix: str,
         choices: list[BaseModel],
-        *,
-        with_usage: bool,
+        usage: Usage | None,
     ) -> BaseModel:
         return kind.model_construct(
             id=prefix + self.generation.request_id,
@@ -102,7 +109,7 @@ class _Frame:
             model=self._model,
             system_fingerprint=self._fingerprint,
             choices=choices,
-            usage=self.generation.usage(with_route=self._route) if with_usage else None,
+            usage=usage,
         )
 
 
@@ -152,6 +159,8 @@ class ChatWriter:
         self.generation = generation
         self._frame = _Frame(generation, body, model, tokenizer)
         self._logprobs = body.logprobs
+        self._format = tokenizer.tool_format if tokenizer is not None and may_call(body) else None
+        self._readers: dict[int, AnswerReader] = {}
 
     def whole(self, pieces: list[Piece]) -> str:
         return self._frame.whole(ChatAnswer, "chatcmpl-", [self._choice(piece) for piece in pieces])
@@ -163,12 +172,14 @@ class ChatWriter:
         if first:
             role = Delta(role="assistant", content="")
             choices.append(ChunkChoice(index=piece.index, delta=role, finish_reason=None))
+        reader = self._readers.setdefault(piece.index, AnswerReader(self._format))
+        delta = reader.read(piece)
         choices.append(
             ChunkChoice(
                 index=piece.index,
-                delta=Delta(content=piece.text),
+                delta=delta,
                 logprobs=self._told(piece),
-                finish_reason=piece.finish,
+                finish_reason=reader.finish(piece),
                 token_ids=frame.token_ids(piece),
                 prompt_logprobs=frame.prompt_logprobs(piece) if first else None,
             )
@@ -179,11 +190,12 @@ class ChatWriter:
         return self._frame.last(ChatChunk, "chatcmpl-")
 
     def _choice(self, piece: Piece) -> ChatChoice:
+        reader = AnswerReader(self._format)
         return ChatChoice(
             index=piece.index,
-            message=AssistantMessage(content=piece.text),
+            message=reader.message(piece),
             logprobs=self._told(piece),
-            finish_reason=piece.finish,
+            finish_reason=reader.finish(piece),
             token_ids=self._frame.token_ids(piece),
             prompt_logprobs=self._frame.prompt_logprobs(piece),
         )

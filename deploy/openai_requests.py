@@ -35,7 +35,15 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Every event tells the usage so far."""
     include_obfuscation: Annotated[Literal[False], only(False, "events are not padded; remove it")] = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage: true; set it or remove both")
+        return self
 
 
 class SamplingRequest(Body):

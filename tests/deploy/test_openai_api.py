@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import httpx
 import openai
 import pytest
@@ -106,6 +108,20 @@ def test_what_is_asked_for_reaches_the_worker(door: FrontDoor, worker: ScriptedW
     complete(door)
     first, second = (submit.sampling.seed for submit in worker.submits[-2:])
     assert first != second  # drawn
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_event_may_tell_the_usage_so_far(door: FrontDoor, worker: ScriptedWorker, path: str) -> None:
+    prompt = {"prompt": [1, 2, 3]} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**prompt, "max_tokens": 5, "stream": True, "stream_options": options, "return_token_ids": True}
+    *chunks, last = events(post(door, path, **body))
+    counts = [len(choice.get("token_ids") or ()) for chunk in chunks for choice in chunk["choices"]]
+    told = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert told[-1] == last["usage"]["completion_tokens"] == sum(counts) == 5
+    if path == "/v1/completions":  # a chat's role comes in an event of its own
+        assert told == list(accumulate(counts))
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {last["usage"]["prompt_tokens"]}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -35,6 +35,11 @@ from tests.support.scripted_worker import FOREVER, Action, Fail, Say, ScriptedWo
         ({"prompt": ""}, "prompt", "it has no tokens; send some text"),
         ({"timeout_s": 61}, "timeout_s", "timeout_s: 61 is over the limit of 60 s"),
         ({"stream_options": {"include_usage": True}}, None, "stream_options needs stream: true"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+            "continuous_usage_stats needs include_usage: true",
+        ),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unrecognized request argument"),
     ],
 )

@@ -61,7 +61,7 @@ FIELDS = {
         prefill prefill_prefix_hit_tokens prefill_s prefix_hit_tokens prompt_tokens queue_s recomputed_tokens
         request_id spare_used transfer_s transport ttft_ms
     """,
-    "StreamOptions": "include_obfuscation include_usage",
+    "StreamOptions": "continuous_usage_stats include_obfuscation include_usage",
     "Text": "prompt",
     "TextPart": "text type",
     "TokenLogprob": "bytes logprob token top_logprobs",
