@@ -271,12 +271,11 @@ def test_a_limit_reached_midway_ends_the_sequence(compiler: GrammarCompiler, bac
     exploding = regex("b|(a{1,1000}){1,1000}")
     compiler.check(exploding)
     letter, other = backend.encode("a").ids, compiler.compile(exploding)
-    state, num_letters = compiler.compile(exploding), 0
+    state = compiler.compile(exploding)
     with pytest.raises(InvalidRequest, match="too many"):
-        for num_letters in range(1_000):
+        for _ in range(1_000):
             assert letter[0] in allowed(state)
             state.advance(letter)
-    assert num_letters > 1, "it was well at first"
     with pytest.raises(InvalidRequest, match="too many"):
         allowed(state)
     other.advance(backend.encode("b").ids)

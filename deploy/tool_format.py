@@ -1,0 +1,163 @@
+"""How a model writes its calls of tools, read off its chat template: one description for the grammar and the parser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class Slot(Enum):
+    NAME = "name"
+    ARGUMENTS = "arguments"  # a JSON object
+    SPACE = "space"  # optional white space
+
+
+Element = str | Slot  # a str stands for itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFormat:
+    """`opening` call (`separator` call)* `closing`. What begins it all is told from text by `trigger`."""
+
+    name: str
+    opening: str = ""
+    call: tuple[Element, ...]
+    separator: tuple[Element, ...] = ()
+    closing: str = ""
+    max_calls: int | None = None
+    is_anywhere: bool  # text may come before the calls; else the answer begins with them or has none
+
+    @property
+    def trigger(self) -> str:
+        first = self.call[0]
+        assert isinstance(first, str)
+        return self.opening if self.is_anywhere and self.opening else self.opening + first
+
+
+class CallableTool(NamedTuple):
+    name: str
+    schema: dict[str, object]  # of its arguments
+
+
+_OBJECT: tuple[Element, ...] = ('{"name": "', Slot.NAME, '", "arguments": ', Slot.ARGUMENTS, "}")
+HERMES = ToolFormat(
+    name="hermes",
+    call=("<tool_call>", Slot.SPACE, *_OBJECT, Slot.SPACE, "</tool_call>"),
+    separator=(Slot.SPACE,),
+    is_anywhere=True,
+)
+LLAMA3 = ToolFormat(
+    name="llama3",
+    call=('{"name": "', Slot.NAME, '", "parameters": ', Slot.ARGUMENTS, "}"),
+    max_calls=1,
+    is_anywhere=False,
+)
+_DEEPSEEK_BEGIN, _DEEPSEEK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL_BEGIN, _CALL_SEPARATOR, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+DEEPSEEK_FENCED = ToolFormat(  # V3, R1
+    name="deepseek-fenced",
+    opening=_DEEPSEEK_BEGIN,
+    call=(
+        f"{_CALL_BEGIN}function{_CALL_SEPARATOR}",
+        Slot.NAME,
+        "\n```json\n",
+        Slot.ARGUMENTS,
+        f"\n```{_CALL_END}",
+    ),
+    separator=(Slot.SPACE,),
+    closing=_DEEPSEEK_END,
+    is_anywhere=True,
+)
+DEEPSEEK = ToolFormat(  # V3.1
+    name="deepseek",
+    opening=_DEEPSEEK_BEGIN,
+    call=(_CALL_BEGIN, Slot.NAME, _CALL_SEPARATOR, Slot.ARGUMENTS, _CALL_END),
+    closing=_DEEPSEEK_END,
+    is_anywhere=True,
+)
+LIST = ToolFormat(name="list", opening="[", call=_OBJECT, separator=(",", Slot.SPACE), closing="]", is_anywhere=False)
+FORMATS = (HERMES, LLAMA3, DEEPSEEK_FENCED, DEEPSEEK, LIST)
+
+
+def tool_format_of(chat_template: str | None) -> ToolFormat:
+    """By what the template writes for calls of earlier turns. A plain JSON list where that is none of the known."""
+    template = chat_template or ""
+    if "<tool_call>" in template and '"arguments"' in template:
+        return HERMES
+    if _CALL_SEPARATOR in template:
+        return DEEPSEEK_FENCED if "```json" in template else DEEPSEEK
+    if '"parameters"' in template and '{"name": ' in template:
+        return LLAMA3
+    return LIST
+
+
+def lark_of(
+    tool_format: ToolFormat,
+    tools: Sequence[CallableTool],
+    *,
+    must_call: bool,
+    max_calls: int | None,
+    text_schema: dict[str, object] | None = None,
+) -> str:
+    """A grammar of answers whose calls are valid, in llguidance's Lark.
+
+    Unless `must_call`, any text is one, too, up to where a call begins, or what matches `text_schema`.
+    """
+    limits = [limit for limit in (max_calls, tool_format.max_calls) if limit is not None]
+    rules = {
+        "calls": " ".join([_quoted(tool_format.opening), "call", _more(tool_format, limits), _end(tool_format)]),
+        "call": " | ".join(f"call_{nth}" for nth in range(len(tools))),
+        **{f"call_{nth}": _call(tool_format.call, tool) for nth, tool in enumerate(tools)},
+        "SPACE": r"/[ \n]{1,4}/",
+    }
+    if must_call:
+        rules["start"] = "calls"
+    elif text_schema is not None:
+        rules["start"] = "calls | %json " + json.dumps(text_schema)
+    elif tool_format.is_anywhere:
+        rest = tool_format.call if tool_format.opening else tool_format.call[1:]
+        first = [f"first_{nth}" for nth in range(len(tools))]
+        rules |= {name: _call(rest, tool) for name, tool in zip(first, tools, strict=True)}
+        rules["TEXT"] = r"/(.|\n)*/"
+        rules["head[lazy]"] = f"TEXT {_quoted(tool_format.trigger)}"
+        calls = f"head ({' | '.join(first)}) {_more(tool_format, limits)} {_end(tool_format)}"
+        rules["start"] = f"TEXT | {calls}"
+    else:
+        rules["TEXT"] = rf"/(.|\n)*/ & ~/{_escaped(tool_format.trigger)}(.|\n)*/"
+        rules["start"] = "TEXT | calls"
+    return "%llguidance {}\n" + "".join(f"{name}: {body}\n" for name, body in rules.items())
+
+
+def _more(tool_format: ToolFormat, limits: Sequence[int]) -> str:
+    if limits and min(limits) == 1:
+        return ""
+    return f"({_call((*tool_format.separator,), None)} call)*"
+
+
+def _end(tool_format: ToolFormat) -> str:
+    return _quoted(tool_format.closing)
+
+
+def _call(elements: Sequence[Element], tool: CallableTool | None) -> str:
+    words: list[str] = []
+    for element in elements:
+        if element is Slot.SPACE:
+            words.append("SPACE?")
+        elif isinstance(element, str):
+            words.append(_quoted(element))
+        else:
+            assert tool is not None
+            words.append(_quoted(tool.name) if element is Slot.NAME else "%json " + json.dumps(tool.schema))
+    return " ".join(words)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9 ]", lambda match: "\\" + match[0], text).replace(r"\"", '"')
