@@ -28,6 +28,12 @@ def grammar_of(body: ChatRequest, tool_format: ToolFormat, compiler: ConstraintC
         return None if text_schema is None else Grammar(GrammarKind.JSON_SCHEMA, json.dumps(text_schema))
     callables = [_callable(tool.function, compiler) for tool in tools]
     must_call = body.tool_choice not in (None, "auto")
+    if text_schema is not None and not must_call and not tool_format.is_anywhere:
+        raise InvalidRequest(
+            "response_format: this model writes calls as JSON, which could not be told from the answer; remove it, or "
+            "set tool_choice to none or required",
+            "response_format",
+        )
     one_call = not body.parallel_tool_calls or isinstance(body.tool_choice, NamedTool)
     lark = lark_of(
         tool_format,

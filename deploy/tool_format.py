@@ -105,44 +105,43 @@ def lark_of(
 ) -> str:
     """A grammar of answers whose calls are valid, in llguidance's Lark.
 
-    Unless `must_call`, any text is one, too, up to where a call begins, or what matches `text_schema`.
+    Unless `must_call`, any text is one, too, up to where a call begins, or what matches `text_schema` (only where
+    `is_anywhere`: elsewhere JSON and calls begin alike).
     """
     limits = [limit for limit in (max_calls, tool_format.max_calls) if limit is not None]
+    more = "" if limits and min(limits) == 1 else f"({_elements(tool_format.separator)} call)*"
+    rest = f"{more} {_quoted(tool_format.closing)}"
     rules = {
-        "calls": " ".join([_quoted(tool_format.opening), "call", _more(tool_format, limits), _end(tool_format)]),
         "call": " | ".join(f"call_{nth}" for nth in range(len(tools))),
-        **{f"call_{nth}": _call(tool_format.call, tool) for nth, tool in enumerate(tools)},
+        "first": " | ".join(f"first_{nth}" for nth in range(len(tools))),
         "SPACE": r"/[ \n]{1,4}/",
     }
+    # The lexer takes the longest match and never goes back: what tells calls from text must be one piece.
+    first, *others = tool_format.call
+    assert isinstance(first, str)
+    has_head = tool_format.is_anywhere and not must_call and text_schema is None
+    begin = [tool_format.opening + first, *others]
+    if has_head:
+        begin[0] = begin[0].removeprefix(tool_format.trigger)
+    for nth, tool in enumerate(tools):
+        rules[f"call_{nth}"] = _elements(tool_format.call, tool)
+        rules[f"first_{nth}"] = _elements(begin, tool)
     if must_call:
-        rules["start"] = "calls"
+        rules["start"] = f"first {rest}"
     elif text_schema is not None:
-        rules["start"] = "calls | %json " + json.dumps(text_schema)
-    elif tool_format.is_anywhere:
-        rest = tool_format.call if tool_format.opening else tool_format.call[1:]
-        first = [f"first_{nth}" for nth in range(len(tools))]
-        rules |= {name: _call(rest, tool) for name, tool in zip(first, tools, strict=True)}
+        assert tool_format.is_anywhere, "JSON and calls begin alike"
+        rules["start"] = f"first {rest} | %json {json.dumps(text_schema)}"
+    elif has_head:
         rules["TEXT"] = r"/(.|\n)*/"
         rules["head[lazy]"] = f"TEXT {_quoted(tool_format.trigger)}"
-        calls = f"head ({' | '.join(first)}) {_more(tool_format, limits)} {_end(tool_format)}"
-        rules["start"] = f"TEXT | {calls}"
+        rules["start"] = f"TEXT | head first {rest}"
     else:
         rules["TEXT"] = rf"/(.|\n)*/ & ~/{_escaped(tool_format.trigger)}(.|\n)*/"
-        rules["start"] = "TEXT | calls"
+        rules["start"] = f"TEXT | first {rest}"
     return "%llguidance {}\n" + "".join(f"{name}: {body}\n" for name, body in rules.items())
 
 
-def _more(tool_format: ToolFormat, limits: Sequence[int]) -> str:
-    if limits and min(limits) == 1:
-        return ""
-    return f"({_call((*tool_format.separator,), None)} call)*"
-
-
-def _end(tool_format: ToolFormat) -> str:
-    return _quoted(tool_format.closing)
-
-
-def _call(elements: Sequence[Element], tool: CallableTool | None) -> str:
+def _elements(elements: Sequence[Element], tool: CallableTool | None = None) -> str:
     words: list[str] = []
     for element in elements:
         if element is Slot.SPACE:
