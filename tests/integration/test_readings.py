@@ -4,7 +4,6 @@ aggregated equals transformers, with prefix hits, with preemption, and when a so
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -239,36 +238,63 @@ def test_preempted_requests_are_read_once() -> None:
             assert sum(answer.route.preemptions for answer in answers) > 0, "the pool was not full"
 
 
-@pytest.mark.parametrize("params", [BOTH, SamplingParams(pooling=Pooling.MEAN)])
+async def killed_while_it_computes(
+    cluster: PlainCluster, texts: list[list[int]], params: SamplingParams
+) -> tuple[list[Answer], str]:
+    """The answers, and the name of the source that died on the way to them. Enough prompts to be in the middle of."""
+    await cluster.router.clear_cache()
+    watch = Watch(cluster)
+    try:
+        asked = asyncio.gather(*(cluster.ask(text, params) for text in texts))
+        sources = [name for name in cluster.workers if name.startswith("prefill")]
+        while not (busy := [name for name in sources if (await watch.load(name)).num_running]):
+            assert not asked.done(), "it was never seen computing"
+        await cluster.kill(busy[0])
+        return await asked, busy[0]
+    finally:
+        watch.stop()
+
+
+def assert_same_vectors(answers: list[Answer], others: list[Answer]) -> None:
+    for answer, other in zip(answers, others, strict=True):
+        assert answer.embedding
+        assert torch.allclose(torch.tensor(answer.embedding), torch.tensor(other.embedding), atol=1e-4)
+
+
+MEAN = SamplingParams(pooling=Pooling.MEAN)
+
+
+@pytest.mark.parametrize("params", [BOTH, MEAN])
 def test_a_source_that_dies_in_the_middle_of_a_prompt_leaves_no_gap(split: Served, params: SamplingParams) -> None:
     """Its spare reads the prompt off from the start."""
-    text = prompts(1, seed=8, low=470, high=470)[0]
+    texts = prompts(8, seed=8, low=300, high=470)
     cluster = split.cluster
-
-    async def scene() -> Answer:
-        await cluster.router.clear_cache()
-        watch = Watch(cluster)
-        try:
-            asked = asyncio.ensure_future(cluster.ask(text, params))
-            sources = [name for name in cluster.workers if name.startswith("prefill")]
-            while True:
-                loads = {name: await watch.load(name) for name in sources}
-                busy = [name for name, load in loads.items() if load.num_running]
-                if busy:
-                    break
-            cluster.workers[busy[0]].signal(signal.SIGSTOP)  # between two steps, or in one
-            await cluster.kill(busy[0])
-            answer = await asked
-            await cluster.replace(busy[0])
-            return answer
-        finally:
-            watch.stop()
-
-    answer = split.runner.run(scene())
-    assert answer.route.spare_used == 1
+    answers, dead = split.runner.run(killed_while_it_computes(cluster, texts, params))
+    split.runner.run(cluster.replace(dead))
+    assert sum(answer.route.spare_used for answer in answers) > 0
     if params.pooling is None:
-        assert_read(text, answer, params)
+        for text, answer in zip(texts, answers, strict=True):
+            assert_read(text, answer, params)
     else:
-        [again] = split.ask([text], params)
-        assert torch.allclose(torch.tensor(answer.embedding), torch.tensor(again.embedding), atol=1e-4)
+        assert_same_vectors(answers, split.ask(texts, params))
     split.runner.run(cluster.assert_all_free())
+
+
+def test_without_another_source_the_decode_worker_reads_all_of_the_prompt() -> None:
+    """The blocks that came before are not enough: what is read off them was not told."""
+    texts = prompts(6, seed=9, low=300, high=470)
+    settings = {**SETTINGS, "router.local_prefill": "fallback", "kv.num_blocks": 256}
+    with running_cluster(settings, prefill=1, decode=1) as (cluster, runner):
+        served = Served(cluster, runner)
+        for params in (BOTH, MEAN):
+            answers, dead = runner.run(killed_while_it_computes(cluster, texts, params))
+            lost = [answer.route for answer in answers if answer.route.recomputed_tokens]
+            assert lost and all(route.local_prefill for route in lost)
+            assert any(route.recomputed_tokens == route.prompt_tokens for route in lost)
+            runner.run(cluster.replace(dead))
+            if params.pooling is None:
+                for text, answer in zip(texts, answers, strict=True):
+                    assert_read(text, answer, params)
+            else:
+                assert_same_vectors(answers, served.ask(texts, params))
+        runner.run(cluster.assert_all_free())
