@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
 from deploy.generation import Generation, Prompt
 from deploy.openai_answers import Text, Tokens
-from deploy.openai_errors import UnknownModel, Unsupported
+from deploy.openai_errors import UnknownModel
 from deploy.openai_requests import (
     ChatRequest,
     CompletionRequest,
@@ -30,6 +31,7 @@ from deploy.request_fields import TokenIds
 from deploy.sampling_request import check_ids, sampling_of
 from deploy.served_model import ServedModel
 from deploy.stream import Detokenizer
+from deploy.structured_output import grammar_of, may_call
 from deploy.tally import Tally
 from deploy.tokenizer import Tokenizer
 from router.flight import RouterRequest
@@ -61,15 +63,18 @@ class ApiService:
         self._check_model(body.model)
         prompt = ChatPrompt(
             messages=body.messages,
-            tools=() if body.tool_choice == "none" else body.tools,
+            tools=body.tools if may_call(body) else (),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        token_ids = await self._tokenizer("messages").encode_chat(prompt)
+        tokenizer = self._tokenizer("messages")
+        token_ids = await tokenizer.encode_chat(prompt)
+        grammars = tokenizer.grammars(self.model.vocab_size, self.model.eos_token_ids)
+        grammar = await asyncio.to_thread(grammar_of, body, tokenizer.tool_format, grammars)
         max_tokens = body.max_completion_tokens or body.max_tokens
         prompts = [Prompt(text="", token_ids=tuple(token_ids))]
-        return await self._generation(body, prompts, max_tokens, "messages", tally, _grammar(body))
+        return await self._generation(body, prompts, max_tokens, "messages", tally, grammar)
 
     async def embed(self, body: EmbeddingRequest, tally: Tally) -> Embeddings:
         self._check_model(body.model)
@@ -162,7 +167,7 @@ class ApiService:
                     leader_id=leader_id if follows else "",
                 )
                 completions.append(
-                    Completion(self.router, request, tally, detokenizer=self._detokenizer(), ending=ending)
+                    Completion(self.router, request, tally, detokenizer=self._detokenizer(body), ending=ending)
                 )
         for prompt in prompts:
             tally.prompt(len(prompt.token_ids))
@@ -212,8 +217,11 @@ class ApiService:
             raise InvalidRequest(f"timeout_s: {timeout_s:g} is over the limit of {longest_s:g} s", "timeout_s")
         return timeout_s or longest_s
 
-    def _detokenizer(self) -> Detokenizer | None:
-        return None if self.tokenizer is None else Detokenizer(self.tokenizer.backend)
+    def _detokenizer(self, body: SamplingRequest) -> Detokenizer | None:
+        if self.tokenizer is None:
+            return None
+        shows_all = isinstance(body, ChatRequest) and may_call(body) and self.tokenizer.calls_are_special
+        return Detokenizer(self.tokenizer.backend, skip_special_tokens=not shows_all)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model.name:
@@ -224,12 +232,3 @@ class ApiService:
         if self.tokenizer is None:
             raise InvalidRequest(f"{param}: the model has no tokenizer; send token ids to /v1/completions", param)
         return self.tokenizer
-
-
-def _grammar(body: ChatRequest) -> Grammar | None:
-    """What the answer must match. Raises InvalidRequest."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise Unsupported(f"response_format: {body.response_format.type} is not supported; use text", "response_format")
-    if body.tools and body.tool_choice != "none":
-        raise Unsupported('tools: they are not called; remove them or set tool_choice to "none"', "tools")
-    return None

@@ -57,7 +57,7 @@ class SamplingRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # logits stay finite
     logit_bias: Biases = ()
     bad_words: BadWords = Field(default_factory=list)
     min_tokens: Int31 = 0

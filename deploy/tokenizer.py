@@ -6,13 +6,15 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 from cluster.errors import CheckpointError
 from deploy.chat_template import ChatPrompt, render
 from deploy.token_texts import TokenTexts
+from deploy.tool_format import ToolFormat, tool_format_of
+from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,8 +31,10 @@ _THREADS = 2  # the library drops the GIL while it encodes
 class Tokenizer:
     """`encode` and `encode_chat` from any event loop; `backend` is safe to read from any thread."""
 
-    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+    def __init__(self, fast: PreTrainedTokenizerFast, directory: Path) -> None:
         self._fast = fast
+        self._directory = directory
+        self._grammars: GrammarCompiler | None = None
         self.backend: tokenizers.Tokenizer = fast.backend_tokenizer
         self.backend.no_truncation()  # a prompt is never cut silently
         self.backend.no_padding()
@@ -49,17 +53,30 @@ class Tokenizer:
             raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}; save it again") from error
         if getattr(fast, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: {type(fast).__name__} is no fast tokenizer; convert it to tokenizer.json")
-        return cls(fast)
+        return cls(fast, path)
 
     @property
     def has_chat_template(self) -> bool:
         return bool(self._fast.chat_template)
 
-    @property
-    def chat_template(self) -> str:
-        """The text of it, "" without one: how the model writes tool calls follows from it."""
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes its calls of tools, as far as its chat template tells."""
         template = self._fast.chat_template
-        return template if isinstance(template, str) else ""
+        return tool_format_of(template if isinstance(template, str) else None)
+
+    @cached_property
+    def calls_are_special(self) -> bool:
+        """Whether special tokens mark a call, which text without them would not show."""
+        marks = "".join(each for each in (self.tool_format.opening, *self.tool_format.call) if isinstance(each, str))
+        added = self.backend.get_added_tokens_decoder().values()
+        return any(token.special and token.content in marks for token in added)
+
+    def grammars(self, vocab_size: int, eos_token_ids: frozenset[int]) -> GrammarCompiler:
+        """Of the one model that it serves; made once, and filled at the first use."""
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._directory / TOKENIZER_FILE, vocab_size, eos_token_ids)
+        return self._grammars
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the model puts around a text, unless they are not wanted."""

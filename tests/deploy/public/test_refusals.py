@@ -45,7 +45,7 @@ BODIES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "top_p": 1.1}, 400, "top_p", "got 1.1"),
     (COMPLETIONS, {"prompt": "a", "min_p": -0.5}, 400, "min_p", "got -0.5"),
     (COMPLETIONS, {"prompt": "a", "presence_penalty": -2.1}, 400, "presence_penalty", "got -2.1"),
-    (COMPLETIONS, {"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "greater than 0"),
+    (COMPLETIONS, {"prompt": "a", "repetition_penalty": 5e-324}, 400, "repetition_penalty", "got 5e-324"),
     (COMPLETIONS, {"prompt": "a", "seed": 2**64}, 400, "seed", "less than 18446744073709551616"),
     (COMPLETIONS, {"prompt": "a", "seed": 10**400}, 400, "seed", "seed"),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 2**31}, 400, "max_tokens", "less than 2147483648"),
