@@ -1,9 +1,12 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer words engine overhead serving failures] [--quick] [--json FILE]
+    python -m benchmarks [--only transfer words engine overhead serving serving-guidellm failures]
+                         [--quick] [--json docs/measurements.json]
 
-Wants a machine that does nothing else, about ten minutes, and `pip install -e .[test]` for the picture. --quick only
+Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
 shows that everything runs: sizes so small that the figures mean nothing, and nothing is written unless asked for.
+serving-guidellm installs guidellm into .cache first. What is not measured now keeps its figures in the file; a
+benchmark that fails takes nothing from the others, and the exit status tells.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.report import ROOT, progress
 
 OUT = ROOT / "docs" / "measurements.json"
+Report = dict[str, object]  # as benchmarks.report.Report.tree makes it
+
 QUIET = 0.5  # load average; above it the figures are somebody else's, too
 QUICK: Mapping[str, str] = MappingProxyType(
     {
@@ -29,21 +34,44 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "engine": "--only jitter --steps 10",
         "overhead": "--requests 3 --warmup 2",
         "serving": "--rates 4 --seconds 1 --rounds 1",
+        "serving-guidellm": "--rates 4 --seconds 1 --rounds 1",
         "failures": "--kills 1 --silences 1",
     }
 )
+COMMANDS: Mapping[str, str] = MappingProxyType({"serving-guidellm": "serving --driver guidellm"})  # others: the name
 
 
-def run(name: str, directory: Path, *, quick: bool) -> dict[str, object]:
+def run(name: str, directory: Path, *, quick: bool) -> Report:
     """One benchmark in a process of its own; what it reported. Raises CalledProcessError."""
     out = directory / f"{name}.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(out)]
+    module, *arguments = COMMANDS.get(name, name).split()
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json", str(out)]
     if quick:
         command += QUICK[name].split()
-        command += ["--plot", str(directory / "serving.png")] if name == "serving" else []
+        command += ["--plot", str(directory / f"{name}.png")] if module == "serving" else []
     progress(f"{name} …")
     subprocess.run(command, cwd=ROOT, check=True)
     return json.loads(out.read_text())
+
+
+def run_all(names: Sequence[str], directory: Path, *, quick: bool) -> tuple[list[Report], list[str]]:
+    """What those that ran reported, and the names of the others."""
+    reports: list[Report] = []
+    failed: list[str] = []
+    for name in names:
+        try:
+            reports.append(run(name, directory, quick=quick))
+        except subprocess.CalledProcessError as error:
+            progress(f"{name} failed: {error}")
+            failed.append(name)
+    return reports, failed
+
+
+def merged(before: Sequence[Report], now: Sequence[Report]) -> list[Report]:
+    """Each benchmark once, the newer report; in the order of QUICK, those without a place there last."""
+    by_name = {str(report["benchmark"]): report for report in (*before, *now)}
+    order = [*(name for name in QUICK if name in by_name), *(name for name in by_name if name not in QUICK)]
+    return [by_name[name] for name in order]
 
 
 def main() -> None:
@@ -59,11 +87,14 @@ def main() -> None:
     if (load := os.getloadavg()[0]) > QUIET:
         progress(f"the machine is not quiet (load {load:.1f}); wait until it is for figures that count")
     with tempfile.TemporaryDirectory() as name:
-        reports = [run(one, Path(name), quick=options.quick) for one in options.only]
+        reports, failed = run_all(options.only, Path(name), quick=options.quick)
     out = options.json or (None if options.quick else OUT)
     if out is not None:
-        out.write_text(json.dumps(reports, indent=1, ensure_ascii=False) + "\n")
+        before = json.loads(out.read_text()) if out.is_file() else []
+        out.write_text(json.dumps(merged(before, reports), indent=1, ensure_ascii=False) + "\n")
         progress(f"written: {out}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 from benchmarks.arrivals import Arrival, Workload
@@ -59,6 +60,7 @@ class Sample:
     pulled_blocks: int = 0
     plan: str = ""  # the server's word
     server_ttft_s: float = 0.0  # from the start of its route to the first token there
+    num_tokens: int | None = None  # where `token_s` has only the first and the last one
 
     @classmethod
     def list_from_json(cls, text: bytes) -> list[Sample]:
@@ -66,7 +68,22 @@ class Sample:
 
     @property
     def complete(self) -> bool:
-        return not self.error and len(self.token_s) == self.num_wanted
+        return not self.error and self.count == self.num_wanted
+
+    @property
+    def count(self) -> int:
+        """Tokens that came."""
+        return len(self.token_s) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between tokens, as far as each one's time is known."""
+        return [] if self.num_tokens is not None else [after - before for before, after in pairwise(self.token_s)]
+
+    @property
+    def mean_gap(self) -> float:
+        """0 with a single token."""
+        return (self.token_s[-1] - self.token_s[0]) / (self.count - 1) if self.count > 1 else 0.0
 
 
 async def ask(endpoint: Endpoint, arrival: Arrival, due: float, sample: Sample) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from benchmarks.client import Sample
 from benchmarks.report import percentile
@@ -18,7 +17,7 @@ class Slo:
     inter_token_s: float  # mean of the request
 
     def kept_by(self, sample: Sample) -> bool:
-        return sample.complete and sample.token_s[0] <= self.ttft_s and _mean_gap(sample) <= self.inter_token_s
+        return sample.complete and sample.token_s[0] <= self.ttft_s and sample.mean_gap <= self.inter_token_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class Summary:
     ttft_p99: float
     inter_token_p50: float  # of the means of the requests: (last token - first) / (tokens - 1)
     inter_token_p99: float
-    gap_p99: float  # of all pauses between two tokens of a stream, as they arrive
+    gap_p99: float  # of all pauses between two tokens of a stream, as they arrive; 0 where the driver keeps no times
     end_to_end_p50: float
     end_to_end_p99: float
     elapsed: float  # from the start to the last token, all arrivals included
@@ -44,15 +43,23 @@ class Summary:
     num_disaggregated: int  # plans
     late_p99: float  # how far the client itself was behind
     neighbours: float  # cores that other programs kept busy meanwhile
+    driver: str = ""  # who sent the requests; "": there is only one
 
     @classmethod
     def of(
-        cls, mode: str, rate: float, rounds: Sequence[Sequence[Sample]], slo: Slo, *, neighbours: float = 0.0
+        cls,
+        mode: str,
+        rate: float,
+        rounds: Sequence[Sequence[Sample]],
+        slo: Slo,
+        *,
+        neighbours: float = 0.0,
+        driver: str = "",
     ) -> Summary:
         samples = [sample for round_ in rounds for sample in round_]
         done = [sample for sample in samples if sample.complete]
-        gaps = [after - before for sample in done for before, after in pairwise(sample.token_s)]
-        means = [_mean_gap(sample) for sample in done if len(sample.token_s) > 1]
+        gaps = [gap for sample in done for gap in sample.gaps]
+        means = [sample.mean_gap for sample in done if sample.count > 1]
         first, last = [sample.token_s[0] for sample in done], [sample.token_s[-1] for sample in done]
         return cls(
             mode=mode,
@@ -68,13 +75,19 @@ class Summary:
             end_to_end_p50=percentile(last, 0.5),
             end_to_end_p99=percentile(last, 0.99),
             elapsed=sum(_elapsed(rate, round_) for round_ in rounds),
-            num_tokens=sum(len(sample.token_s) for sample in done),
+            num_tokens=sum(sample.count for sample in done),
             hit_tokens=sum(sample.hit_tokens for sample in done),
             pulled_blocks=sum(sample.pulled_blocks for sample in done),
             num_disaggregated=sum(sample.plan == "disaggregated" for sample in done),
             late_p99=percentile([sample.sent_s for sample in samples], 0.99),
             neighbours=neighbours,
+            driver=driver,
         )
+
+    @property
+    def label(self) -> str:
+        """Of its curve."""
+        return f"{self.mode}, {self.driver}" if self.driver else self.mode
 
     @property
     def tokens_per_s(self) -> float:
@@ -95,8 +108,3 @@ def _elapsed(rate: float, samples: Sequence[Sample]) -> float:
     if not rate:
         return sum(sample.token_s[-1] for sample in done)
     return max([len(samples) / rate, *(sample.due_s + sample.token_s[-1] for sample in done)])
-
-
-def _mean_gap(sample: Sample) -> float:
-    count = len(sample.token_s) - 1
-    return (sample.token_s[-1] - sample.token_s[0]) / count if count else 0.0

@@ -22,7 +22,7 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-    modes = list(dict.fromkeys(summary.mode for summary in summaries))
+    labels = list(dict.fromkeys(summary.label for summary in summaries))
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,
@@ -31,8 +31,8 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
     }
     with pyplot.rc_context({**style, "axes.edgecolor": _GREY, "axes.titleweight": "bold", "axes.titlesize": 10.5}):
         figure, (first, gap, good) = pyplot.subplots(1, 3, figsize=(11, 3.9), dpi=110)
-        for mode, colour in zip(modes, _COLOURS, strict=False):
-            runs = sorted((s for s in summaries if s.mode == mode and s.rate), key=lambda s: s.rate)
+        for label, colour in zip(labels, _COLOURS, strict=False):
+            runs = sorted((s for s in summaries if s.label == label and s.rate), key=lambda s: s.rate)
             rates = [run.rate for run in runs]
             solid = {"color": colour, "marker": "o", "markersize": 4.5, "linewidth": 2}
             faint = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2, "linestyle": "--"}
@@ -81,13 +81,13 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
             axes.grid(axis="y", color="#dee2e6", linewidth=0.7)
         handles = [
             Line2D([], [], color=c, linewidth=2, marker="o", markersize=4.5)
-            for c, _ in zip(_COLOURS, modes, strict=False)
+            for c, _ in zip(_COLOURS, labels, strict=False)
         ]
         handles += [Line2D([], [], color=_GREY, linewidth=w, linestyle=s) for w, s in _LINES]
         figure.suptitle(title, x=0.012, y=0.985, ha="left", fontsize=12, fontweight="bold")
         figure.legend(
             handles,
-            [*modes, "median", "99th percentile"],
+            [*labels, "median", "99th percentile"],
             loc="upper right",
             ncols=len(handles),
             frameon=False,

@@ -40,12 +40,12 @@ from benchmarks.arrivals import Arrival
 from benchmarks.client import Endpoint, Sample, ask
 from benchmarks.neighbours import Neighbours
 from benchmarks.process import process, receive
-from benchmarks.report import Figure, Report, Setting, percentile, progress, publish
+from benchmarks.report import Figure, Report, Setting, percentile, publish
+from benchmarks.started_cluster import started_cluster
 from benchmarks.vocabulary import Vocabulary, write_tokenizer
 from cluster import config_file
 from cluster.config import SluiceConfig
 from cluster.request import RequestKey, SamplingParams
-from deploy.local_app import local_app
 from deploy.tokenizer import Tokenizer
 
 BOUND_MS = 10.0
@@ -229,8 +229,8 @@ def all_ways(plan: Plan) -> Iterator[tuple[Ways, Vocabulary]]:
         config = plan.config(directory)
         with process(_answer, config) as engine:
             assert receive(engine) == "ready"
-            with local_app(config, lambda line: progress(f"overhead: {line}")) as app:
-                yield Ways(engine, app.url, replica_url(app.url), tokenizer), Vocabulary.read(directory)
+            with started_cluster(config, "overhead") as url:
+                yield Ways(engine, url, replica_url(url), tokenizer), Vocabulary.read(directory)
             engine.send(None)
         tokenizer.close()
 
