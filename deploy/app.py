@@ -24,9 +24,11 @@ from ray import serve
 from cluster.config import SluiceConfig
 from cluster.config_file import load
 from cluster.errors import ConfigError
+from deploy import serve_headers
 from deploy.ingress import Ingress
 
 NUM_CPUS = 0.1  # of a replica: a scheduling figure
+_REPLICA_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": serve_headers.IMPORT_PATH}
 
 
 class AppArgs(BaseModel):
@@ -73,6 +75,6 @@ def bind(config: SluiceConfig, revision: int) -> serve.Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         max_surge_percent=100,  # a successor is there before its predecessor stops
-        ray_actor_options={"num_cpus": NUM_CPUS},
+        ray_actor_options={"num_cpus": NUM_CPUS, "runtime_env": {"env_vars": _REPLICA_ENV}},
     )(Ingress)
     return deployment.bind(config.model_dump_json(), revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -12,7 +13,7 @@ from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RequestError
 from cluster.metrics import CONTENT_TYPE, Outcome
@@ -50,6 +51,7 @@ def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
     """
     app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses={"4XX": {"model": ErrorBody}})
     app.router.route_class = JsonRoute
+    app.add_middleware(_CancelledCount)
     app.add_middleware(
         Gate,
         api_keys=service.api_keys,
@@ -194,6 +196,22 @@ class _CountedStream(EventStream):
         finally:
             await self._pieces.aclose()  # closing events that never began does not reach it
             self._tally.end(Outcome.CANCELLED)
+
+
+class _CancelledCount:
+    """Serve cancels the task of a request whose client is gone: no handler of errors hears of that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            tally: Tally | None = scope.get("state", {}).get("tally")
+            if tally is not None:
+                tally.end(Outcome.CANCELLED)
+            raise
 
 
 # ---------------------------------------------------------------- errors
