@@ -28,3 +28,11 @@ setup:
 
 setup-dev:
 	@$(PYTHON) deploy/preflight.py --extra dev
+
+# Clients with pins of their own, each in an environment of its own (some hundred MB); tests/deploy/public uses them.
+.PHONY: clients
+clients:
+	for client in litellm lm-eval guidellm; do python3 -m venv .cache/clients/$$client || exit 1; done
+	.cache/clients/litellm/bin/pip install litellm
+	.cache/clients/lm-eval/bin/pip install -c constraints.txt 'lm-eval[api]' transformers
+	.cache/clients/guidellm/bin/pip install -c constraints.txt torch guidellm

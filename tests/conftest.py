@@ -67,6 +67,12 @@ def read_allowed_skips(text: str) -> list[re.Pattern[str]]:
     return [re.compile(line) for line in lines if line and not line.startswith("#")]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-family", action="store_true", help="through the public port: all model families, not one of each shape"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 

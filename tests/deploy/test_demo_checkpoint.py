@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import SluiceError
 from deploy import demo_checkpoint
+from deploy.chat_template import ChatPrompt
 from deploy.commands.demo import PROMPT, SYSTEM
+from deploy.openai_chat import ChatMessage
 from deploy.tokenizer import Tokenizer
 from tests.support.paged_model import PagedModel, Text
 from workers.models.loader import load
@@ -52,7 +54,8 @@ def test_transformers_reads_it_and_says_the_same(cache: Path) -> None:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     ours = Tokenizer.load(path)
-    assert ours is not None and ours._encode_chat(messages) == prompt
+    chat = ChatPrompt(messages=[ChatMessage.model_validate(each) for each in messages])
+    assert ours is not None and ours._encode_chat(chat) == prompt
     assert tokenizer.decode(prompt).count("<|end|>") == 2
     config = json.loads((path / "config.json").read_text())
     assert config["index_topk"] < len(prompt) < 128  # sparse attention, and a few chunks

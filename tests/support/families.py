@@ -139,3 +139,17 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "deepseek-v32": _deepseek_v32,
     "deepseek-v32-yarn": partial(_deepseek_v32, rope_parameters=YARN_ROPE, attention_bias=True),
 }
+
+# One of each family that is served, for tests that start processes.
+SERVED = (
+    "llama",
+    "llama3-tied",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "deepseek-v3-yarn",
+    "deepseek-v3-wide-fp8",
+    "deepseek-v32",
+)

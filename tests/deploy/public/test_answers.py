@@ -17,7 +17,6 @@ from tests.support.public_door import BLOCK_SIZE, MODEL, PublicDoor
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
 TEXT = "def main() -> None:\n    print('the quick brown fox')"
-CLOSE = {"rel": 1e-3, "abs": 2e-3}
 
 Forward = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]
 
@@ -47,14 +46,14 @@ def test_logprobs_and_echo_equal_transformers(door: PublicDoor, forward: Forward
         assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
         expected, _ = forward(token_ids)
         rows = torch.arange(len(token_ids) - 1)
-        assert told["token_logprobs"][1:] == pytest.approx(expected[rows, token_ids[1:]].tolist(), **CLOSE)
+        assert told["token_logprobs"][1:] == pytest.approx(expected[rows, token_ids[1:]].tolist(), rel=1e-3, abs=2e-3)
         for row, (own, top) in enumerate(zip(token_ids[1:], told["top_logprobs"][1:], strict=True)):
             best = expected[row].topk(3)
             texts = {
                 door.tokenizer.texts.text_of(token): expected[row, token].item() for token in best.indices.tolist()
             }
             texts[door.tokenizer.texts.text_of(own)] = expected[row, own].item()
-            assert top == pytest.approx(texts, **CLOSE)
+            assert top == pytest.approx(texts, rel=1e-3, abs=2e-3)
         assert told["tokens"] == [door.tokenizer.texts.text_of(token) for token in token_ids]
         for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
             assert token.startswith("bytes:") or choice["text"].startswith(token, offset)
