@@ -71,7 +71,7 @@ def whole(found: Targets) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "port" in metafunc.fixturenames:
+    if "port" in metafunc.fixturenames and not metafunc.definition.get_closest_marker("parametrize"):
         families = SERVED if metafunc.config.getoption("every_family") else ("llama", "deepseek-v32")
         metafunc.parametrize("port", families, indirect=True, scope="module")
 
