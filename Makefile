@@ -8,8 +8,14 @@ VENV = .venv/bin
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
 
+# In parallel what starts no cluster; then the clusters, one after the other. The long form is ARGS=--full.
 test: setup
+ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
+else
+	@$(VENV)/python -m pytest -n auto --maxprocesses 4 -m "not cluster"
+	@$(VENV)/python -m pytest -m cluster
+endif
 
 lint: setup-dev
 	$(VENV)/ruff format --check

@@ -68,16 +68,18 @@ def read_allowed_skips(text: str) -> list[re.Pattern[str]]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every-family", action="store_true", help="through the public port: all model families, not one of each shape"
-    )
+    parser.addoption("--full", action="store_true", help="the long form: every model family everywhere, every death")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     has_netns = os.geteuid() == 0 and shutil.which("ip") is not None
     for item in items:

@@ -1,4 +1,4 @@
-"""Deaths around an app in Serve: of ingress replicas, and of the controller. Twenty of each in one cluster."""
+"""Deaths around an app in Serve: of ingress replicas, and of the controller. With --full, twenty of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.support.serve_app import ServedApp, Stream, served_app, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(240)]
 
-NUM_KILLS = 20
 NUM_REPLICAS = 5
 NUM_VICTIMS = 4  # of one round: Serve starts their successors side by side
 NUM_STREAMS = 3 * NUM_REPLICAS  # HAProxy gives each replica its share
@@ -55,12 +54,19 @@ def served(runner: asyncio.Runner) -> Iterator[ServedApp]:
         yield served
 
 
+@pytest.fixture
+def num_kills(request: pytest.FixtureRequest) -> int:
+    return 20 if request.config.getoption("full") else NUM_VICTIMS
+
+
 def assert_whole(stream: Stream, told: object) -> None:
     assert len(stream.tokens) == NUM_TOKENS and is_greedy(stream.prompt, tuple(stream.tokens)), f"{told}: {stream}"
 
 
-def test_killed_ingress_replicas_take_their_own_requests_and_no_more(served: ServedApp, runner: asyncio.Runner) -> None:
-    """Five rounds of four deaths, each at a seeded moment of streams through the public port."""
+def test_killed_ingress_replicas_take_their_own_requests_and_no_more(
+    served: ServedApp, runner: asyncio.Runner, num_kills: int
+) -> None:
+    """Rounds of four deaths, each at a seeded moment of streams through the public port."""
 
     async def scene(seed: int) -> int:
         random = Random(seed)
@@ -98,11 +104,13 @@ def test_killed_ingress_replicas_take_their_own_requests_and_no_more(served: Ser
             num_up = len(up - servers) if len(up) == NUM_REPLICAS else 0
         return len(broken)
 
-    num_broken = [runner.run(scene(seed)) for seed in range(NUM_KILLS // NUM_VICTIMS)]
-    assert sum(num_broken) >= NUM_KILLS, f"most victims served nobody: {num_broken}"
+    num_broken = [runner.run(scene(seed)) for seed in range(num_kills // NUM_VICTIMS)]
+    assert sum(num_broken) >= num_kills, f"most victims served nobody: {num_broken}"
 
 
-def test_a_killed_controller_is_no_business_of_streams(served: ServedApp, runner: asyncio.Runner) -> None:
+def test_a_killed_controller_is_no_business_of_streams(
+    served: ServedApp, runner: asyncio.Runner, num_kills: int
+) -> None:
     """Its successor answers, and has adopted the same processes; how long that took is told, and bounds nothing."""
     took_s: list[float] = []
 
@@ -133,6 +141,6 @@ def test_a_killed_controller_is_no_business_of_streams(served: ServedApp, runner
         assert all(psutil.pid_exists(member.pid) for member in after)
         await served.assert_all_free()
 
-    for seed in range(NUM_KILLS):
+    for seed in range(num_kills):
         runner.run(scene(seed))
     print(f"adopted again after {min(took_s):.2f} to {max(took_s):.2f} s")

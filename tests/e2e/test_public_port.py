@@ -18,7 +18,7 @@ import pytest
 from cluster.config_file import parse
 from deploy.local_app import local_app
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint, decided
-from tests.support.families import SERVED
+from tests.support.families import served
 from tests.support.ray_cluster import until
 from tests.support.scrape import Scrape, Target, targets
 
@@ -70,13 +70,7 @@ def whole(found: Targets) -> bool:
     ]  # fmt: skip
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "port" in metafunc.fixturenames and not metafunc.definition.get_closest_marker("parametrize"):
-        families = SERVED if metafunc.config.getoption("every_family") else ("llama", "deepseek-v32")
-        metafunc.parametrize("port", families, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=served({"llama", "deepseek-v32"}))
 def port(request: pytest.FixtureRequest) -> Iterator[PublicPort]:
     config = parse(
         {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
+import pytest
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -141,7 +142,7 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
 }
 
 # One of each family that is served, for tests that start processes.
-SERVED = (
+_SERVED = (
     "llama",
     "llama3-tied",
     "qwen2",
@@ -153,3 +154,8 @@ SERVED = (
     "deepseek-v3-wide-fp8",
     "deepseek-v32",
 )
+
+
+def served(short: Collection[str]) -> list[object]:
+    """Parameters of a test: all families in the long form, `short` ones always."""
+    return [pytest.param(family, marks=() if family in short else pytest.mark.full) for family in _SERVED]
