@@ -82,6 +82,15 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+# ---------------------------------------------------------------- health
+
+
+class Health(BaseModel):
+    status: Literal["ok", "not ready"]
+    reason: str | None = None
+    """Where not ready."""
+
+
 # ---------------------------------------------------------------- logprobs
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,6 +30,7 @@ from deploy.openai_answers import (
     EmbeddingAnswer,
     EmbeddingUsage,
     ErrorBody,
+    Health,
     ModelCard,
     ModelList,
     Text,
@@ -43,13 +43,24 @@ from deploy.tally import Tally
 
 __all__ = ["ApiService", "create_app"]
 
+# What the document says of answers beyond their models.
+_WITH_ID: Final[dict[str, Any]] = {
+    "headers": {"x-request-id": {"description": "The request's own, or a new one", "schema": {"type": "string"}}}
+}
+_REFUSAL: Final[dict[str, Any]] = {"model": ErrorBody, **_WITH_ID}
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {200: _WITH_ID, "4XX": _REFUSAL, "5XX": _REFUSAL}
+_TEXT: Final[dict[str, Any]] = {"schema": {"type": "string"}}
+_STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content": {"text/event-stream": _TEXT}}}
+_METRICS: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content": {"text/plain": _TEXT}}}
+_HEALTH: Final[dict[int | str, dict[str, Any]]] = {200: _WITH_ID, 503: {**_WITH_ID, "model": Health}}
+
 
 def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
     """The app of one ingress replica. Its router must be started on the loop that serves the app.
 
     `ids_are_echoed`: the server around it answers with the request's x-request-id, as Serve's does.
     """
-    app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses={"4XX": {"model": ErrorBody}})
+    app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses=_RESPONSES)
     app.router.route_class = JsonRoute
     app.add_middleware(_CancelledCount)
     app.add_middleware(
@@ -60,13 +71,13 @@ def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
     )
     _add_errors(app, service)
 
-    @app.post("/v1/completions", response_model=CompletionAnswer)
+    @app.post("/v1/completions", response_model=CompletionAnswer, responses=_STREAMED)
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
         generation = await service.complete(body, _tally(service, request))
         writer = CompletionWriter(generation, body, service.model, service.tokenizer)
         return await _answer(service, request, writer, stream=body.stream)
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer)
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=_STREAMED)
     async def chat(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
         generation = await service.chat(body, _tally(service, request))
         writer = ChatWriter(generation, body, service.model, service.tokenizer)
@@ -95,14 +106,15 @@ def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
             raise UnknownModel(f"the model {name!r} does not exist; use {service.model.name!r}", "model")
         return _card(service)
 
-    @app.get("/health")
+    @app.get("/health", response_model=Health, responses=_HEALTH)
     async def health() -> Response:
         """Progress: a warm plan exists, and each session it needs is open, which a worker that does not step ends."""
         ready = service.router.ready()
-        state = {"status": "ok"} if ready else {"status": "not ready", "reason": service.router.why_not_ready()}
-        return Response(json.dumps(state), 200 if ready else 503, media_type="application/json")
+        state = Health(status="ok") if ready else Health(status="not ready", reason=service.router.why_not_ready())
+        answer = state.model_dump_json(exclude_none=True)
+        return Response(answer, 200 if ready else 503, media_type="application/json")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=_METRICS)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 

@@ -6,11 +6,10 @@ of its own, and any replica names them all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 
 from fastapi import FastAPI
-from starlette.responses import Response
+from pydantic import BaseModel
 
 from cluster.exporter import Export
 
@@ -21,12 +20,18 @@ def add_targets(app: FastAPI, name: str, model: str, exports: Callable[[], Itera
     """Adds the route. `exports` is asked anew at each request."""
 
     @app.get(PATH)
-    async def targets() -> Response:
-        groups = [_group(name, model, export) for export in exports()]
-        return Response(json.dumps(groups), media_type="application/json")
+    async def targets() -> list[TargetGroup]:
+        return [_group(name, model, export) for export in exports()]
 
 
-def _group(app: str, model: str, export: Export) -> dict[str, list[str] | dict[str, str]]:
+class TargetGroup(BaseModel):
+    """As Prometheus's HTTP service discovery reads it."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+def _group(app: str, model: str, export: Export) -> TargetGroup:
     """One group per target, for its labels. Prometheus lets them win over a metric's: no metric has one of these."""
     labels = {
         "app": app,
@@ -35,4 +40,4 @@ def _group(app: str, model: str, export: Export) -> dict[str, list[str] | dict[s
         "name": export.name,
         "incarnation": export.incarnation,
     }
-    return {"targets": [export.address], "labels": labels}
+    return TargetGroup(targets=[export.address], labels=labels)

@@ -72,6 +72,11 @@ def _prompts(value: object) -> object:
     raise ValueError("a text, a list of token ids that is not empty, or a list of either; send one of these")
 
 
+_TOKEN_IDS_SCHEMA: Final[dict[str, Any]] = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_TOKEN_ID},
+    "minItems": 1,
+}
 Prompts = Annotated[
     str | TokenIds | list[str] | list[TokenIds],
     PlainValidator(_prompts),
@@ -79,14 +84,9 @@ Prompts = Annotated[
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                _TOKEN_IDS_SCHEMA,
                 {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-                {
-                    "type": "array",
-                    "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                },
+                {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
         }
     ),
@@ -112,13 +112,12 @@ def _stops(value: object) -> object:
     return stops
 
 
+_STOP_SCHEMA: Final[dict[str, Any]] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 Stops = Annotated[
     list[str],
     BeforeValidator(_stops),
     Field(max_length=MAX_STOPS),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS}]}
-    ),
+    WithJsonSchema({"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}]}),
 ]
 
 
@@ -142,6 +141,7 @@ Biases = Annotated[
     WithJsonSchema(
         {
             "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
             "maxProperties": MAX_BIASES,
         }
@@ -165,7 +165,7 @@ BadWords = Annotated[
         {
             "type": "array",
             "maxItems": MAX_BAD_WORDS,
-            "items": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]},
+            "items": {"anyOf": [{"type": "string", "minLength": 1}, _TOKEN_IDS_SCHEMA]},
         }
     ),
 ]

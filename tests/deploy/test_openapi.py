@@ -51,6 +51,7 @@ FIELDS = {
     "Function": "description name parameters strict",
     "FunctionCall": "arguments name",
     "FunctionName": "name",
+    "Health": "reason status",
     "ModelCard": "created id max_model_len object owned_by",
     "ModelList": "data object",
     "NamedTool": "function type",
@@ -94,3 +95,20 @@ def test_the_fields_are_these(schema: dict[str, Any]) -> None:
         name: " ".join(sorted(part.get("properties", ()))) for name, part in schema["components"]["schemas"].items()
     }
     assert found == {name: " ".join(fields.split()) for name, fields in FIELDS.items()}
+
+
+def test_the_documented_answers_are_the_given_ones(schema: dict[str, Any]) -> None:
+    streamed = {"application/json", "text/event-stream"}
+    content = {
+        "/v1/completions": streamed,
+        "/v1/chat/completions": streamed,
+        "/metrics": {"text/plain"},
+    }
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            assert set(answers) == {"200", "4XX", "5XX"} | ({"503"} if path == "/health" else set()), path
+            assert set(answers["200"]["content"]) == content.get(path, {"application/json"}), path
+            assert all(set(answer["headers"]) == {"x-request-id"} for answer in answers.values()), path
+            for status in ("4XX", "5XX"):
+                assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")

@@ -15,6 +15,7 @@ Json = dict[str, Any]
 
 PATHS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 MAX_TOKENS: Final = 6  # of most cases: the fields are of interest, not long texts
+UNLIMITED_TIMEOUT_S: Final = 0.5
 
 _NASTY_TEXTS: Final = (
     "\x00",
@@ -272,8 +273,17 @@ def mutants(draw: st.DrawFn, vocab_size: int) -> tuple[str, bytes]:
         written = written[:-1] + b", " + again.encode()[1:]
     if change == "nest":
         depth = draw(st.sampled_from([50, 99, 101, 1000, 100_000]))
-        written = written[:-1] + b', "stop": ' + b"[" * depth + b"]" * depth + b"}"
-    return path, written
+        return path, written[:-1] + b', "stop": ' + b"[" * depth + b"]" * depth + b"}"
+    return path, _ending_soon(path, written)
+
+
+def _ending_soon(path: str, written: bytes) -> bytes:
+    """A chat without a limit goes on to the model's: it is given a short time instead."""
+    body = json.loads(written)
+    limited = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "timeout_s"))
+    if path != "/v1/chat/completions" or limited:
+        return written
+    return written[:-1] + b', "timeout_s": %g}' % UNLIMITED_TIMEOUT_S
 
 
 def written_json(value: object) -> bytes:

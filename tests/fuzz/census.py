@@ -12,6 +12,7 @@ from tests.support.ray_cluster import until
 from tests.support.scrape import Scrape, targets
 
 _IDLE_S = 60.0
+_MAX_NEW_FILES = 64  # the proxy keeps connections to replicas
 _EMPTY = (
     "sluice_ingress_open_requests",
     "sluice_engine_waiting_sequences",
@@ -31,6 +32,8 @@ class Census:
     incarnations: dict[str, str]
     pids: dict[str, int]
     rss_bytes: dict[str, int]
+    num_files: dict[str, int]
+    """Open ones, sockets too."""
     unchanged: dict[str, dict[str, float]]
 
     @classmethod
@@ -61,19 +64,24 @@ class Census:
         except AssertionError:
             raise AssertionError(f"still not idle after {_IDLE_S:g} s: {busy}") from None
         pids = _listeners(addresses)
+        processes = {name: psutil.Process(pid) for name, pid in pids.items()}
         return cls(
             incarnations=incarnations,
             pids=pids,
-            rss_bytes={name: psutil.Process(pid).memory_info().rss for name, pid in pids.items()},
+            rss_bytes={name: process.memory_info().rss for name, process in processes.items()},
+            num_files={name: process.num_fds() for name, process in processes.items()},
             unchanged={name: {each: scrape.total(each) for each in _UNCHANGED} for name, scrape in scrapes.items()},
         )
 
     def check(self, before: Census, max_growth_bytes: int) -> None:
         """Nobody was replaced, no session was lost or is left, nobody grew by more."""
-        assert self.incarnations == before.incarnations and self.pids == before.pids
-        assert self.unchanged == before.unchanged
+        assert self.incarnations == before.incarnations, (before.incarnations, self.incarnations)
+        assert self.pids == before.pids, (before.pids, self.pids)
+        assert self.unchanged == before.unchanged, (before.unchanged, self.unchanged)
         grown = {name: rss - before.rss_bytes[name] for name, rss in self.rss_bytes.items()}
         assert max(grown.values()) <= max_growth_bytes, grown
+        opened = {name: number - before.num_files[name] for name, number in self.num_files.items()}
+        assert max(opened.values()) <= _MAX_NEW_FILES, opened
 
 
 def _held_by(scrape: Scrape) -> list[str]:
