@@ -94,16 +94,32 @@ class PoolConfig(Section):
 
 
 class RouterConfig(Section):
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    """How a worker is chosen among those that fit."""
-    local_prefill: Literal["never", "fallback", "always"] = "fallback"
-    """May a decode worker compute a prompt itself: never; only when every source is gone; always. Counted."""
+    policy: Literal["kv_aware", "least_loaded", "round_robin"] = "least_loaded"
+    """How a worker is chosen among those that fit: by what is cached where, what waits there and what moving blocks
+    costs; by what waits there; in turn."""
+    decode_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """kv_aware: blocks of prefill work that one more request on a decode worker weighs."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """kv_aware: 0 takes the cheapest way; above it dearer ones too, e-fold rarer with each `temperature` blocks."""
+    affinity_header: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] | None = None
+    """HTTP header whose value names a session; requests of one session go to one worker. None: no sessions."""
+    affinity_blocks: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 32.0
+    """kv_aware: a session leaves its worker when another one costs so many blocks less."""
+    local_prefill: Literal["never", "fallback", "conditional", "always"] = "fallback"
+    """May a decode worker compute a prompt itself: never; only when every source is gone; also when little of it is
+    left to compute or every source has too much to do; always. Counted."""
+    local_max_tokens: Count = 128
+    """local_prefill = conditional: so many tokens that the decode worker has not cached are little."""
+    saturated_tokens: Positive = 16384
+    """local_prefill = conditional: a source with so many queued prompt tokens has too much to do."""
     spare: bool = True
     """Name a second source in the plan, for when the first one dies."""
     max_attempts: Positive = 3
     """Workers that may be tried for one request, the first included."""
     worker_wait_s: Seconds = 15.0
     """How long a request waits for a worker when none is there; then it is answered 503."""
+    kept_routes: Count = 256
+    """Requests of which each replica can say how they were routed: the last ones."""
 
 
 class TransferConfig(Section):

@@ -103,6 +103,29 @@ class Metrics:
             registry=r,
         )
 
+        # What the router knows of caches; kept by the ingress.
+        self.event_stream_alive = Gauge(
+            "sluice_router_event_stream_alive", "1: this worker's block events are all known", ["peer"], registry=r
+        )
+        self.event_lag = Gauge(
+            "sluice_router_event_lag_batches", "Batches of block events not heard yet, by worker", ["peer"], registry=r
+        )
+        self.event_gaps = Counter(
+            "sluice_router_event_gaps", "Block events that were missing and asked for again", registry=r
+        )
+        self.indexed_blocks = Gauge(
+            "sluice_router_indexed_blocks", "Blocks in the prefix index, once for each of their holders", registry=r
+        )
+        self.expected_hit_tokens = Counter(
+            "sluice_router_expected_hit_tokens", "Tokens expected in the cache, by stage", ["stage"], registry=r
+        )
+        self.found_hit_tokens = Counter(
+            "sluice_router_found_hit_tokens",
+            "Tokens that were found there, of the same requests",
+            ["stage"],
+            registry=r,
+        )
+
         # The engine of a worker.
         self.queue = Histogram(
             "sluice_engine_queue_seconds", "Acceptance to first step", ["stage"], buckets=_REQUEST_S, registry=r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.config import Role
@@ -18,6 +19,17 @@ class _Shard:
     report: pb.LoadReport | None = None
     num_sent: int = 0
     sent_tokens: int = 0
+    warm_sources: Mapping[str, float] = field(default_factory=dict)  # the same object as long as nothing changes
+    num_available_blocks: int | None = None
+    candidate: Candidate | None = None  # made of all this; None: something has changed
+
+    @classmethod
+    def of(cls, report: pb.LoadReport, before: _Shard | None) -> _Shard:
+        warm = {pair.source_incarnation: pair.bytes_per_s for pair in report.pairs if pair.warm}
+        if before is not None and before.warm_sources == warm:
+            warm = before.warm_sources
+        available = min((group.free + group.cached for group in report.groups), default=None)
+        return cls(report, warm_sources=warm, num_available_blocks=available)
 
     @property
     def num_requests(self) -> int:
@@ -33,11 +45,6 @@ class _Shard:
     def draining(self) -> bool:
         return self.report is not None and self.report.draining
 
-    @property
-    def warm_sources(self) -> frozenset[str]:
-        pairs = self.report.pairs if self.report else ()
-        return frozenset(pair.source_incarnation for pair in pairs if pair.warm)
-
 
 @dataclass(slots=True)
 class _Worker:
@@ -45,6 +52,30 @@ class _Worker:
     session: Session | None = None
     leaving: bool = False  # said Goodbye
     shards: dict[int, _Shard] = field(default_factory=dict)
+
+    def changed(self) -> None:
+        for shard in self.shards.values():
+            shard.candidate = None
+
+    def candidate(self, number: int, shard: _Shard) -> Candidate:
+        """Kept with the shard until something changes."""
+        member, report = self.member, shard.report
+        shard.candidate = Candidate(
+            name=member.name,
+            incarnation=member.incarnation,
+            shard=number,
+            roles=frozenset(member.roles),
+            compatibility_hash=member.compatibility_hash,
+            pid=member.pid,
+            connected=self.session is not None,
+            num_requests=shard.num_requests,
+            queued_tokens=shard.queued_tokens,
+            num_available_blocks=shard.num_available_blocks,
+            block_bytes=report.block_bytes if report else 0,
+            prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
+            warm_sources=shard.warm_sources,
+        )
+        return shard.candidate
 
 
 class Fleet:
@@ -69,6 +100,7 @@ class Fleet:
                 self._workers[incarnation] = _Worker(member, shards=shards)
             else:
                 worker.member = member
+                worker.changed()
                 for rank in member.ranks:
                     worker.shards.setdefault(rank.shard, _Shard())
         return dial, left
@@ -87,6 +119,7 @@ class Fleet:
         worker = self._workers.get(session.peer.incarnation)
         if worker is not None and worker.session is session:
             worker.session = None
+            worker.changed()
 
     def leaving(self, session: Session) -> None:
         """The worker said Goodbye: no new requests."""
@@ -97,7 +130,7 @@ class Fleet:
     def reported(self, session: Session, report: pb.LoadReport) -> None:
         worker = self._workers.get(session.peer.incarnation)
         if worker is not None and worker.session is session:
-            worker.shards[report.shard] = _Shard(report)
+            worker.shards[report.shard] = _Shard.of(report, worker.shards.get(report.shard))
 
     def sent(self, candidate: Candidate, *, num_requests: int = 0, num_tokens: int = 0) -> None:
         """Counts until the worker's next report includes it."""
@@ -106,6 +139,7 @@ class Fleet:
         if shard is not None:
             shard.num_sent += num_requests
             shard.sent_tokens += num_tokens
+            shard.candidate = None
 
     def session(self, incarnation: str) -> Session | None:
         worker = self._workers.get(incarnation)
@@ -123,21 +157,10 @@ class Fleet:
         return any(role in worker.member.roles for worker in self._workers.values())
 
     def candidates(self) -> list[Candidate]:
-        """The shards of all workers that take new requests."""
+        """The shards of all workers that take new requests; of those that did not change, the same objects."""
         return [
-            Candidate(
-                name=worker.member.name,
-                incarnation=incarnation,
-                shard=number,
-                roles=frozenset(worker.member.roles),
-                compatibility_hash=worker.member.compatibility_hash,
-                pid=worker.member.pid,
-                connected=worker.session is not None,
-                num_requests=shard.num_requests,
-                queued_tokens=shard.queued_tokens,
-                warm_sources=shard.warm_sources,
-            )
-            for incarnation, worker in self._workers.items()
+            shard.candidate or worker.candidate(number, shard)
+            for worker in self._workers.values()
             if worker.member.state is MemberState.READY and not worker.leaving
             for number, shard in worker.shards.items()
             if not shard.draining

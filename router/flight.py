@@ -44,6 +44,7 @@ class RouterRequest:
     priority: int = 0  # larger first
     deadline_s: float | None = None  # remaining; None: none
     leader_id: str = ""  # an open request with the same prompt: this one is placed beside it and shares its blocks
+    session: str = ""  # what the client calls the session that it belongs to; "": none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +97,7 @@ class Flight:
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
         self._news = asyncio.Event()
-        self._hashes: list[bytes] = []
-        self._hash_root = b""
+        self._hashes: dict[bytes, list[bytes]] = {}  # by root of the chain
 
     @property
     def emitted(self) -> list[int]:
@@ -125,16 +125,24 @@ class Flight:
         self.session_id = session_id
         return self.key
 
+    @property
+    def num_tokens(self) -> int:
+        """That have or need KV: of the prompt and emitted."""
+        return len(self.request.prompt_token_ids) + len(self.emitted)
+
+    def hashes(self, root: bytes, block_size: int) -> list[bytes]:
+        """Of the full blocks so far. A chain is computed once and grows with what was emitted."""
+        hashes = self._hashes.setdefault(root, [])
+        start = len(hashes) * block_size
+        if self.num_tokens - start >= block_size:
+            known = [*self.request.prompt_token_ids, *self.emitted]
+            hashes += block_hashes(root, known[start:], block_size, hashes[-1] if hashes else None)
+        return hashes
+
     def submit(self, root: bytes, block_size: int, deadline_ms: int) -> pb.Submit:
-        """The words for the running attempt. The hash chain is computed once and grows with what was emitted."""
+        """The words for the running attempt."""
         assert self.plan is not None
         request = self.request
-        known = [*request.prompt_token_ids, *self.emitted]
-        if root != self._hash_root:
-            self._hash_root, self._hashes = root, []
-        start = len(self._hashes)
-        previous = self._hashes[-1] if start else None
-        self._hashes += block_hashes(root, known[start * block_size :], block_size, previous)
         sampling = request.sampling
         if self.output.has_prompt_logprobs:
             sampling = replace(sampling, num_prompt_logprobs=None)
@@ -146,7 +154,7 @@ class Flight:
             sampling=sampling.wire(),
             priority=request.priority,
             deadline_ms=deadline_ms,
-            block_hashes=b"".join(self._hashes),
+            block_hashes=b"".join(self.hashes(root, block_size)),
             shard=self.plan.decode.shard,
             leader_id=request.leader_id,
         )

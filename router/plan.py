@@ -1,23 +1,28 @@
-"""Which worker runs each stage of one request: the plan, and how it is made from what the router sees. Pure.
+"""Which worker runs each stage of one request: the values that a plan is made from, and the plan.
 
-Three modes (`router.local_prefill`):
-  always    a decode worker that also has the role prefill computes the prompt itself (so does any, when nobody has
-            that role); one without it takes a warm source where there is one
-  fallback  a warm source wherever there is one, else the decode worker itself, counted
-  never     a warm source, or no plan
+Four modes (`router.local_prefill`):
+  always       a decode worker that also has the role prefill computes the prompt itself (so does any, when nobody has
+               that role); one without it takes a warm source where there is one
+  conditional  a warm source, or the decode worker itself where little of the prompt is left to compute there, or where
+               every source has too much to do; without any source as `fallback`
+  fallback     a warm source wherever there is one, else the decode worker itself, counted
+  never        a warm source, or no plan
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
 
-LocalPrefill = Literal["never", "fallback", "always"]
+if TYPE_CHECKING:
+    from router.offer import Choice
+
+LocalPrefill = Literal["never", "fallback", "conditional", "always"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +38,16 @@ class Candidate:
     connected: bool = True  # this router has an open session to it
     num_requests: int = 0  # waiting, pulling or running there, those just sent included
     queued_tokens: int = 0  # prompt tokens waiting to be computed there, those just sent included
-    warm_sources: frozenset[str] = frozenset()  # incarnations that it can read KV from now
+    num_available_blocks: int | None = None  # free or cached; None: not told
+    block_bytes: int = 0
+    prefill_tokens_per_s: float = 0.0  # 0: not measured
+    warm_sources: Mapping[str, float] = field(
+        default_factory=dict
+    )  # that it can read KV from now: bytes/s by incarnation
 
     @property
     def ref(self) -> pb.WorkerRef:
         return pb.WorkerRef(name=self.name, incarnation=self.incarnation, shard=self.shard)
-
-
-class Policy(Protocol):
-    """Chooses among workers that all fit. Implementations may keep state; one per router, its loop's thread only."""
-
-    def pick(self, stage: Role, candidates: Sequence[Candidate]) -> Candidate:
-        """One of `candidates`, which are not empty."""
-        ...
 
 
 class LocalReason(StrEnum):
@@ -53,6 +55,8 @@ class LocalReason(StrEnum):
 
     CONFIGURED = "configured"  # local_prefill = always
     NO_SOURCE = "no_source"  # the fallback: no source is warm
+    SHORT = "short"  # little is left to compute
+    SATURATED = "saturated"  # every source has too much to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,7 @@ class Plan:
     spare: Candidate | None = None
     local_prefill_allowed: bool = False
     local_reason: LocalReason | None = None  # None: prefill is remote
+    choice: Choice | None = field(default=None, compare=False, repr=False)  # what there was to choose from
 
     def wire(self) -> pb.Plan:
         prefill = pb.StagePlan(stage=pb.PREFILL, worker=self.prefill.ref)
@@ -81,69 +86,3 @@ class NoPlan:
 
     reason: str
     exhausted: bool = False
-
-
-def make_plan(
-    candidates: Sequence[Candidate],
-    policy: Policy,
-    *,
-    local_prefill: LocalPrefill,
-    want_spare: bool,
-    excluded: Collection[str] = (),
-    shunned: Collection[str] = (),
-) -> Plan | NoPlan:
-    """`excluded` incarnations are not chosen for decode; `shunned` ones only when there is no other."""
-    serving = [_Option(c, candidates, local_prefill) for c in candidates if Role.DECODE in c.roles and c.connected]
-    usable = [option for option in serving if option.usable]
-    allowed = [option for option in usable if option.decode.incarnation not in excluded]
-    if not allowed:
-        return _explain(candidates, bool(serving), bool(usable))
-    options = [o for o in allowed if o.decode.incarnation not in shunned] or allowed
-    # A remote source, or the local one that the configuration asks for, is better than a fallback.
-    options = [o for o in options if o.sources or o.bound] or options
-    decode = policy.pick(Role.DECODE, [option.decode for option in options])
-    option = next(o for o in options if o.decode is decode)
-    may_compute = local_prefill != "never"
-    if option.bound or not option.sources:
-        reason = LocalReason.CONFIGURED if option.bound else LocalReason.NO_SOURCE
-        return Plan(decode=decode, prefill=decode, local_prefill_allowed=True, local_reason=reason)
-    prefill = policy.pick(Role.PREFILL, option.sources)
-    spare = _spare(prefill, option.sources) if want_spare else None
-    return Plan(decode=decode, prefill=prefill, spare=spare, local_prefill_allowed=may_compute)
-
-
-def _spare(prefill: Candidate, sources: Sequence[Candidate]) -> Candidate | None:
-    """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
-    others = [source for source in sources if source is not prefill]
-    return min(others, key=lambda c: (c.queued_tokens, c.num_requests, c.name < prefill.name, c.name), default=None)
-
-
-class _Option:
-    """A decode worker with the sources it could read from."""
-
-    __slots__ = ("bound", "decode", "sources", "usable")
-
-    def __init__(self, decode: Candidate, candidates: Sequence[Candidate], local_prefill: LocalPrefill) -> None:
-        self.decode = decode
-        nobody = all(Role.PREFILL not in c.roles for c in candidates)
-        self.bound = local_prefill == "always" and (Role.PREFILL in decode.roles or nobody)
-        self.sources = [
-            c
-            for c in candidates
-            if Role.PREFILL in c.roles
-            and c.connected  # otherwise it may be dead, which decode's last report cannot know
-            and c.incarnation in decode.warm_sources
-            and c.incarnation != decode.incarnation
-            and c.compatibility_hash == decode.compatibility_hash
-        ]
-        self.usable = bool(self.sources) or local_prefill != "never"
-
-
-def _explain(candidates: Sequence[Candidate], serving: bool, usable: bool) -> NoPlan:
-    if usable:
-        return NoPlan("every decode worker has turned the request away", exhausted=True)
-    if serving:
-        return NoPlan("no prefill worker is warm for any decode worker, and router.local_prefill is never")
-    if any(Role.DECODE in c.roles for c in candidates):
-        return NoPlan("no session to any decode worker is open")
-    return NoPlan("no decode worker is ready")

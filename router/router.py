@@ -14,9 +14,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
+from google.protobuf.message import DecodeError
+
 from cluster.config import LimitsConfig, Role, RouterConfig
 from cluster.errors import Busy, DeadlineExceeded, InvalidRequest, NoWorker, RequestError, SessionError
-from cluster.hashing import chain_root
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import DropReason, Metrics
@@ -27,10 +28,11 @@ from cluster.session import Session
 from cluster.words_thread import WordsThread
 from router.admin import Admin
 from router.admission import Admission
+from router.block_feed import TOPIC
 from router.fleet import Fleet
 from router.flight import Flight, Receipt, RouterRequest, State, TokenDelta
-from router.plan import NoPlan, Plan, make_plan
-from router.policy import POLICIES
+from router.navigator import Navigator
+from router.plan import NoPlan, Plan
 
 
 class Router:
@@ -52,8 +54,8 @@ class Router:
         self._metrics = metrics
         self._log = log
         self._block_size = block_size
-        self._policy = POLICIES[config.policy]()
         self._fleet = Fleet()
+        self._navigator = Navigator(config, self._fleet, metrics, log, self._later, block_size=block_size)
         self._admission = Admission(limits.max_requests)
         self._admin = Admin(self._fleet)
         self._flights: dict[str, Flight] = {}
@@ -94,7 +96,7 @@ class Router:
 
         A fleet that was warm once and fell back to local prefill is still ready.
         """
-        plan = self._plan()
+        plan = self._navigator.any_plan()
         if isinstance(plan, NoPlan):
             return False
         fell_back = plan.prefill.incarnation == plan.decode.incarnation and self._config.local_prefill == "fallback"
@@ -106,7 +108,7 @@ class Router:
 
     def why_not_ready(self) -> str:
         """For people, when `ready` is false."""
-        plan = self._plan()
+        plan = self._navigator.any_plan()
         return plan.reason if isinstance(plan, NoPlan) else "no prefill worker is warm yet"
 
     @property
@@ -155,16 +157,6 @@ class Router:
 
     # ------------------------------------------------------------ placing
 
-    def _plan(self, flight: Flight | None = None) -> Plan | NoPlan:
-        return make_plan(
-            self._fleet.candidates(),
-            self._policy if flight else POLICIES[self._config.policy](),
-            local_prefill=self._config.local_prefill,
-            want_spare=self._config.spare,
-            excluded=flight.excluded if flight else (),
-            shunned=flight.shunned if flight else (),
-        )
-
     def _leader_plan(self, flight: Flight) -> Plan | None:
         """The plan of the flight that this one follows, if it runs where this one may go, too."""
         leader = self._flights.get(flight.request.leader_id)
@@ -178,7 +170,7 @@ class Router:
     def _place(self, flight: Flight) -> None:
         """Submits the next attempt, or queues the flight until a worker appears."""
         led = self._leader_plan(flight)  # the leader's prefill computes the prompt for both
-        plan = led or self._plan(flight)
+        plan = led or self._navigator.plan(flight, self._now())
         if isinstance(plan, NoPlan):
             self._wait_for_worker(flight, plan)
             return
@@ -186,14 +178,9 @@ class Router:
         assert session is not None, "only connected workers are planned for decode"
         self._stop_waiting(flight)
         key = flight.place(plan, session.id)
-        root = chain_root(plan.decode.compatibility_hash)
-        submit = flight.submit(root, self._block_size, self._remaining_ms(flight))
+        submit = flight.submit(self._navigator.root(plan.decode), self._block_size, self._remaining_ms(flight))
         session.send(pb.Frame(submit=submit), key)
-        num_tokens = 0 if led else len(flight.request.prompt_token_ids) + len(flight.emitted)
-        self._fleet.sent(plan.decode, num_requests=1)
-        self._fleet.sent(plan.prefill, num_tokens=num_tokens)
-        if plan.local_reason is not None:
-            self._metrics.local_plans.labels(plan.local_reason).inc()
+        self._navigator.placed(flight, plan, self._now(), num_new_tokens=0 if led else flight.num_tokens)
         if flight.is_replay:
             self._metrics.replays.inc()
         self._log.debug(
@@ -228,7 +215,7 @@ class Router:
             self._place(flight)
 
     def _give_up(self, flight: Flight) -> None:
-        plan = self._plan(flight)
+        plan = self._navigator.plan(flight, self._now())
         reason = plan.reason if isinstance(plan, NoPlan) else "a worker came too late"
         last = f"; the last attempt: {flight.last_failure.message}" if flight.last_failure else ""
         self._end(flight, NoWorker(f"{reason} (waited {self._config.worker_wait_s:g} s{last}); retry later"))
@@ -254,6 +241,7 @@ class Router:
         """The one way out of a request: the worker stops, every table forgets."""
         self._cancel(flight, reason)
         self._stop_waiting(flight)
+        self._navigator.ended(flight)
         self._flights.pop(flight.request.request_id, None)
         self._deadlines.pop(flight.request.request_id, None)
 
@@ -292,7 +280,7 @@ class Router:
         self._post(self._heard, session, frame)
 
     def on_bulk(self, session: Session, topic: str, payload: bytes) -> None:
-        """Nothing of today's bulk traffic is for a router."""
+        self._post(self._heard_bulk, session, topic, payload)
 
     def on_broken(self, session: Session, error: SessionError) -> None:
         self._post(self._broken, session, error)
@@ -309,6 +297,14 @@ class Router:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, *args)
 
+    def _later(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon(call)
+
+    def _now(self) -> float:
+        assert self._loop is not None
+        return self._loop.time()
+
     # ------------------------------------------------------------ on the loop
 
     def _members(self, membership: Membership) -> None:
@@ -317,16 +313,21 @@ class Router:
             self._dialer.keep(member.address, member.incarnation)
         for incarnation in left:
             self._dialer.drop(incarnation)
+            self._navigator.feed.gone(incarnation)
         self._place_waiting()
 
     def _opened(self, session: Session) -> None:
         if self._fleet.opened(session):
+            member = self._fleet.member(session.peer.incarnation)
+            if member is not None and self._navigator.uses_blocks:
+                self._navigator.feed.opened(session, member, self._now())
             self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
             self._place_waiting()
 
     def _broken(self, session: Session, error: SessionError) -> None:
         self._fleet.broken(session)
         self._admin.broken(session)
+        self._navigator.feed.broken(session)
         self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
         self._metrics.broken_sessions.labels(error.reason).inc()
         message = f"the session to {session.peer.name} broke: {error}"
@@ -348,6 +349,7 @@ class Router:
                 self._received(session, tokens)
         elif kind == "load_report":
             self._fleet.reported(session, frame.load_report)
+            self._navigator.feed.reported(session, frame.load_report, self._now())
             self._place_waiting()
         elif kind == "admin_response":
             self._fleet.reported(session, frame.admin_response.load)  # newer than the last report
@@ -356,6 +358,16 @@ class Router:
             self._fleet.leaving(session)
         else:
             self._drop(DropReason.UNSUPPORTED)
+
+    def _heard_bulk(self, session: Session, topic: str, payload: bytes) -> None:
+        """A peer's mistake ends its session."""
+        if topic != TOPIC:
+            session.close(f"nothing listens to bulk topic {topic!r} ({len(payload)} bytes)")
+            return
+        try:
+            self._navigator.feed.heard(session, pb.BlockEvents.FromString(payload), self._now())
+        except (DecodeError, ValueError) as error:
+            session.close(f"bad block events: {error}")
 
     def _received(self, session: Session, tokens: pb.SequenceTokens) -> None:
         flight = self._flights.get(tokens.key.request_id)

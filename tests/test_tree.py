@@ -27,8 +27,6 @@ TORCH_FREE = (
     "kvtransfer.layout",
     "kvtransfer.ledger",
     "router.plan",
-    "router.policy",
-    "router.router",
     "workers.engine.block_manager",
     "workers.engine.scheduler",
     "workers.engine.sequence",

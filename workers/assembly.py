@@ -69,6 +69,7 @@ class Assembly:
 
     compatibility_hash: bytes
     block_size: int
+    block_bytes: int  # of one block of every group
     blocks: BlockManager
     scheduler: Scheduler
     engine: Engine
@@ -96,7 +97,8 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     geometry = KvGeometry(groups, rope_convention=spec.rope_convention)
     compatibility = compatibility_hash(loaded.weights_identity, loaded.config_json, spec.dtype, geometry)
     max_model_len = min(model_config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
-    num_blocks = _num_blocks(settings, sum(group.block_bytes() for group in groups))
+    block_bytes = sum(group.block_bytes() for group in groups)
+    num_blocks = _num_blocks(settings, block_bytes)
     capacities = [GroupCapacity(group.name, num_blocks, group.block_size) for group in groups]
     pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks] * len(groups))
     caches = [kv_cache(group, storages) for group, storages in zip(groups, pool.regions, strict=True)]
@@ -135,6 +137,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     return Assembly(
         compatibility_hash=compatibility,
         block_size=kv.block_size,
+        block_bytes=block_bytes,
         blocks=blocks,
         scheduler=scheduler,
         engine=Engine(scheduler, runner),

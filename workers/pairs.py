@@ -17,7 +17,8 @@ from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
-from kvtransfer.connector import Connected, Executor
+from kvtransfer.connector import Connected, Executor, PullResult
+from workers.rate import Rate
 
 FIRST_PAUSE_S = 0.5  # before a source that could not be read is tried again, doubling
 MAX_PAUSE_S = 30.0
@@ -29,6 +30,7 @@ class _Pair:
     offer: pb.TransportOffer | None = None
     connected: dict[int, Connected] = field(default_factory=dict)  # by our rank
     warm: bool = False
+    rate: Rate = field(default_factory=Rate)  # bytes, of reads
     failure: str = ""  # of the last try
     pause_s: float = FIRST_PAUSE_S
     retry_at: float | None = None
@@ -115,6 +117,12 @@ class Pairs:
         pair = self._pairs.get(session.peer.incarnation)
         return next((each.transport for each in pair.connected.values()), "") if pair else ""
 
+    def read(self, result: PullResult) -> None:
+        """Of a source, whatever became of its pair: how fast its bytes come counts from the first read on."""
+        pair = self._pairs.get(result.pull.peer)
+        if pair is not None:
+            pair.rate.measured(result.num_bytes, result.seconds)
+
     def reports(self) -> list[pb.PairReport]:
         """For load reports: what the router may pair."""
         return [
@@ -122,7 +130,7 @@ class Pairs:
                 source_incarnation=incarnation,
                 warm=pair.warm and pair.session.open,
                 transport=next((each.transport for each in pair.connected.values()), ""),
-                bytes_per_s=min((each.bytes_per_s for each in pair.connected.values()), default=0.0),
+                bytes_per_s=pair.rate.per_s or min((c.bytes_per_s for c in pair.connected.values()), default=0.0),
             )
             for incarnation, pair in self._pairs.items()
         ]

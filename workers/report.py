@@ -10,7 +10,14 @@ from workers.pairs import Pairs
 
 
 def load_report(
-    parts: Assembly, decode: DecodeStage, pairs: Pairs, metrics: Metrics, *, draining: bool
+    parts: Assembly,
+    decode: DecodeStage,
+    pairs: Pairs,
+    metrics: Metrics,
+    *,
+    draining: bool,
+    last_event_id: int,
+    prefill_tokens_per_s: float,
 ) -> pb.LoadReport:
     """Engine thread. Sets the gauges, too."""
     scheduler, ledger = parts.scheduler, parts.ledger
@@ -37,4 +44,7 @@ def load_report(
         draining=draining,
         num_steps=parts.engine.num_steps,
         pairs=pairs.reports(),
+        last_event_id=last_event_id,
+        block_bytes=parts.block_bytes,
+        prefill_tokens_per_s=prefill_tokens_per_s,
     )

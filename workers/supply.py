@@ -134,6 +134,7 @@ class Supply:
     def pulled(self, request: Request | None, result: PullResult, now: float) -> bool:
         """All ranks are through with one pull. Whether the request waited for it."""
         self._reads.ended(result)
+        self._pairs.read(result)
         fetch = request.fetch if request is not None else None
         if request is None or fetch is None or result.pull.id not in fetch.in_flight:
             self._lingering.ended(result.key, result.pull.id)

@@ -29,14 +29,18 @@ from cluster.rpc import Dialer, WordsServer, WordsThread
 from cluster.session import Session
 from kvtransfer.connector import Connected, Done
 from workers.assembly import WorkerSettings, assemble
+from workers.block_log import BlockLog
 from workers.decode import DecodeStage
 from workers.engine.step_plan import StepOutcome
 from workers.pairs import Pairs
 from workers.prefill import PrefillStage
+from workers.rate import Rate
 from workers.report import load_report
 
 TICK_S = 0.01  # deadlines, retries and waits are looked at this often
 REPORT_S = 0.1  # between two load reports
+PUBLISH_S = 0.05  # between two batches of block events
+BLOCKS_TOPIC = "blocks"
 DRAINED_POLL_S = 0.02
 
 _STAGES = {Role.ENCODE: pb.ENCODE, Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE}
@@ -54,12 +58,14 @@ class Worker:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._membership = Membership()
         self._sessions: set[Session] = set()
+        self._subscribers: set[Session] = set()  # to block events
+        self._prefill_rate = Rate()
         self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
         self._stopping = threading.Event()
         self._drained = threading.Event()
         self._draining = False
         self._turned_at = time.monotonic()
-        self._ticked_at = self._reported_at = 0.0
+        self._ticked_at = self._reported_at = self._published_at = 0.0
         self._idle = True
 
     # ------------------------------------------------------------------ life
@@ -78,6 +84,7 @@ class Worker:
             ranks=[pb.RankInfo(rank=0, shard=0, tp_rank=0, tp_size=1)],
         )
         me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
+        self._block_log = BlockLog(parts.blocks)
         self._pairs = Pairs(parts.executors, self._connected, self.metrics, self._log)
         self._prefill = PrefillStage(parts, self.metrics, settings.scheduler, settings.name)
         self._decode = DecodeStage(parts, self._pairs, self.metrics, settings.scheduler, me)
@@ -187,6 +194,8 @@ class Worker:
 
     def _count(self, outcome: StepOutcome, step_s: float) -> None:
         batch = self._parts.engine.last_batch
+        if batch.num_tokens >= 2 * batch.num_sequences:  # prompts, not one token each
+            self._prefill_rate.measured(batch.num_tokens, step_s)
         self.metrics.step.observe(step_s)
         self.metrics.batch_size.observe(batch.num_sequences)
         self.metrics.computed_tokens.inc(batch.num_tokens)
@@ -210,6 +219,8 @@ class Worker:
         self._pairs.tick(now)
         self._prefill.tick(now)
         self._decode.tick(now)
+        if now - self._published_at >= PUBLISH_S:
+            self._publish(now)
         if now - self._reported_at >= REPORT_S or self._pairs.changed:
             self._report(now)
         if self._draining and not self._open_work():
@@ -227,7 +238,32 @@ class Worker:
                 session.send(frame)
 
     def _load(self) -> pb.LoadReport:
-        return load_report(self._parts, self._decode, self._pairs, self.metrics, draining=self._draining)
+        return load_report(
+            self._parts,
+            self._decode,
+            self._pairs,
+            self.metrics,
+            draining=self._draining,
+            last_event_id=self._block_log.last_id,
+            prefill_tokens_per_s=self._prefill_rate.per_s,
+        )
+
+    def _publish(self, now: float) -> None:
+        """What changed in the prefix cache, to those that asked for it. A batch that does not fit is asked for."""
+        self._published_at = now
+        events = self._block_log.collect()
+        if events is not None:
+            payload = events.SerializeToString()
+            for session in self._subscribers:
+                session.send_bulk(BLOCKS_TOPIC, payload)
+
+    def _subscribe(self, session: Session, query: pb.BlockQuery, now: float) -> None:
+        if query.shard:
+            raise ValueError(f"there is no shard {query.shard} here")
+        self._publish(now)  # what is answered, others hear as the next batch
+        for events in self._block_log.after(query.last_id):
+            session.send_bulk(BLOCKS_TOPIC, events.SerializeToString())
+        self._subscribers.add(session)
 
     def _begin_drain(self) -> None:
         self._draining = self._prefill.draining = self._decode.draining = True
@@ -254,6 +290,7 @@ class Worker:
 
     def _broken(self, session: Session, error: SessionError) -> None:
         self._sessions.discard(session)
+        self._subscribers.discard(session)
         self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).dec()
         self.metrics.broken_sessions.labels(error.reason).inc()
         now = time.monotonic()
@@ -294,6 +331,8 @@ class Worker:
                 self._pairs.offered(session, frame.transport_offer)
             case "admin_request":
                 session.send(pb.Frame(admin_response=self._administer(frame.admin_request)))
+            case "block_query":
+                self._subscribe(session, frame.block_query, now)
             case "goodbye" | "unsupported" | "load_report" | "admin_response":
                 pass
             case kind:

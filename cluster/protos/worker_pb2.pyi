@@ -586,7 +586,7 @@ class GroupLoad(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., free: _Optional[int] = ..., filling: _Optional[int] = ..., ready: _Optional[int] = ..., cached: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("shard", "num_waiting", "num_running", "num_pulling", "queued_prefill_tokens", "groups", "num_leases", "draining", "num_steps", "pairs")
+    __slots__ = ("shard", "num_waiting", "num_running", "num_pulling", "queued_prefill_tokens", "groups", "num_leases", "draining", "num_steps", "pairs", "last_event_id", "block_bytes", "prefill_tokens_per_s")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -597,6 +597,9 @@ class LoadReport(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
+    LAST_EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     shard: int
     num_waiting: int
     num_running: int
@@ -607,7 +610,10 @@ class LoadReport(_message.Message):
     draining: bool
     num_steps: int
     pairs: _containers.RepeatedCompositeFieldContainer[PairReport]
-    def __init__(self, shard: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pulling: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupLoad, _Mapping]]] = ..., num_leases: _Optional[int] = ..., draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ...) -> None: ...
+    last_event_id: int
+    block_bytes: int
+    prefill_tokens_per_s: float
+    def __init__(self, shard: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pulling: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupLoad, _Mapping]]] = ..., num_leases: _Optional[int] = ..., draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ..., last_event_id: _Optional[int] = ..., block_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class PairReport(_message.Message):
     __slots__ = ("source_incarnation", "warm", "transport", "bytes_per_s")
@@ -620,6 +626,30 @@ class PairReport(_message.Message):
     transport: str
     bytes_per_s: float
     def __init__(self, source_incarnation: _Optional[str] = ..., warm: _Optional[bool] = ..., transport: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("shard", "id", "cleared", "removed", "stored", "dump")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    DUMP_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    id: int
+    cleared: bool
+    removed: bytes
+    stored: bytes
+    dump: bool
+    def __init__(self, shard: _Optional[int] = ..., id: _Optional[int] = ..., cleared: _Optional[bool] = ..., removed: _Optional[bytes] = ..., stored: _Optional[bytes] = ..., dump: _Optional[bool] = ...) -> None: ...
+
+class BlockQuery(_message.Message):
+    __slots__ = ("shard", "last_id")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    LAST_ID_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    last_id: int
+    def __init__(self, shard: _Optional[int] = ..., last_id: _Optional[int] = ...) -> None: ...
 
 class AdminRequest(_message.Message):
     __slots__ = ("id", "clear_cache", "load")
@@ -649,7 +679,7 @@ class AdminResponse(_message.Message):
     def __init__(self, id: _Optional[int] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response")
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response", "block_query")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
@@ -671,6 +701,7 @@ class Frame(_message.Message):
     LOAD_REPORT_FIELD_NUMBER: _ClassVar[int]
     ADMIN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     ADMIN_RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_QUERY_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     challenge: Challenge
     proof: Proof
@@ -692,7 +723,8 @@ class Frame(_message.Message):
     load_report: LoadReport
     admin_request: AdminRequest
     admin_response: AdminResponse
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ...) -> None: ...
+    block_query: BlockQuery
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ..., block_query: _Optional[_Union[BlockQuery, _Mapping]] = ...) -> None: ...
 
 class BulkFrame(_message.Message):
     __slots__ = ("incarnation", "epoch", "token", "message_id", "topic", "payload", "last")

@@ -35,6 +35,12 @@ sluice_kv_expired_leases counter
 sluice_kv_leased_blocks gauge
 sluice_kv_leases gauge
 sluice_kv_quarantines counter side
+sluice_router_event_gaps counter
+sluice_router_event_lag_batches gauge peer
+sluice_router_event_stream_alive gauge peer
+sluice_router_expected_hit_tokens counter stage
+sluice_router_found_hit_tokens counter stage
+sluice_router_indexed_blocks gauge
 sluice_transfer_bytes counter transport,peer
 sluice_transfer_pulled_blocks counter
 sluice_transfer_pulls counter outcome
@@ -62,7 +68,7 @@ def test_names_and_labels_are_frozen() -> None:
 
 def test_names_follow_the_pattern() -> None:
     for row in declared(Metrics()):
-        assert re.match(r"sluice_(ingress|engine|kv|transfer|words|cluster)_[a-z_]+ ", row), row
+        assert re.match(r"sluice_(ingress|router|engine|kv|transfer|words|cluster)_[a-z_]+ ", row), row
 
 
 def test_each_metric_is_moved_by_somebody() -> None:

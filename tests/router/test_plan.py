@@ -8,7 +8,8 @@ from cluster.config import Role, RouterConfig
 from cluster.errors import Busy
 from cluster.protos import worker_pb2 as pb
 from router.admission import Admission
-from router.plan import Candidate, LocalPrefill, LocalReason, NoPlan, Plan, make_plan
+from router.plan import Candidate, LocalPrefill, LocalReason, NoPlan, Plan
+from router.planner import LocalRules, make_plan
 from router.policy import POLICIES, LeastLoaded, RoundRobin
 
 BOTH = frozenset({Role.PREFILL, Role.DECODE})
@@ -25,7 +26,7 @@ def decode(
         name=name,
         incarnation=name,
         roles=roles,
-        warm_sources=frozenset(sources),
+        warm_sources=dict.fromkeys(sources, 1e9),
         num_requests=num_requests,
         connected=connected,
     )
@@ -49,9 +50,8 @@ def plan(
     excluded: tuple[str, ...] = (),
     shunned: tuple[str, ...] = (),
 ) -> Plan | NoPlan:
-    return make_plan(
-        candidates, LeastLoaded(), local_prefill=mode, want_spare=spare, excluded=excluded, shunned=shunned
-    )
+    rules = LocalRules(mode=mode)
+    return make_plan(candidates, LeastLoaded(), local=rules, want_spare=spare, excluded=excluded, shunned=shunned)
 
 
 def names(made: Plan | NoPlan) -> tuple[str, str, str | None]:
@@ -84,9 +84,10 @@ def test_the_spare_is_another_source() -> None:
 def test_the_choice_of_a_spare_takes_no_turn(policy: str, num_sources: int) -> None:
     """Otherwise every second source would only ever be a spare."""
     sources = [f"p{index}" for index in range(num_sources)]
-    chooser = POLICIES[policy]()
+    chooser = POLICIES[policy](RouterConfig())
     candidates = [decode("d", *sources), *map(prefill, sources)]
-    made = [names(make_plan(candidates, chooser, local_prefill="never", want_spare=True)) for _ in sources * 2]
+    rules = LocalRules(mode="never")
+    made = [names(make_plan(candidates, chooser, local=rules, want_spare=True)) for _ in sources * 2]
     assert [source for _, source, _ in made] == sources * 2
     assert {spare for _, _, spare in made} == set(sources)
 

@@ -244,9 +244,13 @@ class BlockManager:
         pool = self._groups[group]
         return len(pool.free) + len(pool.fenced) + len(pool.cached)
 
-    def registered_hashes(self, group: int) -> list[bytes]:
+    def registered_hashes(self, group: int, /) -> list[bytes]:
         """For an index dump: every hash a lookup would find now."""
         return list(self._groups[group].registry)
+
+    def is_registered(self, hash_: bytes, /) -> bool:
+        """Whether a lookup would find it, in every group."""
+        return all(hash_ in pool.registry for pool in self._groups)
 
     def check_integrity(self) -> None:
         """Asserts that states, counts and lists agree. O(blocks): for tests and debugging."""

@@ -1,0 +1,50 @@
+"""What each way of serving a request costs, in blocks of prefill work. Pure.
+
+For decode worker d and source s:
+
+    prefill(s)      blocks of the request that s has not cached
+    queue(s)        prompt tokens that wait there, in blocks
+    decode(d)       `decode_weight` for each request there, and the blocks that d has to wait for, its pool being full
+    transfer(d, s)  the blocks that d lacks, times the seconds that one takes at the measured rate of the pair, times
+                    the blocks that s computes in a second
+
+Where d computes the prompt itself, its own prefill and queue count and nothing moves. A rate or speed that is not
+measured yet makes moving free: an untried pair gets its chance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from router.offer import Costs, Offer
+
+
+def costs_of(offer: Offer, *, decode_weight: float) -> Costs:
+    """Of all ways, those that may not be chosen too."""
+    candidates, demand, pairing = offer.candidates, offer.demand, offer.pairing
+    decodes = [candidates[index] for index in pairing.decodes]
+    sources = [candidates[index] for index in pairing.sources]
+    shape = (len(decodes), len(sources) + 1)
+    block_size = demand.block_size
+
+    prefill = np.full(shape, demand.num_tokens / block_size)
+    num_missing = -(-demand.num_tokens // block_size) - offer.hits(pairing.decodes)
+    if not demand.computes_all:
+        prefill[:, :-1] -= offer.hits(pairing.sources)
+        prefill[:, -1] -= offer.hits(pairing.decodes)
+
+    queue = np.empty(shape)
+    queue[:, :-1] = [source.queued_tokens / block_size for source in sources]
+    queue[:, -1] = [decode.queued_tokens / block_size for decode in decodes]
+
+    room = np.array([np.inf if d.num_available_blocks is None else d.num_available_blocks for d in decodes])
+    load = np.array([d.num_requests for d in decodes]) * decode_weight + np.maximum(num_missing - room, 0.0)
+
+    transfer = np.zeros(shape)
+    blocks_per_s = np.array([source.prefill_tokens_per_s / block_size for source in sources])
+    num_bytes = num_missing * np.array([decode.block_bytes for decode in decodes])
+    seconds = np.divide(
+        num_bytes[:, None], pairing.bytes_per_s, out=np.zeros(pairing.bytes_per_s.shape), where=pairing.bytes_per_s > 0
+    )
+    transfer[:, :-1] = seconds * blocks_per_s
+    return Costs(prefill, queue, np.broadcast_to(load[:, None], shape), transfer)

@@ -1,0 +1,143 @@
+"""Where requests go: from the fleet, what its caches hold, and the policy, to a plan; and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import RouterConfig
+from cluster.hashing import chain_root
+from cluster.log import Log
+from cluster.metrics import Metrics
+from router.block_feed import BlockFeed
+from router.fleet import Fleet
+from router.flight import Flight
+from router.offer import Demand
+from router.pairing import Pairing
+from router.plan import Candidate, NoPlan, Plan
+from router.planner import LocalRules, make_plan
+from router.policy import POLICIES
+from router.prefix_index import keys_of, prefix_depths
+
+
+class Navigator:
+    """The router's loop only. `now` is that loop's time."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        metrics: Metrics,
+        log: Log,
+        later: Callable[[Callable[[], None]], object],
+        *,
+        block_size: int,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._metrics = metrics
+        self._block_size = block_size
+        self._policy = POLICIES[config.policy](config)
+        self._local = LocalRules(
+            mode=config.local_prefill, max_tokens=config.local_max_tokens, saturated_tokens=config.saturated_tokens
+        )
+        self._pairing = Pairing(())
+        self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
+        self.feed = BlockFeed(metrics, log, later)
+
+    @property
+    def uses_blocks(self) -> bool:
+        """Whether it matters what caches hold."""
+        return self._config.policy == "kv_aware" or self._config.local_prefill == "conditional"
+
+    def any_plan(self) -> Plan | NoPlan:
+        """Of a request that nothing is known of. Takes no turn of the policy."""
+        candidates = self._candidates()
+        return make_plan(
+            candidates,
+            POLICIES["least_loaded"](self._config),
+            local=self._local,
+            want_spare=False,
+            pairing=self._pairing,
+        )
+
+    def plan(self, flight: Flight, now: float) -> Plan | NoPlan:
+        candidates = self._candidates()
+        request = flight.request
+        return make_plan(
+            candidates,
+            self._policy,
+            local=self._local,
+            want_spare=self._config.spare,
+            excluded=flight.excluded,
+            shunned=flight.shunned,
+            demand=Demand(
+                num_tokens=flight.num_tokens,
+                block_size=self._block_size,
+                hit_blocks=self._hits(candidates, flight, now) if self.uses_blocks else None,
+                computes_all=request.sampling.needs_whole_prompt,
+                session=request.session,
+            ),
+            pairing=self._pairing,
+        )
+
+    def placed(self, flight: Flight, plan: Plan, now: float, *, num_new_tokens: int) -> None:
+        """The request was sent: both workers have more to do, and will hold its blocks. `num_new_tokens`: that are
+        queued for it."""
+        self._fleet.sent(plan.decode, num_requests=1)
+        self._fleet.sent(plan.prefill, num_tokens=num_new_tokens)
+        if plan.local_reason is not None:
+            self._metrics.local_plans.labels(plan.local_reason).inc()
+        if not self.uses_blocks:
+            return
+        keys = keys_of(flight.hashes(self.root(plan.decode), self._block_size))
+        for worker in (plan.decode,) if plan.prefill is plan.decode else (plan.decode, plan.prefill):
+            slot = self.feed.slot(worker.incarnation, worker.shard)
+            if slot >= 0 and len(keys):
+                self.feed.predicted.add(slot, keys, now)
+
+    def ended(self, flight: Flight) -> None:
+        """What was found in the caches of the last attempt, beside what was expected."""
+        plan, route = flight.plan, flight.route
+        choice = plan.choice if plan is not None else None
+        if choice is None or route is None or choice.offer.demand.hit_blocks is None:
+            return
+        expected, found = self._metrics.expected_hit_tokens, self._metrics.found_hit_tokens
+        pairing = choice.offer.pairing
+        decode_hit = int(choice.offer.hits(pairing.decodes[choice.row : choice.row + 1])[0])
+        expected.labels("decode").inc(decode_hit * self._block_size)
+        found.labels("decode").inc(route.decode_prefix_hit_tokens)
+        if not choice.is_local and not choice.offer.demand.computes_all:
+            prefill_hit = int(choice.offer.hits(pairing.sources[choice.column : choice.column + 1])[0])
+            expected.labels("prefill").inc(prefill_hit * self._block_size)
+            found.labels("prefill").inc(route.prefill_prefix_hit_tokens)
+
+    def root(self, worker: Candidate) -> bytes:
+        """Of the hash chains of prompts there."""
+        compatibility = worker.compatibility_hash
+        if compatibility not in self._roots:
+            self._roots[compatibility] = chain_root(compatibility)
+        return self._roots[compatibility]
+
+    def _candidates(self) -> list[Candidate]:
+        candidates = self._fleet.candidates()
+        if not self._pairing.fits(candidates):
+            self._pairing = Pairing(candidates)
+        return candidates
+
+    def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
+        """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
+        feed = self.feed
+        slots = np.array([feed.slot(c.incarnation, c.shard) for c in candidates], np.int64)
+        hits = np.zeros(len(candidates), np.int64)
+        for root in {self.root(c): None for c in candidates}:
+            keys = keys_of(flight.hashes(root, self._block_size))
+            if not len(keys):
+                continue
+            bits = feed.index.holders(keys)
+            feed.predicted.add_holders(keys, bits, now)
+            depths = np.append(prefix_depths(bits), 0)  # the last one is that of slot -1
+            hits = np.maximum(hits, depths[slots])  # chains of another root are nowhere but with their own workers
+        return hits

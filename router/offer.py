@@ -1,0 +1,80 @@
+"""What a policy chooses from, and what it chose: plain values with an array each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.pairing import Floats, Mask, Pairing
+from router.plan import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is known of a request when it is placed."""
+
+    num_tokens: int = 0  # prompt and emitted
+    block_size: int = 1
+    hit_blocks: NDArray[np.int64] | None = None  # of each candidate: full blocks that it has, from the first one on
+    computes_all: bool = False  # every position is computed, whatever is cached
+    session: str = ""  # requests of one session go to one worker; "": no session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """`ways[row, column]`: decode worker `row` of the pairing may serve, with source `column`; in the last column, by
+    computing the prompt itself. At least one is True."""
+
+    candidates: Sequence[Candidate]
+    pairing: Pairing
+    ways: Mask
+    demand: Demand
+
+    def decode(self, row: int) -> Candidate:
+        return self.candidates[self.pairing.decodes[row]]
+
+    def sources(self, row: int) -> list[Candidate]:
+        """That it may use."""
+        return [self.candidates[self.pairing.sources[column]] for column in np.flatnonzero(self.ways[row, :-1])]
+
+    def hits(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Blocks that these candidates need not compute: what comes after the last whole block is always computed."""
+        hit_blocks, demand = self.demand.hit_blocks, self.demand
+        if hit_blocks is None:
+            return np.zeros(len(indices), np.int64)
+        return np.minimum(hit_blocks[indices], max(0, demand.num_tokens - 1) // demand.block_size)
+
+
+class Costs(NamedTuple):
+    """In blocks of prefill work, [m, n + 1] each, the last column for computing the prompt on the decode worker."""
+
+    prefill: Floats  # left to compute after what is cached
+    queue: Floats  # to be computed there before
+    decode: Floats  # what the decode worker has to do, and blocks that it has to wait for
+    transfer: Floats  # moving the missing blocks, in blocks that the source computes meanwhile
+
+    @property
+    def total(self) -> Floats:
+        return self.prefill + self.queue + self.decode + self.transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    offer: Offer
+    row: int
+    column: int  # n: the decode worker computes the prompt
+    costs: Costs | None = None  # of a policy that counts them
+
+    @property
+    def is_local(self) -> bool:
+        return self.column == self.offer.ways.shape[1] - 1
+
+
+class Policy(Protocol):
+    """Implementations may keep state; one per router, its loop's thread only."""
+
+    def choose(self, offer: Offer) -> Choice: ...

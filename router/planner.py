@@ -1,0 +1,122 @@
+"""From what the router sees to a plan, or to why there is none. Pure, but for the policy's state and a kept pairing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.config import Role
+from router.offer import Choice, Demand, Offer, Policy
+from router.pairing import Mask, Pairing
+from router.plan import Candidate, LocalPrefill, LocalReason, NoPlan, Plan
+
+_NO_DEMAND = Demand()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRules:
+    """When a decode worker computes a prompt itself; see router/plan.py."""
+
+    mode: LocalPrefill
+    max_tokens: int = 0  # conditional: so many uncached tokens are few
+    saturated_tokens: int = 0  # conditional: a source with so many queued tokens has too much to do
+
+    def reason(self, offer: Offer, row: int, *, bound: bool) -> LocalReason:
+        """Why decode worker `row` may compute the prompt itself."""
+        if bound:
+            return LocalReason.CONFIGURED
+        if not offer.pairing.readable[row].any():
+            return LocalReason.NO_SOURCE
+        return LocalReason.SHORT if self.short(offer)[row] else LocalReason.SATURATED
+
+    def short(self, offer: Offer) -> Mask:
+        """[m]: little is left to compute there."""
+        demand = offer.demand
+        hits = offer.hits(offer.pairing.decodes) * (not demand.computes_all)
+        return np.asarray(demand.num_tokens - hits * demand.block_size <= self.max_tokens)
+
+    def saturated(self, offer: Offer) -> Mask:
+        """[m]: every source that it can read has too much to do."""
+        pairing = offer.pairing
+        queued = np.array([offer.candidates[index].queued_tokens for index in pairing.sources])
+        return ~_any(pairing.readable & (queued < self.saturated_tokens))
+
+
+def make_plan(
+    candidates: Sequence[Candidate],
+    policy: Policy,
+    *,
+    local: LocalRules,
+    want_spare: bool,
+    excluded: Collection[str] = (),
+    shunned: Collection[str] = (),
+    demand: Demand = _NO_DEMAND,
+    pairing: Pairing | None = None,
+) -> Plan | NoPlan:
+    """`excluded` incarnations are not chosen for decode; `shunned` ones only when there is no other. `pairing`: of
+    these candidates, where the caller has it."""
+    pairing = pairing or Pairing(candidates)
+    bound = _bound(candidates, pairing, local)
+    remote = pairing.readable & ~bound[:, None]
+    has_source = _any(remote)
+    usable = has_source | (local.mode != "never")
+    allowed = usable & ~pairing.rows(candidates, excluded) if excluded else usable
+    if not allowed.any():
+        return _explain(candidates, bool(pairing.serving), bool(usable.any()))
+    rows = allowed & ~pairing.rows(candidates, shunned) if shunned else allowed
+    rows = rows if rows.any() else allowed
+    # A remote source, or the local one that the configuration asks for, is better than a fallback.
+    better = rows & (has_source | bound)
+    rows = better if better.any() else rows
+
+    ways = np.empty((remote.shape[0], remote.shape[1] + 1), np.bool_)
+    ways[:, :-1] = remote & rows[:, None]
+    ways[:, -1] = rows & ~has_source
+    offer = Offer(candidates=candidates, pairing=pairing, ways=ways, demand=demand)
+    if local.mode == "conditional":
+        ways[:, -1] |= rows & (local.short(offer) | local.saturated(offer))
+    return _planned(policy.choose(offer), local, bound, want_spare=want_spare)
+
+
+def _any(ways: Mask) -> Mask:
+    """[m]: of each row."""
+    return np.asarray(ways.any(axis=1), np.bool_)
+
+
+def _bound(candidates: Sequence[Candidate], pairing: Pairing, local: LocalRules) -> Mask:
+    """[m]: the decode workers that compute prompts themselves because the configuration says so."""
+    if local.mode != "always":
+        return np.zeros(len(pairing.serving), np.bool_)
+    if pairing.nobody_prefills:
+        return np.ones(len(pairing.serving), np.bool_)
+    return np.array([Role.PREFILL in candidates[index].roles for index in pairing.serving], np.bool_)
+
+
+def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool) -> Plan:
+    offer, row = choice.offer, choice.row
+    decode = offer.decode(row)
+    if choice.is_local:
+        reason = local.reason(offer, row, bound=bool(bound[row]))
+        return Plan(decode=decode, prefill=decode, local_prefill_allowed=True, local_reason=reason, choice=choice)
+    prefill = offer.candidates[offer.pairing.sources[choice.column]]
+    spare = _spare(prefill, offer.sources(row)) if want_spare else None
+    may_compute = local.mode != "never"
+    return Plan(decode=decode, prefill=prefill, spare=spare, local_prefill_allowed=may_compute, choice=choice)
+
+
+def _spare(prefill: Candidate, sources: Sequence[Candidate]) -> Candidate | None:
+    """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
+    others = [source for source in sources if source is not prefill]
+    return min(others, key=lambda c: (c.queued_tokens, c.num_requests, c.name < prefill.name, c.name), default=None)
+
+
+def _explain(candidates: Sequence[Candidate], serving: bool, usable: bool) -> NoPlan:
+    if usable:
+        return NoPlan("every decode worker has turned the request away", exhausted=True)
+    if serving:
+        return NoPlan("no prefill worker is warm for any decode worker, and router.local_prefill is never")
+    if any(Role.DECODE in c.roles for c in candidates):
+        return NoPlan("no session to any decode worker is open")
+    return NoPlan("no decode worker is ready")

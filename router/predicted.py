@@ -1,0 +1,58 @@
+"""Blocks that workers will hold soon, because requests were just sent there: siblings follow before the first event.
+
+An entry lives for `PREDICTED_S`, and at most half as long again. It stands in the table of the window in which it was
+made; a window goes as a whole. Windows are bounded: where more is predicted than they hold, the oldest go early.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final, NamedTuple
+
+from router.holder_table import SLOTS_PER_WORD, Bits, HolderTable, Keys
+
+PREDICTED_S: Final = 5.0
+_WINDOW_S: Final = PREDICTED_S / 2
+_WINDOW_ROWS: Final = 1 << 17
+_MAX_WINDOWS: Final = 4
+
+
+class _Window(NamedTuple):
+    begun_at: float
+    table: HolderTable
+
+
+class Predicted:
+    """Slots are those of the PrefixIndex. `now` is monotonic seconds. One thread."""
+
+    def __init__(self) -> None:
+        self._windows: deque[_Window] = deque()
+
+    def add(self, slot: int, keys: Keys, now: float) -> None:
+        """Keys are each there once."""
+        self._expire(now)
+        newest = self._windows[-1] if self._windows else None
+        if newest is None or now - newest.begun_at >= _WINDOW_S or not newest.table.has_room(len(keys)):
+            newest = _Window(now, HolderTable(max(_WINDOW_ROWS, len(keys)), slot // SLOTS_PER_WORD + 1))
+            self._windows.append(newest)
+            if len(self._windows) > _MAX_WINDOWS:
+                self._windows.popleft()
+        if slot >= newest.table.num_words * SLOTS_PER_WORD:
+            newest.table.widen(slot // SLOTS_PER_WORD + 1)
+        newest.table.add(keys, slot)
+
+    def forget(self, slot: int) -> None:
+        """What was predicted of it will not come, or has."""
+        for _, table in self._windows:
+            table.clear_slot(slot)
+
+    def add_holders(self, keys: Keys, bits: Bits, now: float) -> None:
+        """Into `bits`, as PrefixIndex.holders makes them of the same keys."""
+        self._expire(now)
+        for _, table in self._windows:
+            num_words = min(table.num_words, bits.shape[1])
+            bits[:, :num_words] |= table.holders(keys)[:, :num_words]
+
+    def _expire(self, now: float) -> None:
+        while self._windows and now - self._windows[0].begun_at >= _WINDOW_S + PREDICTED_S:
+            self._windows.popleft()
