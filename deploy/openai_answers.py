@@ -24,7 +24,7 @@ class RouteReport(BaseModel):
     request_id: str
     plan: Literal["disaggregated", "aggregated"]
     attempts: int
-    prefill: WorkerRoute | None
+    prefill: WorkerRoute | None = None
     """None: nothing was computed remotely."""
     decode: WorkerRoute
     transport: str
@@ -45,7 +45,7 @@ class RouteReport(BaseModel):
     queue_s: float
     prefill_s: float
     ttft_ms: float
-    itl_ms: float | None
+    itl_ms: float | None = None
     """Mean time between tokens; None with a single token."""
 
 

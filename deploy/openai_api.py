@@ -50,7 +50,7 @@ _WITH_ID: Final[dict[str, Any]] = {
 _REFUSAL: Final[dict[str, Any]] = {"model": ErrorBody, **_WITH_ID}
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {200: _WITH_ID, "4XX": _REFUSAL, "5XX": _REFUSAL}
 _TEXT: Final[dict[str, Any]] = {"schema": {"type": "string"}}
-_STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content": {"text/event-stream": _TEXT}}}
+_STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content": {"text/event-stream": {}}}}
 _METRICS: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content": {"text/plain": _TEXT}}}
 _HEALTH: Final[dict[int | str, dict[str, Any]]] = {200: _WITH_ID, 503: {**_WITH_ID, "model": Health}}
 

@@ -11,6 +11,7 @@ import pytest
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
 from cluster.request import SamplingParams
+from deploy.openai_api import create_app
 from deploy.tokenizer import Tokenizer
 from tests.support.api import PROMPT, FrontDoor, complete, error, events, front_door, post, text_of
 from tests.support.routing import eventually
@@ -180,6 +181,9 @@ def test_the_route_is_told_when_asked_for(tokenizer: Tokenizer) -> None:
             assert route["ttft_ms"] > 0 and route["itl_ms"] >= 0 and route["prefix_hit_tokens"] == 2
             *_, last = events(complete(door, return_route=True, stream=True))
             assert last["choices"] == [] and last["usage"]["sluice"]["prefill"] == route["prefill"]
+            single = complete(door, return_route=True, max_tokens=1).json()["usage"]["sluice"]
+            documented = create_app(door.service).openapi()["components"]["schemas"]["RouteReport"]
+            assert "itl_ms" not in single and set(documented["required"]) <= set(single)
     finally:
         decode.stop()
         prefill.stop()

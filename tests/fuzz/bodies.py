@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.support.public_door import MODEL
+from tests.support.random_schemas import random_schemas
 
 Json = dict[str, Any]
 
@@ -147,6 +148,26 @@ def chats(draw: st.DrawFn, vocab_size: int) -> Json:
         if draw(st.booleans()):
             body["top_logprobs"] = draw(st.integers(0, 20))
     return body
+
+
+@st.composite
+def formed(draw: st.DrawFn, vocab_size: int) -> Json:
+    """Chats whose answers have a random schema, some cut short."""
+    names = ("temperature", "top_p", "top_k", "min_p", "seed", "prompt_logprobs", "presence_penalty")
+    fields = {name: strategy for name, strategy in _fields(vocab_size).items() if name in names}
+    chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
+    (schema,) = random_schemas(1, seed=draw(st.integers(0, 2**32)))
+    return {
+        **{name: draw(fields[name]) for name in chosen},
+        "model": MODEL,
+        "messages": [{"role": "user", "content": draw(texts())}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+        "max_tokens": draw(st.sampled_from([1, 3, 40, 160])),
+        "n": draw(st.sampled_from([1, 1, 2])),
+        "return_token_ids": True,
+        "logprobs": draw(st.booleans()),
+        "stream": draw(st.booleans()),
+    }
 
 
 @st.composite

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import jsonschema
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -46,6 +47,7 @@ class Campaign:
         return {
             "completion": Kind(bodies.completions(size).map(lambda body: ("/v1/completions", body)), self.good),
             "chat": Kind(bodies.chats(size).map(lambda body: ("/v1/chat/completions", body)), self.good),
+            "form": Kind(bodies.formed(size), self.formed),
             "embedding": Kind(bodies.embeddings(size).map(lambda body: ("/v1/embeddings", body)), self.good),
             "tokens": Kind(
                 st.one_of(
@@ -73,6 +75,16 @@ class Campaign:
         answer = self.post(path, bodies.written_json(body))
         assert answer.status == 200, f"{answer.status} {answer.content[:500]!r} to {path} {body}"
         self.oracle.check(path, body, answer)
+
+    def formed(self, body: Json) -> None:
+        """A whole answer is as its schema says."""
+        answer = self.post("/v1/chat/completions", bodies.written_json(body))
+        assert answer.status == 200, f"{answer.status} {answer.content[:500]!r} to {body}"
+        whole = self.oracle.check("/v1/chat/completions", body, answer)
+        assert whole is not None
+        for said in whole.choices.values():
+            if said.finish == "stop":
+                jsonschema.validate(json.loads(said.text), body["response_format"]["json_schema"]["schema"])
 
     def repeat(self, case: tuple[Json, int]) -> None:
         """The same seed gives the same tokens, whole and as a stream."""

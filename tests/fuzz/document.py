@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
+import venv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import httpx
 from tests.fuzz.bodies import Json
 from tests.support.public_door import MODEL
 
+_PIN: Final = "schemathesis==4.32.5"
 _TIMEOUT_S: Final = 90
 _SHORT: Final = {"type": "integer", "minimum": 1, "maximum": 6}
 _TOKEN_FIELDS: Final = ("prompt", "input", "tokens", "stop_token_ids", "bad_words")
@@ -42,6 +45,23 @@ _AGREEING: Final = (
 )
 
 
+def ensure(root: Path) -> Path:
+    """schemathesis, installed unless it is: it brings a plugin for pytest that our tests shall not load.
+
+    Raises RuntimeError with the remedy.
+    """
+    directory = root / ".cache" / "venv-schemathesis"
+    stamp = directory / "sluice-pins"
+    if not stamp.is_file() or stamp.read_text() != _PIN:
+        stamp.unlink(missing_ok=True)
+        venv.create(directory, symlinks=True, with_pip=True)
+        command = [str(directory / "bin" / "python"), "-m", "pip", "install", "-q", _PIN]
+        if subprocess.run([*command, "-c", str(root / "constraints.txt")], stdout=sys.stderr, check=False).returncode:
+            raise RuntimeError(f"{_PIN} could not be installed into {directory}; mend that, or say --no-schemathesis")
+        stamp.write_text(_PIN)
+    return directory / "bin" / "st"
+
+
 @dataclass(frozen=True)
 class SchemaRun:
     mode: str
@@ -57,14 +77,6 @@ class Document:
     url: str
     schemathesis: Path
     vocab_size: int
-
-    @staticmethod
-    def program(root: Path) -> Path:
-        """Raises FileNotFoundError."""
-        found = root / ".cache" / "clients" / "schemathesis" / "bin" / "st"
-        if not found.exists():
-            raise FileNotFoundError(f"{found} is not there; run `make clients`, or say --no-schemathesis")
-        return found
 
     def run(self, mode: str, num_examples: int, seed: int) -> SchemaRun:
         """`num_examples` for each operation, beside those that the document's own edges make."""

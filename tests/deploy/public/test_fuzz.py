@@ -1,4 +1,4 @@
-"""A small, fixed part of `python -m benchmarks.fuzz`: nothing that a client sends does any harm."""
+"""A small part of `python -m tests.fuzz`: nothing that a client sends does any harm."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MAX_GROWTH_BYTES = 200 << 20
 NUM_CASES = {
     "completion": 24,
     "chat": 24,
+    "form": 6,
     "embedding": 10,
     "tokens": 10,
     "repeat": 8,
