@@ -37,8 +37,8 @@ setup-dev:
 
 # Clients with pins of their own, each in an environment of its own (some hundred MB); tests/deploy/public uses them.
 .PHONY: clients
-clients:
-	for client in litellm lm-eval guidellm; do python3 -m venv .cache/clients/$$client || exit 1; done
-	.cache/clients/litellm/bin/pip install litellm
-	.cache/clients/lm-eval/bin/pip install -c constraints.txt 'lm-eval[api]' transformers
-	.cache/clients/guidellm/bin/pip install -c constraints.txt torch guidellm
+clients: setup-dev
+	for client in litellm lm-eval; do python3 -m venv .cache/clients/$$client || exit 1; done
+	.cache/clients/litellm/bin/pip install -q litellm==1.83.0
+	.cache/clients/lm-eval/bin/pip install -q -c constraints.txt 'lm-eval[api]==0.4.13' transformers
+	$(VENV)/python -c 'from benchmarks.guidellm_driver import ensure; ensure()'
