@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from deploy.request_fields import TokenIds
 from deploy.sampling_request import check_ids, sampling_of
 from deploy.served_model import ServedModel
 from deploy.stream import Detokenizer
-from deploy.structured_output import grammar_of, may_call
+from deploy.structured_output import may_call
 from deploy.tally import Tally
 from deploy.tokenizer import Tokenizer
 from router.flight import RouterRequest
@@ -70,8 +69,7 @@ class ApiService:
         )
         tokenizer = self._tokenizer("messages")
         token_ids = await tokenizer.encode_chat(prompt)
-        grammars = tokenizer.grammars(self.model.vocab_size, self.model.eos_token_ids)
-        grammar = await asyncio.to_thread(grammar_of, body, tokenizer.tool_format, grammars)
+        grammar = await tokenizer.grammar_of(body, self.model.vocab_size, self.model.eos_token_ids)
         max_tokens = body.max_completion_tokens or body.max_tokens
         prompts = [Prompt(text="", token_ids=tuple(token_ids))]
         return await self._generation(body, prompts, max_tokens, "messages", tally, grammar)

@@ -47,6 +47,11 @@ def grammar_of(body: ChatRequest, tool_format: ToolFormat, compiler: ConstraintC
     return grammar
 
 
+def wants_form(body: ChatRequest) -> bool:
+    """Whether there is anything for `grammar_of` to look at."""
+    return bool(body.tools) or (body.response_format is not None and body.response_format.type != "text")
+
+
 def may_call(body: ChatRequest) -> bool:
     """Whether the answer is to be read for calls, and the tools are to be shown to the model."""
     return bool(body.tools) and body.tool_choice != "none"

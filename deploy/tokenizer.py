@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 from cluster.errors import CheckpointError
+from cluster.request import Grammar
 from deploy.chat_template import ChatPrompt, render
+from deploy.openai_requests import ChatRequest
+from deploy.structured_output import grammar_of, wants_form
 from deploy.token_texts import TokenTexts
 from deploy.tool_format import ToolFormat, tool_format_of
 from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
@@ -40,6 +43,7 @@ class Tokenizer:
         self.backend.no_padding()
         self.texts = TokenTexts(self.backend)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sluice-tokenize")
+        self._compiling = ThreadPoolExecutor(_THREADS, thread_name_prefix="sluice-grammar")  # not in the others' way
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer | None:
@@ -63,20 +67,28 @@ class Tokenizer:
     def tool_format(self) -> ToolFormat:
         """How the model writes its calls of tools, as far as its chat template tells."""
         template = self._fast.chat_template
-        return tool_format_of(template if isinstance(template, str) else None)
+        found = tool_format_of(template if isinstance(template, str) else None)
+        return found.over(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def calls_are_special(self) -> bool:
         """Whether special tokens mark a call, which text without them would not show."""
-        marks = "".join(each for each in (self.tool_format.opening, *self.tool_format.call) if isinstance(each, str))
-        added = self.backend.get_added_tokens_decoder().values()
-        return any(token.special and token.content in marks for token in added)
+        added = self.backend.get_added_tokens_decoder()
+        return any(added[number].special for _, number in self.tool_format.tokens)
 
     def grammars(self, vocab_size: int, eos_token_ids: frozenset[int]) -> GrammarCompiler:
         """Of the one model that it serves; made once, and filled at the first use."""
         if self._grammars is None:
             self._grammars = GrammarCompiler(self._directory / TOKENIZER_FILE, vocab_size, eos_token_ids)
         return self._grammars
+
+    async def grammar_of(self, body: ChatRequest, vocab_size: int, eos_token_ids: frozenset[int]) -> Grammar | None:
+        """As structured_output's. Text that needs none waits for nobody's. Raises InvalidRequest."""
+        if not wants_form(body):
+            return None
+        compiler = self.grammars(vocab_size, eos_token_ids)
+        call = partial(grammar_of, body, self.tool_format, compiler)
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, call)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the model puts around a text, unless they are not wanted."""
@@ -90,7 +102,8 @@ class Tokenizer:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._compiling):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, call: Callable[P, list[int]], *args: P.args, **kwargs: P.kwargs) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 
 class Slot(Enum):
@@ -30,6 +33,16 @@ class ToolFormat:
     closing: str = ""
     max_calls: int | None = None
     is_anywhere: bool  # text may come before the calls; else the answer begins with them or has none
+    tokens: tuple[tuple[str, int], ...] = ()  # pieces of what stands for itself that are one token: nothing spells it
+    text_tokens: tuple[int, ...] = ()  # others that nothing spells and that free text may hold, as <think>
+
+    def over(self, added: Mapping[int, AddedToken]) -> ToolFormat:
+        """The same for one vocabulary, of whose added tokens these are by id."""
+        marks = "".join(each for each in (self.opening, *self.call, self.closing) if isinstance(each, str))
+        tokens = tuple((token.content, number) for number, token in added.items() if token.content in marks)
+        own = {number for _, number in tokens}
+        others = (number for number, token in added.items() if not token.special and number not in own)
+        return replace(self, tokens=tokens, text_tokens=tuple(others))
 
     @property
     def trigger(self) -> str:
@@ -109,49 +122,67 @@ def lark_of(
     `is_anywhere`: elsewhere JSON and calls begin alike).
     """
     limits = [limit for limit in (max_calls, tool_format.max_calls) if limit is not None]
-    more = "" if limits and min(limits) == 1 else f"({_elements(tool_format.separator)} call)*"
-    rest = f"{more} {_quoted(tool_format.closing)}"
+    more = "" if limits and min(limits) == 1 else f"({_elements(tool_format, tool_format.separator)} call)*"
+    rest = f"{more} {_mark(tool_format, tool_format.closing)}"
     rules = {
         "call": " | ".join(f"call_{nth}" for nth in range(len(tools))),
         "first": " | ".join(f"first_{nth}" for nth in range(len(tools))),
         "SPACE": r"/[ \n]{1,4}/",
+        "ANY": r"/(.|\n)*/",
     }
     # The lexer takes the longest match and never goes back: what tells calls from text must be one piece.
     first, *others = tool_format.call
     assert isinstance(first, str)
+    trigger = tool_format.trigger
     has_head = tool_format.is_anywhere and not must_call and text_schema is None
     begin = [tool_format.opening + first, *others]
     if has_head:
-        begin[0] = begin[0].removeprefix(tool_format.trigger)
+        begin[0] = begin[0].removeprefix(trigger)
     for nth, tool in enumerate(tools):
-        rules[f"call_{nth}"] = _elements(tool_format.call, tool)
-        rules[f"first_{nth}"] = _elements(begin, tool)
+        rules[f"call_{nth}"] = _elements(tool_format, tool_format.call, tool)
+        rules[f"first_{nth}"] = _elements(tool_format, begin, tool)
+    loose = f"<[{','.join(map(str, tool_format.text_tokens))}]>" if tool_format.text_tokens else None
     if must_call:
         rules["start"] = f"first {rest}"
     elif text_schema is not None:
         assert tool_format.is_anywhere, "JSON and calls begin alike"
         rules["start"] = f"first {rest} | %json {json.dumps(text_schema)}"
     elif has_head:
-        rules["TEXT"] = r"/(.|\n)*/"
-        rules["head[lazy]"] = f"TEXT {_quoted(tool_format.trigger)}"
-        rules["start"] = f"TEXT | head first {rest}"
+        if loose:
+            rules["text"] = f"(ANY? {loose})*"
+        rules["head[lazy]"] = f"ANY {_quoted(trigger)}"
+        begun = [f"head first {rest}"]
+        if trigger in dict(tool_format.tokens):
+            begun.append(f"ANY? {_mark(tool_format, trigger)} first {rest}")
+        rules["start"] = " | ".join(f"{'text ' if loose else ''}{each}" for each in ("ANY?", *begun))
     else:
-        rules["TEXT"] = rf"/(.|\n)*/ & ~/{_escaped(tool_format.trigger)}(.|\n)*/"
+        rules["TEXT"] = rf"/(.|\n)*/ & ~/{_escaped(trigger)}(.|\n)*/"
         rules["start"] = f"TEXT | first {rest}"
-    return "%llguidance {}\n" + "".join(f"{name}: {body}\n" for name, body in rules.items())
+        if loose:
+            rules["start"] += f" | TEXT? {loose} ANY? ({loose} ANY?)*"
+    return "".join(f"{name}: {body}\n" for name, body in rules.items())
 
 
-def _elements(elements: Sequence[Element], tool: CallableTool | None = None) -> str:
+def _elements(tool_format: ToolFormat, elements: Sequence[Element], tool: CallableTool | None = None) -> str:
     words: list[str] = []
     for element in elements:
         if element is Slot.SPACE:
             words.append("SPACE?")
         elif isinstance(element, str):
-            words.append(_quoted(element))
+            words.append(_mark(tool_format, element))
         else:
             assert tool is not None
             words.append(_quoted(tool.name) if element is Slot.NAME else "%json " + json.dumps(tool.schema))
     return " ".join(words)
+
+
+def _mark(tool_format: ToolFormat, text: str) -> str:
+    """What stands for itself: its tokens by id, which text does not match, and the text between them."""
+    ids = dict(tool_format.tokens)
+    if not ids:
+        return _quoted(text)
+    pieces = re.split("(" + "|".join(map(re.escape, sorted(ids, key=len, reverse=True))) + ")", text)
+    return " ".join(f"<[{ids[piece]}]>" if piece in ids else _quoted(piece) for piece in pieces if piece)
 
 
 def _quoted(text: str) -> str:

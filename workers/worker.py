@@ -32,6 +32,7 @@ from workers.assembly import WorkerSettings, assemble
 from workers.block_log import BlockLog
 from workers.decode import DecodeStage
 from workers.engine.step_plan import StepOutcome
+from workers.grammar_queue import GrammarQueue
 from workers.pairs import Pairs
 from workers.prefill import PrefillStage
 from workers.rate import Rate
@@ -88,6 +89,7 @@ class Worker:
         self._pairs = Pairs(parts.executors, self._connected, self.metrics, self._log)
         self._prefill = PrefillStage(parts, self.metrics, settings.scheduler, settings.name)
         self._decode = DecodeStage(parts, self._pairs, self.metrics, settings.scheduler, me)
+        self._grammars = GrammarQueue(parts.constraints, self._post)
         self._dialer = Dialer(self._words, identity, settings.secret, self)
         self._server = WordsServer(self._words, identity, settings.secret, self)
         self._exporter = Exporter(self.metrics, settings.words)
@@ -115,6 +117,7 @@ class Worker:
         self._post(lambda: None)
         if self._engine_thread.ident is not None:
             self._engine_thread.join()
+        self._grammars.stop()
         self._words.stop()
         self._exporter.stop()
         for executor in self._parts.executors:
@@ -227,7 +230,8 @@ class Worker:
             self._drained.set()
 
     def _open_work(self) -> int:
-        return self._decode.num_open + self._prefill.num_open + self._parts.ledger.num_leases
+        num_open = self._decode.num_open + self._prefill.num_open + self._grammars.num_waiting
+        return num_open + self._parts.ledger.num_leases
 
     def _report(self, now: float) -> None:
         self._reported_at = now
@@ -295,6 +299,7 @@ class Worker:
         self.metrics.broken_sessions.labels(error.reason).inc()
         now = time.monotonic()
         self._pairs.broken(session)
+        self._grammars.session_broken(session.id)
         self._prefill.session_broken(session, now)
         self._decode.session_broken(session, now)
 
@@ -310,18 +315,25 @@ class Worker:
             session.close(f"bad {frame.WhichOneof('kind')} frame: {error}")
 
     def _dispatch(self, session: Session, frame: pb.Frame, now: float) -> None:
+        again = partial(self._frame, session, frame)
         match frame.WhichOneof("kind"):
             case "submit":
-                self._decode.submit(session, frame.submit, now)
+                submit, key = frame.submit, RequestKey.of(frame.submit.key)
+                if not self._grammars.holds(session.id, key, submit.sampling, again):
+                    self._decode.submit(session, submit, now)
             case "cancel":
                 key = RequestKey.of(frame.cancel.key)
+                self._grammars.drop(session.id, key)
                 self._decode.cancel(session, key, now)
                 self._prefill.cancel(session, key)
             case "kv_request":
-                self._prefill.request(session, frame.kv_request, now)
+                ask, key = frame.kv_request, RequestKey.of(frame.kv_request.key)
+                if not self._grammars.holds(session.id, key, ask.sampling, again, ask=ask.ask):
+                    self._prefill.request(session, ask, now)
             case "ticket":
                 self._decode.ticket(session, frame.ticket, now)
             case "release":
+                self._grammars.drop(session.id, RequestKey.of(frame.release.key), frame.release.ask)
                 self._prefill.release(session, frame.release)
             case "kv_failed":
                 self._decode.kv_failed(session, frame.kv_failed, now)

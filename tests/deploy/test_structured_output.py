@@ -10,6 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import AddedToken
 
 from cluster.errors import InvalidRequest
 from cluster.request import Grammar, GrammarKind
@@ -18,6 +19,7 @@ from deploy.structured_output import grammar_of, may_call
 from deploy.tool_calls import CallArguments, CallBegun, Content, ToolCallParser
 from deploy.tool_format import FORMATS, LIST, LLAMA3, ToolFormat
 from tests.support.tokenizer_files import write_tokenizer
+from tests.support.written_calls import written
 from workers.engine.grammar import GrammarCompiler
 
 VOCAB_SIZE = 400
@@ -210,6 +212,48 @@ def test_refused(compiler: GrammarCompiler, fields: dict[str, object], param: st
     with pytest.raises(InvalidRequest, match=says) as refusal:
         grammar_of(chat(**fields), LIST, compiler)
     assert refusal.value.param == param
+
+
+MARKS = (
+    "<tool_call>", "</tool_call>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_marks_that_are_tokens_are_said_in_them(backend: tokenizers.Tokenizer, tmp_path: Path, special: bool) -> None:
+    """As in the vocabularies of Qwen and DeepSeek. Within arguments they are no text."""
+    rich = tokenizers.Tokenizer.from_str(backend.to_str())
+    rich.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in MARKS])
+    rich.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    rich.save(str(tmp_path / "tokenizer.json"))
+    added = rich.get_added_tokens_decoder()
+    marks, think = {rich.token_to_id(mark) for mark in MARKS}, rich.token_to_id("<think>")
+    compiler = GrammarCompiler(tmp_path / "tokenizer.json", VOCAB_SIZE, frozenset({EOS}))
+    for plain in FORMATS:
+        tool_format = plain.over(added)
+        for choice in ("required", "auto"):
+            grammar = grammar_of(chat(tools=TOOLS, tool_choice=choice), tool_format, compiler)
+            assert grammar is not None
+            before = ["", "I look. ", "<think>hm. "] if choice == "auto" and tool_format.is_anywhere else [""]
+            for begun in before:
+                text = draw(compiler, rich, grammar, begun + tool_format.trigger, 0)
+                calls = calls_of(tool_format, text.removeprefix(begun))
+                assert calls, text
+                check_calls(calls)
+            if choice == "auto":
+                draw(compiler, rich, grammar, "<think>hm", 0)
+        noted = chat(
+            tools=[tool("note", properties={"text": {"type": "string"}}, required=["text"])], tool_choice="required"
+        )
+        grammar = grammar_of(noted, tool_format, compiler)
+        assert grammar is not None
+        state, mask = compiler.compile(grammar), np.zeros((VOCAB_SIZE + 31) // 32, dtype=np.uint32)
+        arguments = written(tool_format, [("note", '{"text": "a')], " ").partition('": "a')[0] + '": "a'
+        state.advance(rich.encode(arguments).ids)
+        state.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        assert len(allowed) > 100 and not (marks | {think, EOS}).intersection(allowed)
 
 
 def test_no_parameters_are_no_arguments(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:

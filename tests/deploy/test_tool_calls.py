@@ -17,28 +17,16 @@ from deploy.tool_format import (
     HERMES,
     LIST,
     LLAMA3,
-    Slot,
     ToolFormat,
     tool_format_of,
 )
+from tests.support.written_calls import Call, written
 
-Call = tuple[str, str]
 CALLS: list[Call] = [
     ("look_up", '{"city": "Paris }]\\" </tool_call>", "n": [1, {"a": {}}]}'),
     ("add", "{}"),
     ("add", '{"é": "😀"}'),
 ]
-
-
-def written(tool_format: ToolFormat, calls: Sequence[Call], space: str = "\n") -> str:
-    """As a model would."""
-
-    def one(elements: Sequence[str | Slot], call: Call) -> str:
-        by_slot = {Slot.NAME: call[0], Slot.ARGUMENTS: call[1], Slot.SPACE: space}
-        return "".join(by_slot[each] if isinstance(each, Slot) else each for each in elements)
-
-    separator = one(tool_format.separator, ("", ""))
-    return tool_format.opening + separator.join(one(tool_format.call, call) for call in calls) + tool_format.closing
 
 
 def read(tool_format: ToolFormat, pieces: Sequence[str]) -> tuple[str, list[Call], list[str]]:

@@ -54,6 +54,9 @@ class CountingCompiler:
         if grammar.kind is not GrammarKind.LARK:
             raise InvalidRequest(f"{grammar.kind.name} is no counting grammar", "grammar")
 
+    def knows(self, grammar: Grammar) -> bool:
+        return True
+
     def compile(self, grammar: Grammar) -> CountingConstraint:
         self.num_compiled += 1
         return CountingConstraint(grammar.text, self.vocab_size, self.eos)

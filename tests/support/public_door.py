@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,21 @@ from deploy.tokenizer import Tokenizer
 
 MODEL = "demo"
 BLOCK_SIZE = 16
+# As the demo's, with tools in Hermes' way; what a tool says must follow a call.
+TEMPLATE = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|end|>{% endif %}"
+    "{% for message in messages %}"
+    "{% set before = messages[loop.index0 - 1] %}"
+    "{% if message.role == 'tool' and (loop.first or not (before.tool_calls or before.role == 'tool')) %}"
+    "{{ raise_exception('no call asked for that') }}{% endif %}"
+    "{% if message.role == 'tool' %}<|user|><tool_response>{{ message.content }}</tool_response>"
+    "{% else %}<|{{ message.role }}|>{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +74,7 @@ class PublicDoor:
 
 @contextmanager
 def public_door(cache: Path) -> Iterator[PublicDoor]:
-    demo_checkpoint.ensure(cache)
-    checkpoint = demo_checkpoint.place(cache)
+    checkpoint = _checkpoint(cache)
     tokenizer = Tokenizer.load(checkpoint)
     assert tokenizer is not None
     config = parse(
@@ -75,3 +90,13 @@ def public_door(cache: Path) -> Iterator[PublicDoor]:
     with local_app(config, lambda _: None) as app:
         with httpx.Client(base_url=app.url, timeout=60, trust_env=False) as client:
             yield PublicDoor(app.url, checkpoint, tokenizer, client)
+
+
+def _checkpoint(cache: Path) -> Path:
+    """The demo's, with a chat template that knows tools."""
+    demo_checkpoint.ensure(cache)
+    folder = cache / "with-tools"
+    shutil.copytree(demo_checkpoint.place(cache), folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATE}))
+    return folder

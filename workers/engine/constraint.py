@@ -30,7 +30,11 @@ class ConstraintCompiler(Protocol):
     """Grammars to constraints, for one vocabulary."""
 
     def check(self, grammar: Grammar) -> None:
-        """Raises InvalidRequest for a grammar that is wrong or too large. Bounded in time."""
+        """Raises InvalidRequest for a grammar that is wrong or too large. Bounded in time, but not short."""
+        ...
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether `check` and `compile` have nothing to do but to look it up."""
         ...
 
     def compile(self, grammar: Grammar) -> Constraint:

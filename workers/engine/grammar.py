@@ -7,6 +7,7 @@ tokens: `fill` then raises, which ends that sequence and no other.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from cluster.request import Grammar, GrammarKind
 
 TOKENIZER_FILE = "tokenizer.json"  # of a checkpoint
 MAX_GRAMMAR_BYTES = 65_536
-MAX_COMPILED = 64
+MAX_KNOWN = 256  # as many may be open on a worker; from 0.1 to 2 MB each
 # One space, or a new line and its indentation. Unbounded white space lets a model fill its context with it.
 JSON_WHITESPACE = r"[ ]|\n[ ]{0,16}"
 _WORD_BITS = 32
@@ -108,13 +109,18 @@ class GrammarCompiler:
         self._file = tokenizer_file
         self._vocab_size = vocab_size
         self._eos = frozenset(token for token in eos_token_ids if token < vocab_size)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the verdicts; held for a look only
+        self._reading = threading.Lock()  # of the vocabulary; held for as long as that takes
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self._verdicts: OrderedDict[Grammar, llguidance.LLMatcher | str] = OrderedDict()  # str: why it is refused
 
     @property
-    def num_compiled(self) -> int:
-        return len(self._compiled)
+    def num_known(self) -> int:
+        return len(self._verdicts)
+
+    def knows(self, grammar: Grammar) -> bool:
+        with self._lock:
+            return grammar in self._verdicts
 
     def check(self, grammar: Grammar) -> None:
         self._matcher(grammar)
@@ -126,18 +132,28 @@ class GrammarCompiler:
     def _renew(self, grammar: Grammar) -> llguidance.LLMatcher:
         """One that shares nothing; later sequences do not get the worn one, either."""
         with self._lock:
-            self._compiled.pop(grammar, None)
-            return self._compile(grammar)
+            self._verdicts.pop(grammar, None)
+        return self._compile(grammar)
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
-        """At the start of the text, never advanced."""
+        """At the start of the text, never advanced. Two threads may compile the same; nobody waits for another's."""
         with self._lock:
-            if (matcher := self._compiled.get(grammar)) is None:
-                matcher = self._compiled[grammar] = self._compile(grammar)
-            self._compiled.move_to_end(grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-            return matcher
+            verdict = self._verdicts.get(grammar)
+            if verdict is not None:
+                self._verdicts.move_to_end(grammar)
+        if verdict is None:
+            try:
+                verdict = self._compile(grammar)
+            except InvalidRequest as error:
+                verdict = str(error)
+            with self._lock:
+                verdict = self._verdicts.setdefault(grammar, verdict)
+                self._verdicts.move_to_end(grammar)
+                if len(self._verdicts) > MAX_KNOWN:
+                    self._verdicts.popitem(last=False)
+        if isinstance(verdict, str):
+            raise InvalidRequest(verdict)
+        return verdict
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         size = len(grammar.text.encode("utf-8", "surrogatepass"))
@@ -155,8 +171,12 @@ class GrammarCompiler:
         return matcher
 
     def _vocabulary(self) -> llguidance.LLTokenizer:
-        if self._tokenizer is not None:
+        with self._reading:
+            if self._tokenizer is None:
+                self._tokenizer = self._read()
             return self._tokenizer
+
+    def _read(self) -> llguidance.LLTokenizer:
         if not self._eos:
             raise InvalidRequest("the model has no end token for a grammar to end with; set eos_token_id in its config")
         try:
@@ -173,22 +193,28 @@ class GrammarCompiler:
                 tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
         except ValueError as error:
             raise InvalidRequest(f"grammars cannot use the model's {self._file.name}: {error}; save it again") from None
-        self._tokenizer = tokenizer
         return tokenizer
 
 
 def _source(grammar: Grammar) -> str:
-    """In llguidance's own format. Raises ValueError for what is no JSON."""
+    """In llguidance's own format. Raises ValueError for what is no JSON.
+
+    All of them as Lark, because it alone takes `no_forcing`: the text that must come next would be allowed as the
+    tokenizer cuts it, which makes a special token of a text that spells one, and that token breaks the grammar.
+    """
+    matcher = llguidance.LLMatcher
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            return llguidance.LLMatcher.grammar_from_json_schema(
+            compiled = matcher.grammar_from_json_schema(
                 grammar.text,
                 overrides={"whitespace_pattern": JSON_WHITESPACE, "lenient": False, "coerce_one_of": False},
             )
+            text = f"start: %json {json.dumps(json.loads(compiled)['grammars'][0]['json_schema'])}"
         case GrammarKind.REGEX:
-            return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+            text = json.loads(matcher.grammar_from_regex(grammar.text))["grammars"][0]["lark_grammar"]
         case GrammarKind.LARK:
-            return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+            text = grammar.text
+    return matcher.grammar_from_lark('%llguidance {"no_forcing": true}\n' + text)
 
 
 def _noun(grammar: Grammar) -> str:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from cluster.request import Grammar, GrammarKind
-from tests.support.tokenizer_files import write_tokenizer
-from workers.engine.grammar import MAX_COMPILED, MAX_GRAMMAR_BYTES, GrammarCompiler, GrammarState
+from tests.support.tokenizer_files import SPECIAL, write_tokenizer
+from workers.engine.grammar import MAX_GRAMMAR_BYTES, MAX_KNOWN, GrammarCompiler, GrammarState
 
 VOCAB_SIZE = 450  # over the tokenizer's 400: padding rows, and a last word that is not full
 EOS = frozenset({0, 3})  # <|end|> and <|assistant|>
@@ -209,6 +209,37 @@ def test_a_character_may_be_split_over_tokens(compiler: GrammarCompiler, backend
     assert allowed(state) == sorted(EOS)
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema({"const": "<|user|> and <|end|>"}),
+        schema({"type": "string", "pattern": "^(<\\|user\\|>|<\\|end\\|>)+$"}),
+        regex(r"<\|user\|>(<\|end\|>)?"),
+        Grammar(GrammarKind.LARK, 'start: "<|user|>" "<|end|>"'),
+    ],
+)
+def test_no_special_token_is_ever_text(
+    compiler: GrammarCompiler, backend: tokenizers.Tokenizer, grammar: Grammar
+) -> None:
+    """Text that spells one is said in other tokens; and spelled text ends nothing."""
+    special = {backend.token_to_id(name) for name in SPECIAL}
+    for seed in range(10):
+        walk = Walk(compiler.compile(grammar), backend, seed, max_free=100)
+        assert (walk.ended and "<|user|>" in walk.text) or "<|end|>" in walk.text
+        assert special.isdisjoint(walk.tokens)
+        for before, choices in enumerate(walk.masks):
+            assert set(choices) & (special - EOS) == set(), walk.tokens[:before]
+    state = compiler.compile(grammar)
+    state.advance(backend.encode('"<|user|>').ids)
+    with pytest.raises(InvalidRequest, match="cannot go on"):
+        allowed(state)
+
+
+def test_any_text_has_no_special_tokens(compiler: GrammarCompiler) -> None:
+    for grammar in (regex(r"(.|\n)*"), Grammar(GrammarKind.LARK, "start: ANY\nANY: /(.|\\n)*/")):
+        assert set(range(len(SPECIAL))).intersection(allowed(compiler.compile(grammar))) == EOS
+
+
 def test_end_tokens_alone_after_the_end(compiler: GrammarCompiler, backend: tokenizers.Tokenizer) -> None:
     state = compiler.compile(regex("ab?"))
     state.advance(backend.encode("a").ids)
@@ -291,14 +322,27 @@ def test_a_token_against_the_grammar_ends_the_sequence(
         allowed(state)
 
 
-def test_compiled_grammars_are_bounded(folder: Path, backend: tokenizers.Tokenizer) -> None:
+def test_known_grammars_are_bounded(folder: Path, backend: tokenizers.Tokenizer) -> None:
     compiler = GrammarCompiler(folder / "tokenizer.json", VOCAB_SIZE, EOS)
-    for nth in range(MAX_COMPILED + 10):
+    for nth in range(MAX_KNOWN + 10):
         compiler.check(regex(f"a{nth}"))
-    assert compiler.num_compiled == MAX_COMPILED
+    assert compiler.num_known == MAX_KNOWN
     state = compiler.compile(regex("a0"))  # forgotten, and compiled again
     state.advance(backend.encode("a0").ids)
     assert allowed(state) == sorted(EOS)
+
+
+def test_a_verdict_is_known_either_way(compiler: GrammarCompiler) -> None:
+    for grammar, is_refused in ((regex("known"), False), (regex("(known"), True)):
+        assert not compiler.knows(grammar)
+        for _ in range(2):
+            try:
+                compiler.check(grammar)
+            except InvalidRequest as error:
+                assert is_refused and "unclosed group" in str(error)
+            else:
+                assert not is_refused
+            assert compiler.knows(grammar)
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
