@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,24 +15,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.request import SamplingParams
+from tests.support.plain_sampler import generate
 from tests.support.public_door import BLOCK_SIZE, MODEL, PublicDoor
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
 TEXT = "def main() -> None:\n    print('the quick brown fox')"
 
-Forward = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]
+Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
 def forward(door: PublicDoor) -> Forward:
-    """Log-probabilities [T, V] and final hidden states [T, D] of transformers' own model."""
-    model = AutoModelForCausalLM.from_pretrained(str(door.checkpoint), dtype=torch.float32)
+    """Logits [T, V] and final hidden states [T, D] of transformers' own model.
 
-    def run(token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    In float64: in float32 transformers is off by 1e-4 itself where a log-probability is −20, and the two errors add up.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        str(door.checkpoint), dtype=torch.float64, experts_implementation="eager"
+    )
+
+    def run(token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             out = model(torch.tensor([token_ids]), output_hidden_states=True)
-        return out.logits[0].log_softmax(-1), out.hidden_states[-1][0]
+        return out.logits[0], out.hidden_states[-1][0]
 
     return run
 
@@ -44,19 +54,26 @@ def test_logprobs_and_echo_equal_transformers(door: PublicDoor, forward: Forward
         assert len(choice["token_ids"]) == 12 and choice["text"] == TEXT + door.tokenizer.decode(choice["token_ids"])
         told = choice["logprobs"]
         assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
-        expected, _ = forward(token_ids)
+        expected = forward(token_ids)[0].log_softmax(-1)
         rows = torch.arange(len(token_ids) - 1)
-        assert told["token_logprobs"][1:] == pytest.approx(expected[rows, token_ids[1:]].tolist(), rel=1e-3, abs=2e-3)
+        assert told["token_logprobs"][1:] == pytest.approx(expected[rows, token_ids[1:]].tolist(), rel=0, abs=1e-4)
         for row, (own, top) in enumerate(zip(token_ids[1:], told["top_logprobs"][1:], strict=True)):
             best = expected[row].topk(3)
             texts = {
                 door.tokenizer.texts.text_of(token): expected[row, token].item() for token in best.indices.tolist()
             }
             texts[door.tokenizer.texts.text_of(own)] = expected[row, own].item()
-            assert top == pytest.approx(texts, rel=1e-3, abs=2e-3)
+            assert top == pytest.approx(texts, rel=0, abs=1e-4)
         assert told["tokens"] == [door.tokenizer.texts.text_of(token) for token in token_ids]
         for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
             assert token.startswith("bytes:") or choice["text"].startswith(token, offset)
+        parts = [
+            chunk["choices"][0]
+            for chunk in door.stream("/v1/completions", prompt=TEXT, max_tokens=12, logprobs=3, echo=True)
+        ]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for name, values in told.items():
+            assert [value for part in parts for value in part["logprobs"][name]] == values
 
 
 def test_a_prompt_is_scored_without_an_answer(door: PublicDoor) -> None:
@@ -145,6 +162,50 @@ def test_what_changes_the_logits_changes_the_answer(door: PublicDoor) -> None:
     assert ids(temperature=2.0, min_p=1.0, seed=1) == plain and ids(temperature=2.0, top_k=1, seed=2) == plain
 
 
+def test_penalties_and_sampling_equal_transformers(door: PublicDoor, forward: Forward) -> None:
+    """Token for token, by transformers' own logits and processors, where the model is made to repeat itself."""
+    prompt = door.ids(TEXT)
+    said = door.complete(prompt=prompt, max_tokens=6, return_token_ids=True)["choices"][0]["token_ids"]
+    bias = tuple((token, 12.0) for token in sorted(set(said)))
+
+    @cache
+    def scores(token_ids: tuple[int, ...]) -> torch.Tensor:
+        return forward(token_ids)[0][-1]
+
+    def both(**options: Any) -> list[int]:
+        params = SamplingParams(max_tokens=10, logit_bias=bias, **options)
+        expected = generate(lambda tokens: scores(tuple(tokens)), prompt, params)
+        sent = {"logit_bias": {str(token): value for token, value in bias}, "max_tokens": 10, **options}
+        assert door.complete(prompt=prompt, return_token_ids=True, **sent)["choices"][0]["token_ids"] == expected, sent
+        return expected
+
+    greedy, drawn = {"temperature": 0}, {"temperature": 1.9, "seed": 5}
+    likeliest, sampled = both(**greedy), both(**drawn)
+    assert likeliest != sampled
+    for name, value in (("presence", 2.0), ("frequency", 1.5), ("repetition", 4.0), ("repetition", 0.4)):
+        assert both(**greedy, **{f"{name}_penalty": value}) != likeliest, name
+    for name, value in (("top_k", 5), ("top_p", 0.5), ("min_p", 0.2)):
+        assert both(**drawn, **{name: value}) != sampled, name
+
+
+def test_no_character_is_broken(door: PublicDoor) -> None:
+    """Each takes several tokens, which come one by one; a text that begins with two thirds of one is told so."""
+    wanted = "🦊é東 ﷽"
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [wanted]}}}
+    messages = [{"role": "user", "content": "hi"}]
+    chunks = door.stream(
+        "/v1/chat/completions", messages=messages, response_format=schema, max_tokens=60, return_token_ids=True,
+        ignore_eos=False,
+    )  # fmt: skip
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    texts = [choice["delta"].get("content") or "" for choice in choices]
+    assert json.loads("".join(texts)) == wanted and not any("\ufffd" in text for text in texts)
+    assert sum(len(choice.get("token_ids") or ()) for choice in choices) > sum(text != "" for text in texts)
+    cut = door.ids(wanted)[:2]
+    bias = {str(cut[0]): 100}
+    assert door.complete(prompt=TEXT, max_tokens=1, logit_bias=bias)["choices"][0]["text"] == "\ufffd"
+
+
 def test_a_stop_string_cuts_everything_at_one_token(door: PublicDoor) -> None:
     """It spans tokens; text, ids, logprobs and usage end together, streamed or not."""
     whole = door.complete(prompt=TEXT, max_tokens=30)["choices"][0]["text"]
@@ -168,6 +229,50 @@ def test_a_stop_string_cuts_everything_at_one_token(door: PublicDoor) -> None:
     assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
     joined = {name: [v for part in parts for v in part["logprobs"][name]] for name in choice["logprobs"]}
     assert joined == choice["logprobs"]
+
+
+def test_stop_strings_wait_for_min_tokens(door: PublicDoor) -> None:
+    (fox,) = door.ids(" if")
+    body = {"prompt": TEXT, "max_tokens": 9, "logit_bias": {str(fox): 100}, "stop": "if"}
+    for min_tokens, text in ((0, " "), (1, " "), (5, " if" * 4 + " ")):
+        answer = door.complete(**body, min_tokens=min_tokens)
+        assert answer["choices"][0]["text"] == text and answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == max(1, min_tokens)
+
+
+def test_the_token_that_says_stop_is_no_text(door: PublicDoor) -> None:
+    """It is counted and its id is told; where another token came last, that one is text."""
+    body = {"prompt": TEXT, "max_tokens": 6, "return_token_ids": True, "ignore_eos": False}
+    whole = door.complete(**body)["choices"][0]
+    third = whole["token_ids"][2]
+    (eos,) = door.ids("<|end|>")
+    for options, told in (
+        ({"stop_token_ids": [third]}, whole["token_ids"][:3]),
+        ({"logit_bias": {str(eos): 100}}, [eos]),
+    ):
+        answer = door.complete(**body, **options)
+        (choice,) = answer["choices"]
+        assert choice["token_ids"] == told and choice["text"] == door.tokenizer.decode(told[:-1])
+        assert choice["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == len(told)
+
+
+def test_every_event_may_tell_the_usage_so_far_and_the_last_the_route(door: PublicDoor) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    common = {"max_tokens": 5, "return_token_ids": True, "return_route": True, "stream_options": options}
+    bodies = {
+        "/v1/completions": {"prompt": TEXT},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    }
+    for path, body in bodies.items():
+        *chunks, last = door.stream(path, **body, **common)
+        counts = [len(choice.get("token_ids") or ()) for chunk in chunks for choice in chunk["choices"]]
+        told = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert told[-1] == last["usage"]["completion_tokens"] == sum(counts) == 5
+        assert told == sorted(told) if path != "/v1/completions" else told == list(accumulate(counts))
+        assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {last["usage"]["prompt_tokens"]}
+        route = last["usage"]["sluice"]
+        assert last["choices"] == [] and route["plan"] == "disaggregated" and route["transport"] == "nixl"
+        assert route["ttft_ms"] > 0 and route["itl_ms"] >= 0 and route["prefill"]["pid"] != route["decode"]["pid"]
 
 
 def test_embeddings_equal_transformers(door: PublicDoor, forward: Forward) -> None:
