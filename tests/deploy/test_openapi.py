@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,14 @@ def test_the_fields_are_these(schema: dict[str, Any]) -> None:
         name: " ".join(sorted(part.get("properties", ()))) for name, part in schema["components"]["schemas"].items()
     }
     assert found == {name: " ".join(fields.split()) for name, fields in FIELDS.items()}
+
+
+def test_the_page_on_the_api_names_every_path_and_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    words = {word for code in re.findall("`([^`]+)`", page) for word in re.findall(r"[a-z_]+", code)}
+    for name, fields in FIELDS.items():
+        assert words >= set(fields.split()), name
+    assert all(f"{path}`" in page for path in PATHS.split())
 
 
 def test_the_documented_answers_are_the_given_ones(schema: dict[str, Any]) -> None:
