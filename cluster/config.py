@@ -97,6 +97,8 @@ class RouterConfig(Section):
     policy: Literal["kv_aware", "least_loaded", "round_robin"] = "least_loaded"
     """How a worker is chosen among those that fit: by what is cached where, what waits there and what moving blocks
     costs; by what waits there; in turn."""
+    prefill_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """kv_aware: what computing a block weighs, where waiting for one weighs 1: it delays those that come later, too."""
     decode_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """kv_aware: blocks of prefill work that one more request on a decode worker weighs."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -1,8 +1,8 @@
-"""What each way of serving a request costs, in blocks of prefill work. Pure.
+"""What each way of serving a request costs, in blocks of prefill work that it waits for. Pure.
 
 For decode worker d and source s:
 
-    prefill(s)      blocks of the request that s has not cached
+    prefill(s)      `prefill_weight` for each block of the request that s has not cached
     queue(s)        prompt tokens that wait there, in blocks
     decode(d)       `decode_weight` for each request there, and the blocks that d has to wait for, its pool being full
     transfer(d, s)  the blocks that d lacks, times the seconds that one takes at the measured rate of the pair, times
@@ -19,7 +19,7 @@ import numpy as np
 from router.offer import Costs, Offer
 
 
-def costs_of(offer: Offer, *, decode_weight: float) -> Costs:
+def costs_of(offer: Offer, *, prefill_weight: float = 1.0, decode_weight: float = 1.0) -> Costs:
     """Of all ways, those that may not be chosen too."""
     candidates, demand, pairing = offer.candidates, offer.demand, offer.pairing
     decodes = [candidates[index] for index in pairing.decodes]
@@ -32,6 +32,7 @@ def costs_of(offer: Offer, *, decode_weight: float) -> Costs:
     if not demand.computes_all:
         prefill[:, :-1] -= offer.hits(pairing.sources)
         prefill[:, -1] -= offer.hits(pairing.decodes)
+    prefill *= prefill_weight
 
     queue = np.empty(shape)
     queue[:, :-1] = [source.queued_tokens / block_size for source in sources]

@@ -20,6 +20,7 @@ from router.plan import Candidate, NoPlan, Plan
 from router.planner import LocalRules, make_plan
 from router.policy import POLICIES
 from router.prefix_index import keys_of, prefix_depths
+from router.route_book import RouteBook
 
 
 class Navigator:
@@ -46,6 +47,7 @@ class Navigator:
         self._pairing = Pairing(())
         self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
         self.feed = BlockFeed(metrics, log, later)
+        self.routes = RouteBook(config.policy, config.kept_routes)
 
     @property
     def uses_blocks(self) -> bool:
@@ -83,11 +85,13 @@ class Navigator:
             pairing=self._pairing,
         )
 
-    def placed(self, flight: Flight, plan: Plan, now: float, *, num_new_tokens: int) -> None:
-        """The request was sent: both workers have more to do, and will hold its blocks. `num_new_tokens`: that are
-        queued for it."""
+    def placed(self, flight: Flight, plan: Plan, now: float, *, led: bool) -> None:
+        """The request was sent: both workers have more to do, and will hold its blocks. `led`: the plan is that of
+        the request that it follows, whose prompt is computed for both."""
         self._fleet.sent(plan.decode, num_requests=1)
-        self._fleet.sent(plan.prefill, num_tokens=num_new_tokens)
+        num_hits = 0 if plan.choice is None else plan.choice.num_prefill_hits
+        self._fleet.sent(plan.prefill, num_tokens=0 if led else flight.num_tokens - num_hits * self._block_size)
+        self.routes.placed(flight, plan, leader=flight.request.leader_id if led else "")
         if plan.local_reason is not None:
             self._metrics.local_plans.labels(plan.local_reason).inc()
         if not self.uses_blocks:
@@ -100,18 +104,16 @@ class Navigator:
 
     def ended(self, flight: Flight) -> None:
         """What was found in the caches of the last attempt, beside what was expected."""
+        self.routes.ended(flight)
         plan, route = flight.plan, flight.route
         choice = plan.choice if plan is not None else None
-        if choice is None or route is None or choice.offer.demand.hit_blocks is None:
+        if choice is None or route is None or choice.offer.demand.hit_blocks is None or flight.request.leader_id:
             return
         expected, found = self._metrics.expected_hit_tokens, self._metrics.found_hit_tokens
-        pairing = choice.offer.pairing
-        decode_hit = int(choice.offer.hits(pairing.decodes[choice.row : choice.row + 1])[0])
-        expected.labels("decode").inc(decode_hit * self._block_size)
+        expected.labels("decode").inc(choice.num_decode_hits * self._block_size)
         found.labels("decode").inc(route.decode_prefix_hit_tokens)
         if not choice.is_local and not choice.offer.demand.computes_all:
-            prefill_hit = int(choice.offer.hits(pairing.sources[choice.column : choice.column + 1])[0])
-            expected.labels("prefill").inc(prefill_hit * self._block_size)
+            expected.labels("prefill").inc(choice.num_prefill_hits * self._block_size)
             found.labels("prefill").inc(route.prefill_prefix_hit_tokens)
 
     def root(self, worker: Candidate) -> bytes:

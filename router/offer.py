@@ -50,7 +50,8 @@ class Offer:
 
 
 class Costs(NamedTuple):
-    """In blocks of prefill work, [m, n + 1] each, the last column for computing the prompt on the decode worker."""
+    """In blocks of prefill work that the request waits for, [m, n + 1] each; the last column is for computing the
+    prompt on the decode worker."""
 
     prefill: Floats  # left to compute after what is cached
     queue: Floats  # to be computed there before
@@ -72,6 +73,20 @@ class Choice:
     @property
     def is_local(self) -> bool:
         return self.column == self.offer.ways.shape[1] - 1
+
+    @property
+    def num_decode_hits(self) -> int:
+        """Blocks that the decode worker need not be sent."""
+        return int(self.offer.hits(self.offer.pairing.decodes[self.row : self.row + 1])[0])
+
+    @property
+    def num_prefill_hits(self) -> int:
+        """Blocks that need not be computed."""
+        if self.offer.demand.computes_all:
+            return 0
+        if self.is_local:
+            return self.num_decode_hits
+        return int(self.offer.hits(self.offer.pairing.sources[self.column : self.column + 1])[0])
 
 
 class Policy(Protocol):

@@ -74,8 +74,15 @@ class KvAware:
     """
 
     def __init__(
-        self, *, decode_weight: float = 1.0, temperature: float = 0.0, affinity_blocks: float = 0.0, seed: int = 0
+        self,
+        *,
+        prefill_weight: float = 1.0,
+        decode_weight: float = 1.0,
+        temperature: float = 0.0,
+        affinity_blocks: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        self._prefill_weight = prefill_weight
         self._decode_weight = decode_weight
         self._temperature = temperature
         self._affinity_blocks = affinity_blocks
@@ -84,7 +91,7 @@ class KvAware:
         self._turns: dict[tuple[Role, str, int], int] = {}  # when each worker was last chosen
 
     def choose(self, offer: Offer) -> Choice:
-        costs = costs_of(offer, decode_weight=self._decode_weight)
+        costs = costs_of(offer, prefill_weight=self._prefill_weight, decode_weight=self._decode_weight)
         total = np.where(offer.ways, costs.total, inf)
         least = total.min()
         way = self._home(offer, total, least) if offer.demand.session else None
@@ -142,6 +149,7 @@ POLICIES: Final[Mapping[str, Callable[[RouterConfig], Policy]]] = MappingProxyTy
         "round_robin": lambda _: RoundRobin(),
         "least_loaded": lambda _: LeastLoaded(),
         "kv_aware": lambda config: KvAware(
+            prefill_weight=config.prefill_weight,
             decode_weight=config.decode_weight,
             temperature=config.temperature,
             affinity_blocks=config.affinity_blocks,

@@ -33,6 +33,7 @@ from router.fleet import Fleet
 from router.flight import Flight, Receipt, RouterRequest, State, TokenDelta
 from router.navigator import Navigator
 from router.plan import NoPlan, Plan
+from router.route_book import RouteTold
 
 
 class Router:
@@ -55,7 +56,7 @@ class Router:
         self._log = log
         self._block_size = block_size
         self._fleet = Fleet()
-        self._navigator = Navigator(config, self._fleet, metrics, log, self._later, block_size=block_size)
+        self._navigator = Navigator(config, self._fleet, metrics, log, self._post, block_size=block_size)
         self._admission = Admission(limits.max_requests)
         self._admin = Admin(self._fleet)
         self._flights: dict[str, Flight] = {}
@@ -114,6 +115,10 @@ class Router:
     @property
     def num_open(self) -> int:
         return self._admission.num_open
+
+    def route(self, request_id: str) -> RouteTold | None:
+        """How one of the last requests here was routed. Any thread."""
+        return self._navigator.routes.tell(request_id)
 
     async def load(self) -> dict[str, pb.AdminResponse]:
         """Load and counters of every connected worker, asked now, by incarnation."""
@@ -180,7 +185,7 @@ class Router:
         key = flight.place(plan, session.id)
         submit = flight.submit(self._navigator.root(plan.decode), self._block_size, self._remaining_ms(flight))
         session.send(pb.Frame(submit=submit), key)
-        self._navigator.placed(flight, plan, self._now(), num_new_tokens=0 if led else flight.num_tokens)
+        self._navigator.placed(flight, plan, self._now(), led=led is not None)
         if flight.is_replay:
             self._metrics.replays.inc()
         self._log.debug(
@@ -296,10 +301,6 @@ class Router:
         if self._loop is not None:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, *args)
-
-    def _later(self, call: Callable[[], None]) -> None:
-        assert self._loop is not None
-        self._loop.call_soon(call)
 
     def _now(self) -> float:
         assert self._loop is not None

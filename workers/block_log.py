@@ -56,9 +56,11 @@ class _Batch:
 class BlockLog:
     """Of one shard. Ids begin at 1 and rise by one; 0 stands for an empty cache."""
 
-    def __init__(self, cache: PrefixCache, *, shard: int = 0) -> None:
+    def __init__(self, cache: PrefixCache, *, shard: int = 0, max_kept: int = MAX_KEPT) -> None:
+        """`max_kept` batches, and at most `MAX_KEPT_HASHES` in them."""
         self._cache = cache
         self._shard = shard
+        self._max_kept = max_kept
         self._kept: deque[_Batch] = deque()
         self._num_kept = 0  # hashes
         self.last_id = 0
@@ -93,5 +95,5 @@ class BlockLog:
     def _keep(self, batch: _Batch) -> None:
         self._kept.append(batch)
         self._num_kept += batch.num_hashes
-        while len(self._kept) > MAX_KEPT or self._num_kept > MAX_KEPT_HASHES:
+        while len(self._kept) > self._max_kept or self._num_kept > MAX_KEPT_HASHES:
             self._num_kept -= self._kept.popleft().num_hashes

@@ -124,6 +124,7 @@ class Request:
         self.has_stepped = True
         metrics.queue.labels("decode").observe(now - self.accepted_at)
         if self.route.local_prefill:  # for the others the reservation counted
+            self.route.decode_prefix_hit_tokens = self.sequence.prefix_hit_tokens
             count_prefix_lookup(metrics, "decode", self.sequence)
 
     def wait(self, until: float) -> None:

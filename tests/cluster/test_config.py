@@ -24,8 +24,8 @@ model.dtype model.dummy_seed model.load_format model.max_model_len model.path mo
 name
 pools.*.cpus pools.*.gpus pools.*.num_blocks pools.*.roles pools.*.threads pools.*.workers
 router.affinity_blocks router.affinity_header router.decode_weight router.kept_routes router.local_max_tokens
-router.local_prefill router.max_attempts router.policy router.saturated_tokens router.spare router.temperature
-router.worker_wait_s
+router.local_prefill router.max_attempts router.policy router.prefill_weight router.saturated_tokens router.spare
+router.temperature router.worker_wait_s
 scheduler.chunk_tokens scheduler.max_batched_tokens scheduler.max_pull_wait_s scheduler.max_sequences
 scheduler.max_waiting
 transfer.late_read_s transfer.lease_s transfer.stuck_read_s transfer.transport transfer.ucx_tls

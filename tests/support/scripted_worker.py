@@ -27,6 +27,8 @@ from cluster.rpc import WordsServer
 from cluster.session import Session
 from cluster.words_thread import WordsThread
 from tests.support.words import SECRET
+from workers.block_log import BlockLog
+from workers.engine.block_manager import BlockManager, GroupCapacity
 
 DEADLINE_S = 20.0
 VOCABULARY = 1000
@@ -197,8 +199,12 @@ class ScriptedWorker:
         sources: Iterable[ScriptedWorker] = (),
         compatibility_hash: bytes = b"h" * 16,
         config: WordsConfig | None = None,
+        cache: BlockManager | None = None,
     ) -> None:
         self.name = name
+        self.block_log = BlockLog(cache or BlockManager([GroupCapacity("self", 1, 1)]))
+        self.queries: list[pb.BlockQuery] = []
+        self.num_dumps = 0
         self.script: Sequence[Action] = script
         self.text: list[int] | None = None  # says these token ids, again and again, instead
         self.roles = tuple(roles)
@@ -248,6 +254,25 @@ class ScriptedWorker:
         for session in list(self._sessions):
             session.send(pb.Frame(load_report=load))
 
+    def report_load(self) -> None:
+        """As it is, with the last id of its block events."""
+        self.load.last_event_id = self.block_log.last_id
+        self.report(self.load)
+
+    def tell_blocks(self, *, lost: bool = False) -> None:
+        """What changed in its cache; `lost`: nobody hears of it."""
+        events = self.block_log.collect()
+        if events is not None and not lost:
+            self.send_blocks(events)
+
+    def send_blocks(self, events: pb.BlockEvents) -> None:
+        for session in list(self._sessions):
+            session.send_bulk("blocks", events.SerializeToString())
+
+    def break_sessions(self) -> None:
+        for session in list(self._sessions):
+            session.close("the test says so")
+
     def say_goodbye(self) -> None:
         for session in list(self._sessions):
             session.send(pb.Frame(goodbye=pb.Goodbye(reason="drain")))
@@ -294,6 +319,11 @@ class ScriptedWorker:
         elif kind == "cancel":
             self.cancels.append(RequestKey.of(frame.cancel.key))
             self._held = [(a, rest) for a, rest in self._held if RequestKey.of(a.submit.key) != self.cancels[-1]]
+        elif kind == "block_query":
+            self.queries.append(frame.block_query)
+            for events in self.block_log.after(frame.block_query.last_id):
+                self.num_dumps += events.dump
+                session.send_bulk("blocks", events.SerializeToString())
         elif kind == "admin_request":
             self.num_clears += frame.admin_request.clear_cache
             answer = pb.AdminResponse(id=frame.admin_request.id, load=self.load, counters={"steps": 1.0})
