@@ -17,6 +17,11 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})  # for probes and scrapers, which hold no key
 
 
+def is_request_id(sent: str) -> bool:
+    """Whether a client's own id is taken: it goes into logs and back into headers."""
+    return _REQUEST_ID.fullmatch(sent) is not None
+
+
 class Gate:
     """Answers 401 and 413 itself. `scope["state"]["request_id"]` is what the client sent, or a new one."""
 
@@ -35,7 +40,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
-        is_good = _REQUEST_ID.fullmatch(sent_id) is not None
+        is_good = is_request_id(sent_id)
         request_id = sent_id if is_good else uuid4().hex
         told = is_good and self._ids_are_echoed
         scope.setdefault("state", {}).update(request_id=request_id, id_is_told=told)

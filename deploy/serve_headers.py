@@ -10,6 +10,8 @@ from typing import Final
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deploy.gate import is_request_id
+
 IMPORT_PATH: Final = "deploy.serve_headers.middlewares"
 
 # They steer Serve: its timeout beside ours, whether it tells us that a client is gone, which replica's model.
@@ -36,5 +38,7 @@ class CleanHeaders:
 
 
 def _is_clean(name: bytes, value: bytes) -> bool:
-    steers = name.lower().replace(b"_", b"-") in _STEERING
-    return name.isascii() and not steers and (value.isascii() or name != b"x-request-id")
+    """An id that the gate does not take is none for Serve either: it would be told beside the gate's own."""
+    if name == b"x-request-id":
+        return is_request_id(value.decode("latin-1"))
+    return name.isascii() and name.lower().replace(b"_", b"-") not in _STEERING

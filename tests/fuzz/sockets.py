@@ -74,6 +74,7 @@ def answers_in(data: bytes) -> list[Answer]:
         first, *lines = head.decode("latin-1").split("\r\n")
         status = int(first.split(" ")[1])
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        assert len(headers) == len(lines), f"a name stands twice: {lines}"
         if status == 100:
             continue
         content = b""
