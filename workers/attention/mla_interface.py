@@ -37,6 +37,8 @@ class MlaProblem:
     scale: float
     index_topk: int | None = None  # None: every token sees its whole context
     sliding_window: int | None = None
+    nope_size: int | None = None  # unrotated features of a query head; None: not said
+    value_size: int | None = None
     max_piece_tokens: int = 4096  # cached tokens that context expands at once; it costs H keys and values for each
 
 

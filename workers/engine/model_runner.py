@@ -158,7 +158,9 @@ class ModelRunner:
         return launched
 
     def _draw(self, plan: StepPlan, batch: StepBatch, hidden: Tensor) -> Launched:
-        logits = self._model.logits(hidden[batch.attention.logits_rows])
+        rows = batch.attention.logits_rows
+        # All rows draw: a model that has their logits already recognises what it returned.
+        logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         kept: list[DrawnRows] = []
         if (batch.num_logprobs >= 0).any():
             kept = DrawnRows.keep(logits, batch.num_logprobs.tolist())

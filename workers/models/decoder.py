@@ -9,15 +9,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvtransfer.layout import GroupSpec
+from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, AttentionStep, KvCache
 from workers.attention.mla_interface import MlaStep
-from workers.attention.resolver import Choice, Environment
+from workers.attention.resolver import HOPPER, Choice
 from workers.layers.linear import Embedding, Linear, Partition
 from workers.layers.mlp import GatedMlp
 from workers.layers.moe import ExpertShape, SparseMlp
@@ -26,6 +27,11 @@ from workers.layers.rotary import RotaryEmbedding, Rotation
 from workers.models.fields import ConfigFields
 from workers.models.model import ModelSpec
 from workers.models.rope import Rope
+
+if TYPE_CHECKING:
+    from workers.attention.hopper_gqa import HopperGqaStep
+    from workers.attention.hopper_mla import HopperMlaStep
+    from workers.models.fused_decoder import FusedDecoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +126,7 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
             self._rotated_size(),
             dtype,
         )
+        self._fused: FusedDecoder | None = None  # takes the place of `model` where it runs
         if not shape.tied:
             self.lm_head = Linear(shape.hidden_size, shape.vocab_size, partition=Partition.COLUMN, dtype=dtype)
 
@@ -161,7 +168,7 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
         """Features of a query that are rotated."""
 
     @abstractmethod
-    def _begin(self, batch: AttentionBatch) -> AttentionStep | MlaStep: ...
+    def _begin(self, batch: AttentionBatch) -> AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep: ...
 
     @abstractmethod
     def kv_groups(self, block_size: int) -> tuple[GroupSpec, ...]: ...
@@ -169,9 +176,23 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
     @abstractmethod
     def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice: ...
 
+    @property
+    def fused(self) -> FusedDecoder | None:
+        return self._fused
+
+    def _fuse(self, choice: Choice) -> None:
+        """Packs the weights for the backend that has more than attention to offer."""
+        if choice.chosen == HOPPER:
+            from workers.models.fused_decoder import FusedDecoder
+
+            self._fused = FusedDecoder(self.model, self.spec.max_position_embeddings)
+
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
-        return self.model(input_ids, batch.positions, self._begin(batch), capture_layers)
+        step = self._begin(batch)
+        if self._fused is not None:
+            return self._fused.forward(input_ids, step, capture_layers)
+        return self.model(input_ids, batch.positions, step, capture_layers)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
+from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import INDEX_KEYS, LATENTS, MlaBackend, MlaProblem, MlaStep
-from workers.attention.resolver import Choice, Environment, build_mla, resolve
+from workers.attention.resolver import Choice, build_mla, resolve
 from workers.layers.mla import LatentAttention
 from workers.models.decoder import DecoderForCausalLM
 from workers.models.deepseek_config import DeepseekConfig, read_deepseek
 from workers.models.fields import ConfigFields
 from workers.models.model import ModelSpec
+
+if TYPE_CHECKING:
+    from workers.attention.hopper_mla import HopperMla, HopperMlaStep
 
 
 class DeepseekForCausalLM(DecoderForCausalLM[DeepseekConfig]):
@@ -25,7 +30,7 @@ class DeepseekForCausalLM(DecoderForCausalLM[DeepseekConfig]):
     def __init__(self, config: DeepseekConfig, spec: ModelSpec) -> None:
         super().__init__(config, spec)
         self._cache: KvCache | None = None
-        self._backend: MlaBackend | None = None
+        self._backend: MlaBackend | HopperMla | None = None
 
     def _attention(self, index: int, dtype: torch.dtype) -> LatentAttention:
         return LatentAttention(index, self.config.attention, dtype)
@@ -68,13 +73,16 @@ class DeepseekForCausalLM(DecoderForCausalLM[DeepseekConfig]):
             scale=attention.scale,
             index_topk=None if attention.indexer is None else attention.indexer.topk,
             sliding_window=self.config.sliding_window,
+            nope_size=attention.nope_dim,
+            value_size=attention.value_dim,
             max_piece_tokens=max_piece_tokens,
         )
         choice = resolve(problem, environment or Environment.probe(pages.device))
         self._backend = build_mla(choice, problem)
+        self._fuse(choice)
         return choice
 
-    def _begin(self, batch: AttentionBatch) -> MlaStep:
+    def _begin(self, batch: AttentionBatch) -> MlaStep | HopperMlaStep:
         assert self._backend is not None and self._cache is not None, "bind_kv comes before the first forward"
         return self._backend.begin(batch, 0, self._cache)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
+from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBackend, AttentionBatch, AttentionProblem, AttentionStep, KvCache
-from workers.attention.resolver import Choice, Environment, build, resolve
+from workers.attention.resolver import Choice, build, resolve
 from workers.layers.attention import GqaShape, GroupedQueryAttention
 from workers.layers.moe import ExpertShape
 from workers.models.decoder import DecoderForCausalLM, DecoderShape
@@ -120,6 +121,7 @@ class GqaForCausalLM(DecoderForCausalLM[GqaConfig]):
         )
         choice = resolve(problem, environment or Environment.probe(pages.device))
         self._backend = build(choice, problem)
+        self._fuse(choice)
         return choice
 
     def _begin(self, batch: AttentionBatch) -> AttentionStep:

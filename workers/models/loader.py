@@ -23,6 +23,7 @@ from workers.models.quantization import SCALE_SUFFIX, STORED, BlockFp8, read_qua
 from workers.models.registry import find_model
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and everybody computes
+CPU = torch.device("cpu")
 _ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -35,12 +36,19 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path, *, dtype: str = "auto", load_format: str = "auto", dummy_seed: int = 0, log: Log | None = None
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    dummy_seed: int = 0,
+    log: Log | None = None,
+    device: torch.device = CPU,
 ) -> LoadedModel:
-    """The model of a Hugging Face folder, on the CPU. Says once in the log which stored tensors it leaves alone.
+    """The model of a Hugging Face folder, on `device`. Says once in the log which stored tensors it leaves alone.
 
     `dtype` "auto" takes the checkpoint's. Where it equals the stored one nothing is copied: processes that load the
-    same folder share its pages. Matrices in fp8 blocks are dequantised. `load_format` "dummy" needs config.json only.
+    same folder share its pages. Matrices in fp8 blocks are dequantised. `load_format` "dummy" needs config.json only;
+    dummies are drawn on the device, and those of a GPU are not those of a CPU.
     Raises CheckpointError naming file, tensor or key, and the remedy.
     """
     folder = Path(path)
@@ -58,9 +66,11 @@ def load(
             fields, architecture=architecture, dtype=resolved, eos_token_ids=_eos_token_ids(folder, fields)
         )
     if checkpoint is None:
-        weights, ignored, identity = _dummy(model, dummy_seed), (), _dummy_identity(dummy_seed)
+        weights, ignored, identity = _dummy(model, dummy_seed, device), (), _dummy_identity(dummy_seed, device)
     else:
         weights, ignored = _stored(model, checkpoint, model.spec.dropped_prefixes, quantization)
+        if device != CPU:
+            weights = {name: weight.to(device) for name, weight in weights.items()}
         identity = checkpoint.identity()
     if ignored:
         log = log or Log(logging.getLogger("sluice.models"))
@@ -170,7 +180,7 @@ def _some(names: Iterable[str]) -> str:
     return f"{'tensors' if len(listed) > 1 else 'tensor'} {', '.join(listed[:3])}{tail}"
 
 
-def _dummy(model: nn.Module, seed: int) -> Mapping[str, Tensor]:
+def _dummy(model: nn.Module, seed: int, device: torch.device) -> Mapping[str, Tensor]:
     """Weights that neither collapse to one repeated token nor explode: matrices with std 4 / sqrt(inputs), embeddings
     0.1, biases 0, norms 1. Each tensor depends on (seed, name, shape) alone."""
     weights: dict[str, Tensor] = {}
@@ -180,14 +190,16 @@ def _dummy(model: nn.Module, seed: int) -> Mapping[str, Tensor]:
             if isinstance(module, Linear | Embedding) and suffix == "weight":
                 std = 0.1 if isinstance(module, Embedding) else 4 / parameter.shape[1] ** 0.5
                 digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-                weights[name] = torch.randn(parameter.shape, generator=generator).mul_(std).to(parameter.dtype)
+                generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+                drawn = torch.randn(parameter.shape, generator=generator, device=device)
+                weights[name] = drawn.mul_(std).to(parameter.dtype)
             elif suffix.endswith("bias"):
-                weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
             else:
-                weights[name] = torch.ones(parameter.shape, dtype=parameter.dtype)
+                weights[name] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
     return weights
 
 
-def _dummy_identity(seed: int) -> bytes:
-    return blake2b(str(seed).encode(), digest_size=HASH_BYTES, person=b"sluice.dummy").digest()
+def _dummy_identity(seed: int, device: torch.device) -> bytes:
+    drawn_where = "" if device == CPU else f":{device.type}"
+    return blake2b(f"{seed}{drawn_where}".encode(), digest_size=HASH_BYTES, person=b"sluice.dummy").digest()

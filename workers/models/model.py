@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kvtransfer.layout import GroupSpec
+from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, KvCache
-from workers.attention.resolver import Choice, Environment
+from workers.attention.resolver import Choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

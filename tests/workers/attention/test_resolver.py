@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from workers.attention.environment import Environment
 from workers.attention.interface import AttentionProblem
 from workers.attention.mla_interface import MlaProblem
-from workers.attention.resolver import Choice, Environment, build, build_mla, resolve
+from workers.attention.resolver import Choice, build, build_mla, resolve
 
 CPU = Environment.probe(torch.device("cpu"))
 PROBLEM = AttentionProblem(
@@ -33,7 +34,7 @@ def test_an_unknown_wish_is_passed_over_with_its_reason() -> None:
     [
         (replace(PROBLEM, kind="mla"), CPU, "reference: computes gqa, not mla"),
         (replace(PROBLEM, num_kv_heads=3), CPU, "4 query heads are no multiple of 3 K/V heads"),
-        (PROBLEM, Environment("cuda"), "runs on cpu, not on cuda"),
+        (PROBLEM, Environment("cuda", strict=True), "no fast backend .* heads of 64 or 128 features, not 16"),
     ],
 )
 def test_no_backend_says_why(problem: AttentionProblem, environment: Environment, reason: str) -> None:
@@ -54,9 +55,75 @@ def test_latent_attention_has_its_own_backends() -> None:
     ("problem", "environment", "reason"),
     [
         (replace(MLA, sliding_window=64), CPU, "every token sees its whole context, not a window of 64"),
-        (MLA, Environment("cuda"), "runs on cpu, not on cuda"),
+        (MLA, Environment("cuda", strict=True), "no fast backend .* latent, rotated, unrotated"),
     ],
 )
 def test_no_latent_backend_says_why(problem: MlaProblem, environment: Environment, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         resolve(problem, environment)
+
+
+LIBRARIES = (("flashinfer", "0.7.2"), ("triton", "3.6.0"))
+H200 = Environment("cuda", (9, 0), "NVIDIA H200", 132, LIBRARIES)
+B200 = Environment("cuda", (10, 0), "NVIDIA B200", 148, LIBRARIES)
+LLAMA = replace(PROBLEM, head_dim=128, dtype=torch.bfloat16)
+DEEPSEEK = MlaProblem(
+    num_heads=128,
+    latent_size=512,
+    rope_size=64,
+    nope_size=128,
+    value_size=128,
+    block_size=64,
+    dtype=torch.bfloat16,
+    scale=0.1,
+)
+
+
+def test_hopper_gets_its_own_backend() -> None:
+    assert resolve(LLAMA, H200) == Choice("hopper", ())
+    assert str(resolve(DEEPSEEK, H200)) == ("attention: hopper; not trtllm-gen: runs on SM100 and SM103, not on SM90")
+
+
+@pytest.mark.parametrize(
+    ("problem", "environment", "reason"),
+    [
+        (LLAMA, replace(H200, disabled=frozenset({"flashinfer"})), "flashinfer is switched off"),
+        (LLAMA, replace(H200, libraries=LIBRARIES[:1]), "triton is not installed"),
+        (LLAMA, B200, "runs on SM90, not on SM100"),
+        (replace(LLAMA, dtype=torch.float32), H200, "computes bfloat16 and float16, not float32"),
+        (replace(LLAMA, head_dim=96), H200, "heads of 64 or 128 features, not 96"),
+        (replace(LLAMA, block_size=48), H200, "blocks of 48 tokens are no multiple of 64"),
+        (replace(DEEPSEEK, index_topk=2048), H200, "not the index_topk best"),
+        (replace(DEEPSEEK, value_size=256), H200, "of 512, 64, 128, 128, not 512, 64, 128, 256"),
+    ],
+)
+def test_what_hopper_lacks_falls_to_the_reference_or_is_an_error(
+    problem: AttentionProblem | MlaProblem, environment: Environment, reason: str
+) -> None:
+    choice = resolve(problem, environment)
+    assert choice.chosen == "reference"
+    assert reason in dict(choice.rejected)["hopper"]
+    with pytest.raises(ConfigError, match=reason):
+        resolve(problem, replace(environment, strict=True))
+
+
+def test_a_window_is_refused_everywhere() -> None:
+    with pytest.raises(ConfigError, match="not a window of 64"):
+        resolve(replace(DEEPSEEK, sliding_window=64), H200)
+
+
+@pytest.mark.parametrize(
+    ("problem", "environment", "reason"),
+    [
+        (DEEPSEEK, B200, "fits, but was never measured"),
+        (replace(DEEPSEEK, latent_size=256), replace(B200, capability=(10, 3)), "fits, but was never measured"),
+        (DEEPSEEK, replace(B200, disabled=frozenset({"flashinfer"})), "flashinfer is switched off"),
+        (DEEPSEEK, H200, "runs on SM100 and SM103, not on SM90"),
+        (replace(DEEPSEEK, rope_size=32), B200, "of (576, 512) or (320, 256), not (544, 512)"),
+        (replace(DEEPSEEK, block_size=128), B200, "blocks of 32 or 64 tokens, not 128"),
+        (replace(DEEPSEEK, index_topk=2048), B200, "not the index_topk best"),
+        (replace(DEEPSEEK, dtype=torch.float32), B200, "computes bfloat16, not float32"),
+    ],
+)
+def test_the_rules_of_trtllm_gen(problem: MlaProblem, environment: Environment, reason: str) -> None:
+    assert reason in dict(resolve(problem, environment).rejected)["trtllm-gen"]

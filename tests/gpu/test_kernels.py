@@ -1,0 +1,312 @@
+"""Every Triton kernel against its torch reference on fresh random inputs, at odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.kernels.tactics import (
+    DecodeTactic,
+    ExpertTactic,
+    decode_tactic,
+    expert_tactics,
+    latent_tactic,
+    skinny_tactic,
+)
+from workers.layers.norm import RmsNorm
+from workers.layers.rotary import RotaryEmbedding
+from workers.moe.routing import RoutingRule
+from workers.moe.routing import route as reference_route
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+BLOCK = 64
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=CUDA).to(BF16)
+
+
+def error(out: Tensor, want: Tensor) -> float:
+    """Relative, in the norm; NaN is infinitely wrong."""
+    return torch.nan_to_num((out.float() - want.float()).norm() / want.float().norm(), nan=float("inf")).item()
+
+
+def norm_of(size: int) -> RmsNorm:
+    norm = RmsNorm(size, 1e-6).to(CUDA)
+    norm.weight.data = random(size)
+    return norm
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1536), (17, 2048), (130, 4096), (5, 7168)])
+def test_norms(rows: int, size: int) -> None:
+    from workers.kernels.norms import add_rms_norm, rms_norm
+
+    norm, x, delta = norm_of(size), random(rows, size), random(rows, size)
+    assert error(rms_norm(x, norm.weight, norm.eps), norm(x)) < 3e-3
+    total, normed = add_rms_norm(x, delta, norm.weight, norm.eps)
+    assert torch.equal(total, x + delta)
+    assert error(normed, norm(x + delta)) < 3e-3
+    wide = random(rows, size + 64)[:, :size]
+    assert error(rms_norm(wide, norm.weight, norm.eps), norm(wide)) < 3e-3
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (7, 1408), (129, 10944)])
+def test_silu_mul(rows: int, size: int) -> None:
+    from workers.kernels.activation import silu_mul
+
+    both = random(rows, 2 * size)
+    assert error(silu_mul(both), F.silu(both[:, :size]) * both[:, size:]) < 1e-3
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotated_heads_and_their_pages(normed: bool) -> None:
+    from workers.kernels.rotary import RotationTable, rotate_heads
+
+    tokens, heads, kv, dim, layers, layer = 37, 12, 3, 128, 4, 2
+    rotary = RotaryEmbedding(dim, 1e6)
+    table = rotary.rotation(torch.arange(5000, device=CUDA), torch.float32)
+    positions = torch.randint(0, 5000, (tokens,), device=CUDA)
+    slots = torch.randperm(9 * BLOCK, device=CUDA)[:tokens] + BLOCK
+    pages = torch.full((10, layers, 2, kv, BLOCK, dim), 7.0, dtype=BF16, device=CUDA)
+    qkv = random(tokens, (heads + 2 * kv) * dim)
+    q_norm, k_norm = norm_of(dim), norm_of(dim)
+    q, k, v = qkv.clone().view(tokens, -1, dim).split([heads, kv, kv], 1)
+    if normed:
+        q, k = q_norm(q), k_norm(k)
+    rotation = rotary.rotation(positions, torch.float32)
+    q, k = rotation.apply(q.float()), rotation.apply(k.float())
+    norms = (q_norm.weight, k_norm.weight, 1e-6) if normed else None
+    rotate_heads(
+        qkv, RotationTable(table.cos.flatten(1), table.sin.flatten(1)), positions, norms, pages, slots, layer, heads
+    )
+    out = qkv.view(tokens, -1, dim)
+    assert error(out[:, :heads], q) < 4e-3
+    assert error(out[:, heads : heads + kv], k) < 4e-3
+    blocks, offsets = slots // BLOCK, slots % BLOCK
+    assert torch.equal(pages[blocks, layer, 0, :, offsets], out[:, heads : heads + kv])
+    assert torch.equal(pages[blocks, layer, 1, :, offsets], v)
+    assert (pages[:, [0, 1, 3]] == 7).all()
+    assert (pages[:, layer] == 7).sum() >= (10 * BLOCK - tokens) * 2 * kv * dim
+
+
+def test_rotated_latents_and_their_pages() -> None:
+    from workers.kernels.rotary import RotationTable, rotate_latents
+
+    tokens, heads, nope, rope, latent, layers, layer = 29, 5, 128, 64, 512, 3, 1
+    rotary = RotaryEmbedding(rope, 1e4)
+    table = rotary.rotation(torch.arange(5000, device=CUDA), torch.float32)
+    positions = torch.randint(0, 5000, (tokens,), device=CUDA)
+    slots = torch.randperm(9 * BLOCK, device=CUDA)[:tokens] + BLOCK
+    pages = torch.zeros(10, layers, BLOCK, latent + rope, dtype=BF16, device=CUDA)
+    both = random(tokens, heads * (nope + rope) + latent + rope)
+    q, kv = both.clone().split([heads * (nope + rope), latent + rope], -1)
+    q, norm, rotation = q.unflatten(-1, (heads, -1)), norm_of(latent), rotary.rotation(positions, torch.float32)
+    want_q = torch.cat((q[..., :nope].float(), rotation.apply_interleaved(q[..., nope:].float())), -1)
+    turned = rotation.apply_interleaved(kv[:, latent:].float().unsqueeze(1)).squeeze(1)
+    want_rows = torch.cat((norm(kv[:, :latent]).float(), turned), -1)
+    q, kv = both.split([heads * (nope + rope), latent + rope], -1)
+    q = q.unflatten(-1, (heads, -1))
+    rotate_latents(
+        q,
+        kv,
+        RotationTable(table.cos.flatten(1), table.sin.flatten(1)),
+        positions,
+        norm.weight,
+        norm.eps,
+        pages,
+        slots,
+        layer,
+    )
+    assert error(q, want_q) < 3e-3
+    assert error(kv, want_rows) < 3e-3
+    assert torch.equal(pages[slots // BLOCK, layer, slots % BLOCK], kv)
+    assert pages[:, [0, 2]].abs().max() == 0
+
+
+def tables(contexts: list[int], num_blocks: int) -> Tensor:
+    """Blocks drawn without repetition, from the end of the pool too; behind each row lies the null block."""
+    free = torch.randperm(num_blocks - 1, device=CUDA) + 1
+    width = -(-max(contexts) // BLOCK)
+    table = torch.zeros(len(contexts), width, dtype=torch.int64, device=CUDA)
+    at = 0
+    for row, context in enumerate(contexts):
+        count = -(-context // BLOCK)
+        table[row, :count] = free[at : at + count]
+        at += count
+    return table
+
+
+CONTEXTS = [1, 64, 65, 2, 700, 4097]
+
+
+@pytest.mark.parametrize("tactic", [None, DecodeTactic(1, 32, 4, 2), DecodeTactic(16, 64, 8, 3)])
+@pytest.mark.parametrize(("heads", "kv"), [(32, 8), (7, 7), (24, 2)])
+def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | None) -> None:
+    from workers.kernels.paged_decode import paged_decode
+
+    layers, layer, dim, scale = 3, 2, 128, 0.11
+    pages = torch.randn(100, layers, 2, kv, BLOCK, dim, device=CUDA).to(BF16)
+    table, contexts = tables(CONTEXTS, 100), torch.tensor(CONTEXTS, device=CUDA)
+    for row, context in enumerate(CONTEXTS):
+        if context % BLOCK:  # what an earlier owner left behind
+            pages[table[row, context // BLOCK], :, :, :, context % BLOCK :] = float("nan")
+    q = random(len(CONTEXTS), (heads + 5) * dim)[:, : heads * dim].unflatten(1, (heads, dim))
+    out = paged_decode(q, pages, table, contexts - 1, layer, scale, tactic or decode_tactic(len(CONTEXTS) * kv))
+    for row, context in enumerate(CONTEXTS):
+        keys, values = pages[table[row], layer].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :context].float()
+        q_row = q[row].float().view(kv, -1, dim)
+        want = ((q_row @ keys.transpose(1, 2)) * scale).softmax(-1) @ values
+        assert error(out[row], want.flatten()) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("heads", "tactic"),
+    [(16, None), (5, None), (128, None), (16, DecodeTactic(1, 64, 4, 2)), (9, DecodeTactic(8, 32, 8, 3))],
+)
+def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
+    from workers.kernels.latent_decode import latent_decode
+
+    layers, layer, scale = 2, 1, 0.07
+    pages = torch.randn(100, layers, BLOCK, 576, device=CUDA).to(BF16)
+    table, contexts = tables(CONTEXTS, 100), torch.tensor(CONTEXTS, device=CUDA)
+    for row, context in enumerate(CONTEXTS):
+        if context % BLOCK:
+            pages[table[row, context // BLOCK], :, context % BLOCK :] = float("nan")
+    q = random(heads, len(CONTEXTS), 512).transpose(0, 1)
+    rope = random(len(CONTEXTS), heads, 192)[..., 128:]
+    tactic = tactic or latent_tactic(len(CONTEXTS), heads)
+    out = latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic)
+    for row, context in enumerate(CONTEXTS):
+        rows = pages[table[row], layer].flatten(0, 1)[:context].float()
+        scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
+        assert error(out[row], scores.softmax(-1) @ rows[:, :512]) < 5e-3
+
+
+def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None:
+    from workers.kernels.latent_decode import latent_decode
+
+    num_blocks, layers = 4400, 27
+    pages = torch.empty(num_blocks, layers, BLOCK, 576, dtype=BF16, device=CUDA)
+    assert pages.numel() > 1 << 31
+    pages[-3:] = torch.randn(3, layers, BLOCK, 576, device=CUDA).to(BF16)
+    table = torch.tensor([[num_blocks - 1, num_blocks - 3]], device=CUDA)
+    q, rope = random(1, 16, 512), random(1, 16, 64)
+    positions = torch.tensor([99], device=CUDA)
+    out = latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(1, 16))
+    rows = pages[table[0], layers - 1].flatten(0, 1)[:100].float()
+    want = (torch.cat((q[0], rope[0]), -1).float() @ rows.t() * 0.05).softmax(-1) @ rows[:, :512]
+    assert error(out[0], want) < 5e-3
+
+
+RULES = [
+    RoutingRule(num_experts=64, experts_per_token=6, normalize=False, scale=1.0),
+    RoutingRule(num_experts=128, experts_per_token=8, normalize=True),
+    RoutingRule(num_experts=160, experts_per_token=6, normalize=False, scale=16.0, num_groups=8, max_groups=3),
+    RoutingRule(
+        num_experts=256,
+        experts_per_token=8,
+        normalize=True,
+        scale=2.5,
+        scoring="sigmoid",
+        balanced=True,
+        num_groups=8,
+        max_groups=4,
+        best_of_group=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.num_experts}")
+@pytest.mark.parametrize("tokens", [1, 131])
+def test_routing(rule: RoutingRule, tokens: int) -> None:
+    from workers.kernels.expert_routing import RouteSpec, route
+
+    logits = torch.randn(tokens, rule.num_experts, device=CUDA)
+    bias = torch.randn(rule.num_experts, device=CUDA) * 0.1 if rule.balanced else None
+    want = reference_route(logits, bias, rule)
+    spec = RouteSpec(
+        rule.num_experts,
+        rule.experts_per_token,
+        2,
+        rule.scale,
+        rule.scoring == "sigmoid",
+        rule.balanced,
+        rule.normalize,
+        rule.num_groups,
+        rule.max_groups,
+        rule.best_of_group,
+    )
+    experts, weights = route(logits, bias, spec)
+    chosen, empty = rule.experts_per_token, torch.zeros(tokens, rule.num_experts, device=CUDA)
+    ours = empty.scatter(1, experts[:, :chosen].long(), weights[:, :chosen])
+    assert error(ours, empty.scatter(1, want.experts, want.weights)) < 1e-5
+    assert experts[:, chosen:].tolist() == [[rule.num_experts, rule.num_experts + 1]] * tokens
+    assert (weights[:, chosen:] == 1).all()
+
+
+@pytest.mark.parametrize(("entries", "slots", "tile"), [(1, 66, 16), (65, 5, 16), (3001, 66, 64), (65536, 66, 128)])
+def test_rows_are_planned_as_a_stable_sort(entries: int, slots: int, tile: int) -> None:
+    from workers.kernels.expert_routing import plan_rows
+
+    chosen = torch.randint(0, slots, (entries, 1), dtype=torch.int32, device=CUDA)
+    plan = plan_rows(chosen, slots, tile)
+    order = chosen.flatten().long().argsort(stable=True)
+    assert torch.equal(plan.order.long(), order)
+    seen: list[tuple[int, int]] = []
+    for slot, start, end in zip(*(part.tolist() for part in plan[1:4]), strict=True):
+        if slot >= 0:
+            seen += [(row, slot) for row in range(start, min(start + tile, end))]
+    assert sorted(seen) == list(enumerate(chosen.flatten()[order].tolist()))
+
+
+SWEPT = [
+    ExpertTactic(16, 64, 64, 4, 3),
+    ExpertTactic(16, 64, 128, 4, 4, swap=True),
+    ExpertTactic(32, 128, 64, 4, 3, swap=True, tma=True),
+    ExpertTactic(64, 64, 64, 4, 3, tma=True),
+]
+
+
+@pytest.mark.parametrize("tactic", [None, *SWEPT])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "per_token", "d", "inner"),
+    [(1, 9, 3, 256, 136), (77, 9, 4, 320, 200), (600, 12, 8, 512, 384)],
+)
+def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, tactic: ExpertTactic | None) -> None:
+    from workers.kernels.expert_routing import plan_rows
+    from workers.kernels.grouped_gemm import down, finalize, gate_up, single_rows
+
+    x, both, downs = random(tokens, d), random(experts, 2 * inner, d) * 0.1, random(experts, d, inner) * 0.1
+    slots = torch.stack([torch.randperm(experts, device=CUDA)[:per_token] for _ in range(tokens)]).int()
+    weights = torch.rand(tokens, per_token, device=CUDA)
+    want = torch.zeros(tokens, d, device=CUDA)
+    for slot in range(experts):
+        gates = x.float() @ both[slot].float().t()
+        out = (F.silu(gates[:, :inner]) * gates[:, inner:]) @ downs[slot].float().t()
+        want += out * (weights * (slots == slot)).sum(1, keepdim=True)
+    first, second = (tactic, tactic) if tactic else expert_tactics(slots.numel(), experts)
+    plan = plan_rows(slots, experts, first.rows)
+    if tactic is None and slots.numel() <= 64:
+        plan = single_rows(slots, torch.arange(64, dtype=torch.int32, device=CUDA))
+    outs = down(gate_up(x, both, plan, first, per_token), downs, plan, second)
+    assert error(finalize(outs, weights), want) < 8e-3
+    again = down(gate_up(x, both, plan, first, per_token), downs, plan, second)
+    assert torch.equal(outs, again)
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "outputs"), [(1, 2048, 3648), (3, 320, 100), (16, 4096, 24576), (7, 12288, 4096)]
+)
+def test_products_of_few_rows(rows: int, d: int, outputs: int) -> None:
+    from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear
+
+    x, weight = random(rows, d), random(outputs, d)
+    want = x.float() @ weight.float().t()
+    assert error(skinny_linear(x, weight, skinny_tactic(outputs)), want) < 4e-3
+    half = outputs // 2
+    want = F.silu(want[:, :half].to(BF16)).float() * want[:, half:]
+    assert error(skinny_gate_up(x, weight, skinny_tactic(half)), want) < 8e-3

@@ -1,0 +1,115 @@
+"""Decode steps as CUDA graphs: one launch for a whole step of single tokens, at a few batch sizes.
+
+A step is padded to the next captured size. Padding rows are token 0 at position 0 and write to the null block. All
+graphs share one memory pool and the inputs, which are allocated once; what a replay returns is valid until the next.
+
+Shapes: B sequences with one token each, P the size they are padded to, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.attention.interface import AttentionBatch, GroupMetadata
+from workers.engine.model_runner import StepModel
+
+
+def default_sizes(max_sequences: int) -> list[int]:
+    """1, 2, 4, 8, then every 8 up to 128 and every 16 beyond, the last one at least `max_sequences`."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < max_sequences:
+        sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 128 else 16))
+    return [size for size in sizes if size < max_sequences] + [next(s for s in sizes if s >= max_sequences)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    hidden: Tensor  # [P, d]
+    logits: Tensor  # [P, V]
+
+
+class GraphedModel:
+    """A `StepModel` whose decode steps are replayed. One group, one thread, one stream.
+
+    max_blocks: of the longest sequence. Capturing runs every size twice; do it before the pool is in use.
+    """
+
+    def __init__(self, model: StepModel, sizes: Sequence[int], max_blocks: int, device: torch.device) -> None:
+        self._model = model
+        self._sizes = sorted(sizes)
+        largest = self._sizes[-1]
+        ints = {"dtype": torch.int64, "device": device}
+        self._input_ids = torch.zeros(largest, **ints)
+        self._positions = torch.zeros(largest, **ints)
+        self._slots = torch.zeros(largest, **ints)
+        self._table = torch.zeros(largest, max_blocks, **ints)
+        self._captured: dict[int, _Captured] = {}
+        self._last: tuple[Tensor, Tensor] | None = None  # hidden states of the last replay, and their logits
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Largest first, so that the smaller ones fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            batch = self._batch(size)
+            for _ in range(2):  # compiles, and fills caches that must not be filled while capturing
+                self._model.logits(self._model.forward(self._input_ids[:size], batch))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden = self._model.forward(self._input_ids[:size], batch)
+                logits = self._model.logits(hidden)
+            self._captured[size] = _Captured(graph, hidden, logits)
+
+    def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
+        self._last = None
+        size = self.padded_size(batch)
+        if size is None or capture_layers:
+            return self._model.forward(input_ids, batch, capture_layers)
+        count, (group,) = batch.num_sequences, batch.groups
+        width = group.block_table.shape[1]
+        for static, given in (
+            (self._input_ids, input_ids),
+            (self._positions, batch.positions),
+            (self._slots, group.slot_mapping),
+        ):
+            static[:count].copy_(given)
+            if count < size:
+                static[count:size].zero_()
+        self._table[:count, :width].copy_(group.block_table)
+        if count < size:
+            self._table[count:size].zero_()
+        captured = self._captured[size]
+        captured.graph.replay()
+        hidden = captured.hidden[:count]
+        self._last = (hidden, captured.logits[:count])
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Those of a replay are there already."""
+        if self._last is not None and hidden is self._last[0]:
+            return self._last[1]
+        return self._model.logits(hidden)
+
+    def padded_size(self, batch: AttentionBatch) -> int | None:
+        """The captured size that a step of single tokens runs at; None: it runs without a graph."""
+        if batch.num_decodes < batch.num_sequences or batch.num_sequences > self._sizes[-1]:
+            return None
+        return next(size for size in self._sizes if size >= batch.num_sequences)
+
+    def _batch(self, size: int) -> AttentionBatch:
+        return AttentionBatch(
+            num_sequences=size,
+            num_decodes=size,
+            query_lens=[1] * size,
+            query_starts=list(range(size + 1)),
+            context_lens=[1] * size,
+            positions=self._positions[:size],
+            groups=(GroupMetadata(self._table[:size], self._slots[:size]),),
+            logits_rows=torch.arange(size, device=self._positions.device),
+        )

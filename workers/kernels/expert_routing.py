@@ -1,0 +1,250 @@
+"""From router scores to rows of a grouped product, in Triton. References: workers.moe.routing (which experts), and a
+stable sort by expert (which row). No atomics: the order of rows depends on their experts alone.
+
+Shapes: T tokens, E experts, s slots that every token uses (shared experts), k slots per token, s included.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 1024  # entries that are counted together
+_PIECE = 64  # entries that one program places
+_TOKENS = 8  # that one program routes
+
+
+@triton.jit
+def _route(
+    logits_ptr,
+    bias_ptr,
+    experts_ptr,
+    weights_ptr,
+    num_tokens,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BALANCED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    BEST_OF_GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    experts = tl.arange(0, EXPERTS)
+    exists = (tokens < num_tokens)[:, None] & (experts < NUM_EXPERTS)[None, :]
+    at = tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    logits = tl.load(logits_ptr + at, mask=exists, other=float("-inf"))
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        powers = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = powers / tl.sum(powers, 1)[:, None]
+    biased = scores
+    if BALANCED:
+        biased = scores + tl.load(bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0.0)[None, :]
+    biased = tl.where((experts < NUM_EXPERTS)[None, :], biased, float("-inf"))
+    if MAX_GROUPS < GROUPS:
+        size: tl.constexpr = NUM_EXPERTS // GROUPS
+        group_of = experts // size
+        # Each expert carries the score of its group.
+        group_scores = tl.full([TOKENS, EXPERTS], float("-inf"), tl.float32)
+        for group in tl.static_range(GROUPS):
+            mine = (group_of == group)[None, :]
+            left = tl.where(mine, biased, float("-inf"))
+            counting = tl.zeros([TOKENS], tl.float32)
+            for _ in tl.static_range(BEST_OF_GROUP):
+                best = tl.max(left, 1)
+                counting += best
+                place = tl.argmax(left, 1)
+                left = tl.where(experts[None, :] == place[:, None], float("-inf"), left)
+            group_scores = tl.where(mine, counting[:, None], group_scores)
+        allowed = tl.zeros([TOKENS, EXPERTS], tl.int32)
+        for _ in tl.static_range(MAX_GROUPS):
+            winner = tl.argmax(group_scores, 1) // size
+            mine = group_of[None, :] == winner[:, None]
+            allowed = tl.where(mine, 1, allowed)
+            group_scores = tl.where(mine, float("-inf"), group_scores)
+        biased = tl.where(allowed == 1, biased, float("-inf"))
+    factor = tl.full([TOKENS], 1.0, tl.float32) * scale
+    if NORMALIZE:
+        total = tl.zeros([TOKENS], tl.float32)
+        left = biased
+        for _ in tl.static_range(CHOSEN):
+            mine = experts[None, :] == tl.argmax(left, 1)[:, None]
+            total += tl.sum(tl.where(mine, scores, 0.0), 1)
+            left = tl.where(mine, float("-inf"), left)
+        factor = scale / (total + 1e-20)
+    row: tl.constexpr = CHOSEN + SHARED
+    start = tokens.to(tl.int64) * row
+    present = tokens < num_tokens
+    for i in tl.static_range(CHOSEN):
+        place = tl.argmax(biased, 1)
+        mine = experts[None, :] == place[:, None]
+        weight = tl.sum(tl.where(mine, scores, 0.0), 1)
+        biased = tl.where(mine, float("-inf"), biased)
+        tl.store(experts_ptr + start + i, place.to(tl.int32), mask=present)
+        tl.store(weights_ptr + start + i, weight * factor, mask=present)
+    for i in tl.static_range(SHARED):
+        tl.store(experts_ptr + start + CHOSEN + i, tl.full([TOKENS], NUM_EXPERTS, tl.int32) + i, mask=present)
+        tl.store(weights_ptr + start + CHOSEN + i, tl.full([TOKENS], 1.0, tl.float32), mask=present)
+
+
+class RouteSpec(NamedTuple):
+    """The parts of a routing rule that the kernel is compiled for; see workers.moe.routing.RoutingRule."""
+
+    num_experts: int
+    chosen: int
+    shared: int
+    scale: float
+    sigmoid: bool
+    balanced: bool
+    normalize: bool
+    num_groups: int
+    max_groups: int
+    best_of_group: int
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+    """logits [T, E] fp32 -> experts [T, k] int32 and weights [T, k] fp32; shared slots E, E + 1, … with weight 1.
+
+    Equal scores go to the lowest expert.
+    """
+    num_tokens = logits.shape[0]
+    row = spec.chosen + spec.shared
+    experts = torch.empty(num_tokens, row, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_tokens, row, dtype=torch.float32, device=logits.device)
+    _route[(triton.cdiv(num_tokens, _TOKENS),)](
+        logits,
+        logits if bias is None else bias,
+        experts,
+        weights,
+        num_tokens,
+        spec.scale,
+        NUM_EXPERTS=spec.num_experts,
+        CHOSEN=spec.chosen,
+        SHARED=spec.shared,
+        SIGMOID=spec.sigmoid,
+        BALANCED=bias is not None,
+        NORMALIZE=spec.normalize,
+        GROUPS=spec.num_groups,
+        MAX_GROUPS=spec.max_groups,
+        BEST_OF_GROUP=min(spec.best_of_group, spec.num_experts // spec.num_groups),
+        EXPERTS=triton.next_power_of_2(spec.num_experts),
+        TOKENS=_TOKENS,
+        num_warps=4,
+    )
+    return experts, weights
+
+
+@triton.jit
+def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    entries = chunk * CHUNK + tl.arange(0, CHUNK)
+    slots = tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1)
+    tl.store(counts_ptr + chunk * SLOTS + tl.arange(0, SLOTS), tl.histogram(slots, SLOTS))
+
+
+@triton.jit
+def _place(
+    slots_ptr,
+    counts_ptr,
+    order_ptr,
+    tile_slots_ptr,
+    tile_starts_ptr,
+    tile_ends_ptr,
+    num_entries,
+    num_chunks,
+    max_tiles,
+    num_slots,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program * PIECE // CHUNK
+    slots = tl.arange(0, SLOTS)
+    before = tl.zeros([SLOTS], tl.int32)
+    total = tl.zeros([SLOTS], tl.int32)
+    for other in range(num_chunks):
+        counts = tl.load(counts_ptr + other * SLOTS + slots)
+        total += counts
+        before += tl.where(other < chunk, counts, 0)
+    total = tl.where(slots < num_slots, total, 0)
+    start = tl.cumsum(total, 0) - total
+    # Where each entry of the piece goes: the start of its slot, what earlier chunks have of it, what its own has.
+    mine = program * PIECE + tl.arange(0, PIECE)
+    slot = tl.load(slots_ptr + mine, mask=mine < num_entries, other=SLOTS - 1)
+    offset = tl.sum(tl.where(slot[:, None] == slots[None, :], (start + before)[None, :], 0), 1)
+    first = chunk * CHUNK
+    for piece in range(first // PIECE, program + 1):
+        others = piece * PIECE + tl.arange(0, PIECE)
+        their_slots = tl.load(slots_ptr + others, mask=others < num_entries, other=SLOTS - 1)
+        earlier = (their_slots[None, :] == slot[:, None]) & (others[None, :] < mine[:, None])
+        offset += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(order_ptr + offset, mine, mask=mine < num_entries)
+    # Tiles of TILE rows, none over two slots; those behind the last have slot -1.
+    tiles_of = tl.cdiv(total, TILE)
+    tiles_until = tl.cumsum(tiles_of, 0)
+    for at in range(program * PIECE, max_tiles, tl.num_programs(0) * PIECE):
+        tiles = at + tl.arange(0, PIECE)
+        owner = tl.sum((tiles_until[None, :] <= tiles[:, None]).to(tl.int32), 1)
+        is_owner = owner[:, None] == slots[None, :]
+        base = tl.sum(tl.where(is_owner, start[None, :], 0), 1)
+        until = tl.sum(tl.where(is_owner, (start + total)[None, :], 0), 1)
+        passed = tl.sum(tl.where(is_owner, (tiles_until - tiles_of)[None, :], 0), 1)
+        row = base + (tiles - passed) * TILE
+        tl.store(tile_slots_ptr + tiles, tl.where(owner < SLOTS, owner, -1), mask=tiles < max_tiles)
+        tl.store(tile_starts_ptr + tiles, row, mask=tiles < max_tiles)
+        tl.store(tile_ends_ptr + tiles, until, mask=tiles < max_tiles)
+
+
+class RowPlan(NamedTuple):
+    """Rows of a grouped product: entry `order[r]` of [T, k] flat is row r; a tile is rows [start, end) of one slot, at
+    most `tile` of them."""
+
+    order: Tensor  # [T * k] int32
+    tile_slots: Tensor  # [max tiles] int32, -1: no such tile
+    tile_starts: Tensor  # [max tiles] int32
+    tile_ends: Tensor  # [max tiles] int32: of the slot
+    tile: int
+
+
+def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
+    """slots [T, k] int32, each in [0, num_slots). Stable: rows of a slot are in the order of their entries."""
+    num_entries = slots.numel()
+    chunks = triton.cdiv(num_entries, CHUNK)
+    width = triton.next_power_of_2(num_slots + 1)  # the last one counts what is no entry
+    max_tiles = min(num_entries, num_slots + num_entries // tile)
+    counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
+    order = torch.empty(num_entries, dtype=torch.int32, device=slots.device)
+    tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=slots.device)
+    _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4)
+    _place[(triton.cdiv(num_entries, _PIECE),)](
+        slots,
+        counts,
+        order,
+        tiles[0],
+        tiles[1],
+        tiles[2],
+        num_entries,
+        chunks,
+        max_tiles,
+        num_slots,
+        SLOTS=width,
+        CHUNK=CHUNK,
+        PIECE=_PIECE,
+        TILE=tile,
+        num_warps=4,
+    )
+    return RowPlan(order, tiles[0], tiles[1], tiles[2], tile)

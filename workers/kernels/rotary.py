@@ -1,0 +1,225 @@
+"""What lies between a projection and attention, in one pass each, in Triton: norms of heads, rotation, and the write
+into the paged cache. References: Rotation, RmsNorm, LatentAttention of workers.layers.
+
+Shapes: T tokens, H query heads, K key/value heads, D head size, N unrotated and R rotated features of a query head,
+L latent size, S block size. Rotation is computed in fp32. Offsets into the cache are 64-bit.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS = 8  # that one program rotates
+
+
+class RotationTable(NamedTuple):
+    """Of all positions of a model, each fp32 [positions, D / 2] (R / 2 for latents)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@triton.jit
+def _rotate_heads(
+    qkv_ptr,
+    qkv_stride,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    pages_ptr,
+    slots_ptr,
+    layer,
+    num_layers,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    half: tl.constexpr = DIM // 2
+    features = tl.arange(0, half)
+    exists = (heads < NUM_HEADS + 2 * NUM_KV)[:, None]
+    rotated = heads < NUM_HEADS + NUM_KV
+    left_ptr = qkv_ptr + token * qkv_stride + heads[:, None] * DIM + features[None, :]
+    left = tl.load(left_ptr, mask=exists, other=0.0)
+    right = tl.load(left_ptr + half, mask=exists, other=0.0)
+    dtype = left.dtype
+    x, y = left.to(tl.float32), right.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / DIM + eps)[:, None]
+        is_query = (heads < NUM_HEADS)[:, None]
+        weight_x = tl.where(
+            is_query, tl.load(q_weight_ptr + features)[None, :], tl.load(k_weight_ptr + features)[None, :]
+        ).to(tl.float32)
+        weight_y = tl.where(
+            is_query, tl.load(q_weight_ptr + half + features)[None, :], tl.load(k_weight_ptr + half + features)[None, :]
+        ).to(tl.float32)
+        x = ((x * scale).to(dtype).to(tl.float32) * weight_x).to(dtype).to(tl.float32)
+        y = ((y * scale).to(dtype).to(tl.float32) * weight_y).to(dtype).to(tl.float32)
+    position = tl.load(positions_ptr + token)
+    cos = tl.load(cos_ptr + position * half + features)[None, :]
+    sin = tl.load(sin_ptr + position * half + features)[None, :]
+    new_left = tl.where(rotated[:, None], (x * cos - y * sin).to(dtype), left)
+    new_right = tl.where(rotated[:, None], (y * cos + x * sin).to(dtype), right)
+    in_place = exists & rotated[:, None]
+    tl.store(left_ptr, new_left, mask=in_place)
+    tl.store(left_ptr + half, new_right, mask=in_place)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    # Pages are [2, K, S, D], keys first: the heads behind the queries lie as they are numbered.
+    page = (slot // BLOCK_SIZE * num_layers + layer) * (2 * NUM_KV * BLOCK_SIZE * DIM)
+    cached = heads - NUM_HEADS
+    at = pages_ptr + page + (cached[:, None] * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM + features[None, :]
+    tl.store(at, new_left, mask=exists & (cached >= 0)[:, None])
+    tl.store(at + half, new_right, mask=exists & (cached >= 0)[:, None])
+
+
+def rotate_heads(
+    qkv: Tensor,
+    rotation: RotationTable,
+    positions: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
+    pages: Tensor,
+    slots: Tensor,
+    layer: int,
+    num_heads: int,
+) -> None:
+    """qkv [T, (H + 2 K) D]: queries and keys are normed (with `norms`: weights [D] of both, eps) and rotated half-split
+    in place; keys and values are written to `pages` [blocks, layers, 2, K, S, D] at `slots` [T] of `layer`.
+
+    positions [T] int64.
+    """
+    _, num_layers, _, num_kv, block_size, dim = pages.shape
+    q_weight, k_weight, eps = norms or (rotation.cos, rotation.cos, 0.0)
+    _rotate_heads[(qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
+        qkv,
+        qkv.stride(0),
+        rotation.cos,
+        rotation.sin,
+        positions,
+        q_weight,
+        k_weight,
+        pages,
+        slots,
+        layer,
+        num_layers,
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV=num_kv,
+        DIM=dim,
+        BLOCK_SIZE=block_size,
+        NORM=norms is not None,
+        HEADS=_HEADS,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _rotate_latents(
+    q_ptr,
+    q_stride,
+    kv_ptr,
+    kv_stride,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    weight_ptr,
+    rows_ptr,
+    slots_ptr,
+    layer,
+    num_layers,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = ROPE // 2
+    pairs = tl.arange(0, half)
+    position = tl.load(positions_ptr + token)
+    cos = tl.load(cos_ptr + position * half + pairs)
+    sin = tl.load(sin_ptr + position * half + pairs)
+    if tl.program_id(1) == 0:
+        features = tl.arange(0, LATENT)
+        latent_ptr = kv_ptr + token * kv_stride + features
+        latent = tl.load(latent_ptr)
+        wide = latent.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide) / LATENT + eps)
+        weight = tl.load(weight_ptr + features).to(tl.float32)
+        normed = ((wide * scale).to(latent.dtype).to(tl.float32) * weight).to(latent.dtype)
+        even_ptr = kv_ptr + token * kv_stride + LATENT + 2 * pairs
+        even, odd = tl.load(even_ptr).to(tl.float32), tl.load(even_ptr + 1).to(tl.float32)
+        new_even, new_odd = (even * cos - odd * sin).to(latent.dtype), (odd * cos + even * sin).to(latent.dtype)
+        tl.store(latent_ptr, normed)
+        tl.store(even_ptr, new_even)
+        tl.store(even_ptr + 1, new_odd)
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        row = (slot // BLOCK_SIZE * num_layers + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
+        row_ptr = rows_ptr + row * (LATENT + ROPE)
+        tl.store(row_ptr + features, normed)
+        tl.store(row_ptr + LATENT + 2 * pairs, new_even)
+        tl.store(row_ptr + LATENT + 2 * pairs + 1, new_odd)
+    else:
+        heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
+        exists = (heads < NUM_HEADS)[:, None]
+        at = q_ptr + token * q_stride + heads[:, None] * (NOPE + ROPE) + NOPE + 2 * pairs[None, :]
+        first, second = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        tl.store(at, (x * cos[None, :] - y * sin[None, :]).to(first.dtype), mask=exists)
+        tl.store(at + 1, (y * cos[None, :] + x * sin[None, :]).to(first.dtype), mask=exists)
+
+
+def rotate_latents(
+    q: Tensor,
+    kv: Tensor,
+    rotation: RotationTable,
+    positions: Tensor,
+    weight: Tensor,
+    eps: float,
+    pages: Tensor,
+    slots: Tensor,
+    layer: int,
+) -> None:
+    """q [T, H, N + R]: the last R features of every head rotated, interleaved, in place. kv [T, L + R], rows of any
+    stride: the latent normed with `weight` [L], the key rotated, in place; then the row is written to `pages`
+    [blocks, layers, S, L + R] at `slots` [T] of `layer`. L and R are powers of two.
+    """
+    _, num_layers, block_size, row = pages.shape
+    num_tokens, num_heads, query = q.shape
+    rope, latent = 2 * rotation.cos.shape[-1], row - 2 * rotation.cos.shape[-1]
+    assert q.stride(1) == query and q.stride(2) == 1 and kv.stride(1) == 1, "heads lie side by side"
+    _rotate_latents[(num_tokens, 1 + triton.cdiv(num_heads, 2 * _HEADS))](
+        q,
+        q.stride(0),
+        kv,
+        kv.stride(0),
+        rotation.cos,
+        rotation.sin,
+        positions,
+        weight,
+        pages,
+        slots,
+        layer,
+        num_layers,
+        eps,
+        NUM_HEADS=num_heads,
+        NOPE=query - rope,
+        ROPE=rope,
+        LATENT=latent,
+        BLOCK_SIZE=block_size,
+        HEADS=2 * _HEADS,
+        num_warps=4,
+    )

@@ -1,0 +1,36 @@
+"""How the parts of a context that were attended apart become one result, in Triton. Reference:
+workers.attention.merging. Logarithms are of base 2 throughout. Shapes: B sequences, H heads, V value size.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _merge(parts_ptr, lse_ptr, out_ptr, out_stride, SPLITS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = sequence * HEADS + head
+    splits, features = tl.arange(0, SPLITS), tl.arange(0, SIZE)
+    lse = tl.load(lse_ptr + row * SPLITS + splits)
+    weights = tl.exp2(lse - tl.max(lse))
+    weights = weights / tl.sum(weights)
+    at = parts_ptr + (row * SPLITS + splits[:, None]) * SIZE + features[None, :]
+    # A part that saw nothing was not written.
+    parts = tl.load(at, mask=(lse > float("-inf"))[:, None], other=0.0)
+    out = tl.sum(parts * weights[:, None], 0)
+    tl.store(out_ptr + sequence * out_stride + head * SIZE + features, out.to(out_ptr.dtype.element_ty))
+
+
+def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> None:
+    """parts fp32 [B, H, splits, V], lse fp32 [B, H, splits] (-inf: saw nothing, at least one did not) -> out [B, H, V].
+
+    Splits and V are powers of two.
+    """
+    num_sequences, heads, splits, size = parts.shape
+    _merge[(num_sequences, heads)](
+        parts, lse, out, out.stride(0), SPLITS=splits, HEADS=heads, SIZE=size, num_warps=4 if splits * size > 512 else 1
+    )

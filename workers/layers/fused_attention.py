@@ -1,0 +1,104 @@
+"""Attention layers of few launches, for SM90. References: GroupedQueryAttention and LatentAttention.
+
+Shapes: T tokens, A of them single (the first rows), n of prompts, d hidden, H heads, N unrotated and R rotated
+query/key features, V value size, L latent size, C cached tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.attention.hopper_gqa import HopperGqaStep
+from workers.attention.hopper_mla import HopperMlaStep
+from workers.attention.merging import PartialAttention, merge
+from workers.kernels.norms import rms_norm
+from workers.kernels.rotary import RotationTable, rotate_latents
+from workers.layers.attention import GroupedQueryAttention
+from workers.layers.mla import LatentAttention
+from workers.layers.packed_weights import PackedLinear, few_or_many
+
+
+class FusedGqa:
+    """x [T, d] -> [T, d]: one projection, one pass for norms, rotation and cache, attention, one projection."""
+
+    def __init__(self, attention: GroupedQueryAttention) -> None:
+        self._layer = attention.layer
+        self._qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = attention.o_proj
+        self._norms = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            self._norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
+
+    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep) -> Tensor:
+        seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms)
+        return few_or_many(seen, self._out.weight, self._out.bias)
+
+
+class FusedMla:
+    """x [T, d] -> [T, d]: what makes queries and latents is one product, norm, rotation and cache are one pass."""
+
+    def __init__(self, attention: LatentAttention) -> None:
+        self._layer = attention.layer
+        self._shape = attention.shape
+        self._attention = attention
+        shape = attention.shape
+        queries = attention.q_proj if shape.query_latent_size is None else attention.q_a_proj
+        self._first = PackedLinear([queries, attention.kv_a_proj_with_mqa])
+        self._sizes = [queries.weight.shape[0], shape.latent_size + shape.rope_dim]
+
+    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperMlaStep) -> Tensor:
+        shape, attention = self._shape, self._attention
+        queries, kv = self._first(x).split(self._sizes, -1)
+        if shape.query_latent_size is not None:
+            norm = attention.q_a_layernorm
+            queries = attention.q_b_proj(rms_norm(queries, norm.weight, norm.eps))
+        q = queries.unflatten(-1, (-1, shape.nope_dim + shape.rope_dim))  # [T, H, N + R]
+        norm = attention.kv_a_layernorm
+        rotate_latents(q, kv, rotation, step.positions, norm.weight, norm.eps, step.pages, step.slots, self._layer)
+        out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
+        singles = step.num_decodes
+        if singles:
+            self._generate(q[:singles], out[:singles], step)
+        if step.new is not None:
+            self.forward_context(q[singles:], kv[singles:], out[singles:], step)
+        return few_or_many(out.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
+
+    def _generate(self, q: Tensor, out: Tensor, step: HopperMlaStep) -> None:
+        """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it."""
+        nope, rope = q.split([self._shape.nope_dim, self._shape.rope_dim], -1)
+        absorbed = torch.bmm(nope.transpose(0, 1), self._attention.key_weights).transpose(0, 1)
+        seen = step.decode(self._layer, absorbed, rope)
+        values = self._attention.value_weights.transpose(1, 2)
+        torch.bmm(seen.transpose(0, 1), values, out=out.transpose(0, 1))
+
+    def forward_context(self, q: Tensor, kv: Tensor, out: Tensor, step: HopperMlaStep) -> None:
+        """The one way for tokens of prompts: new tokens first, then every cached piece.
+
+        q [n, H, N + R] rotated, kv [n, L + R] as cached -> out [n, H, V].
+        """
+        assert step.new is not None, "no prompt in this step"
+        k, v = self._expand(kv)
+        if not step.pieces:
+            step.new.attend(q, k, v, out)
+            return
+        part, lse = step.new.attend_part(q, k, v)
+        merged = PartialAttention(part.float(), lse)
+        for piece in step.pieces:
+            k, v = self._expand(step.cached_rows(self._layer, piece))
+            part, lse = piece.attention.attend_part(q.index_select(0, piece.queries), k, v)
+            before = PartialAttention(*(each.index_select(0, piece.queries) for each in merged))
+            after = merge(before, PartialAttention(part.float(), lse))
+            merged.out.index_copy_(0, piece.queries, after.out)
+            merged.lse.index_copy_(0, piece.queries, after.lse)
+        out.copy_(merged.out)
+
+    def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent rows [C, L + R] of any stride -> keys [C, H, N + R] and values [C, H, V], a view."""
+        shape = self._shape
+        latent, rope = rows.split([shape.latent_size, shape.rope_dim], -1)
+        both = F.linear(latent, self._attention.kv_b_proj.weight)
+        both = both.unflatten(-1, (-1, shape.nope_dim + shape.value_dim))
+        nope, values = both.split([shape.nope_dim, shape.value_dim], -1)
+        return torch.cat((nope, rope.unsqueeze(1).expand(-1, nope.shape[1], -1)), -1), values

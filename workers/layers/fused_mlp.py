@@ -1,0 +1,80 @@
+"""Feed-forward layers of few launches, for the GPU. References: GatedMlp and SparseMlp.
+
+Shapes: T tokens, d hidden, I inner size, E experts, k slots per token, those that all tokens share included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from workers.kernels.activation import silu_mul
+from workers.kernels.expert_routing import RouteSpec, plan_rows, route
+from workers.kernels.grouped_gemm import down, finalize, gate_up, single_rows
+from workers.kernels.skinny_gemm import skinny_gate_up
+from workers.kernels.tactics import SINGLE_ENTRIES, SKINNY_ROWS, expert_tactics, skinny_tactic
+from workers.layers.mlp import GatedMlp
+from workers.layers.moe import SparseMlp
+from workers.layers.packed_weights import PackedLinear, few_or_many, pack_experts
+
+# Router logits [T, E] fp32 and the tokens' cache slots [T] -> experts [T, k] int32, weights [T, k] fp32.
+Chooser: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class FusedMlp:
+    """x [T, d] -> [T, d]."""
+
+    def __init__(self, mlp: GatedMlp) -> None:
+        self._both = PackedLinear([mlp.gate_proj, mlp.up_proj])
+        self._down = mlp.down_proj
+
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+        weight, down = self._both.weight, self._down
+        if len(x) > SKINNY_ROWS or self._both.bias is not None:
+            return few_or_many(silu_mul(self._both(x)), down.weight, down.bias)
+        return few_or_many(skinny_gate_up(x, weight, skinny_tactic(len(weight) // 2)), down.weight, down.bias)
+
+
+class FusedExperts:
+    """x [T, d] -> [T, d]. A shared expert computes as further slots that every token has, with weight 1.
+
+    `choose` is the learned routing; who measures with weights that were never trained puts another there.
+    """
+
+    def __init__(self, mlp: SparseMlp) -> None:
+        experts = [expert for expert in mlp.experts if isinstance(expert, GatedMlp)]
+        self._router = mlp.gate
+        self._both, self._downs = pack_experts(experts, mlp.shared_experts)
+        rule = mlp.gate.rule
+        self.spec = RouteSpec(
+            rule.num_experts,
+            rule.experts_per_token,
+            len(self._both) - len(experts),
+            rule.scale,
+            rule.scoring == "sigmoid",
+            rule.balanced,
+            rule.normalize,
+            rule.num_groups,
+            rule.max_groups,
+            rule.best_of_group,
+        )
+        self.choose: Chooser = self._choose
+        self._rows = torch.arange(SINGLE_ENTRIES, dtype=torch.int32, device=self._both.device)
+
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+        # Products of bf16 are exact in fp32: no rounding of the weights, whatever the choice is near to.
+        logits = torch.mm(x, self._router.weight.t(), out_dtype=torch.float32)
+        chosen, weights = self.choose(logits, slots)
+        first, second = expert_tactics(chosen.numel(), len(self._both))
+        if chosen.numel() <= SINGLE_ENTRIES:
+            plan = single_rows(chosen, self._rows)
+        else:
+            plan = plan_rows(chosen, len(self._both), first.rows)
+        inner = gate_up(x, self._both, plan, first, chosen.shape[1])
+        return finalize(down(inner, self._downs, plan, second), weights)
+
+    def _choose(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        return route(logits, self._router.e_score_correction_bias, self.spec)

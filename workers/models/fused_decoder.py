@@ -1,0 +1,82 @@
+"""A decoder of few launches, for SM90, over the weights of a `Decoder`. Its reference is that decoder.
+
+Shapes: T tokens, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.attention.hopper_gqa import HopperGqaStep
+from workers.attention.hopper_mla import HopperMlaStep
+from workers.attention.interface import AttentionStep
+from workers.attention.mla_interface import MlaStep
+from workers.kernels.norms import add_rms_norm, rms_norm
+from workers.kernels.rotary import RotationTable
+from workers.layers.attention import GroupedQueryAttention
+from workers.layers.fused_attention import FusedGqa, FusedMla
+from workers.layers.fused_mlp import FusedExperts, FusedMlp
+from workers.layers.mla import LatentAttention
+from workers.layers.moe import SparseMlp
+from workers.layers.norm import RmsNorm
+from workers.models.decoder import Decoder, DecoderLayer
+
+
+class FusedDecoder:
+    """Packs the weights of `decoder`, layer by layer; the decoder goes on to work with views of them."""
+
+    @torch.inference_mode()
+    def __init__(self, decoder: Decoder, num_positions: int) -> None:
+        self._embed = decoder.embed_tokens
+        self._norm = decoder.norm
+        self.layers = [_FusedLayer(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        device = decoder.embed_tokens.weight.device
+        rotation = decoder.rotary.rotation(torch.arange(num_positions, device=device), torch.float32)
+        self._rotation = RotationTable(rotation.cos.flatten(1).contiguous(), rotation.sin.flatten(1).contiguous())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        step: AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep,
+        capture: Sequence[int],
+    ) -> Tensor:
+        assert isinstance(step, HopperGqaStep | HopperMlaStep), "fused layers run on the backend they were made for"
+        x = self._embed(input_ids)
+        delta: Tensor | None = None
+        entering: list[Tensor] = []
+        for layer in self.layers:
+            x, normed = _enter(x, delta, layer.input_norm)
+            if capture:
+                entering.append(x)
+            x, normed = _enter(x, layer.attend(normed, self._rotation, step), layer.mlp_norm)
+            delta = layer.mlp(normed, step.slots)
+        x, normed = _enter(x, delta, self._norm)
+        if not capture:
+            return normed
+        entering.append(x)
+        return torch.cat([normed, *(entering[index] for index in capture)], -1)
+
+
+class _FusedLayer:
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.mlp = FusedExperts(layer.mlp) if isinstance(layer.mlp, SparseMlp) else FusedMlp(layer.mlp)
+        attention = layer.self_attn
+        self._gqa = FusedGqa(attention) if isinstance(attention, GroupedQueryAttention) else None
+        self._mla = FusedMla(attention) if isinstance(attention, LatentAttention) else None
+
+    def attend(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep | HopperMlaStep) -> Tensor:
+        if self._gqa is not None and isinstance(step, HopperGqaStep):
+            return self._gqa(x, rotation, step)
+        assert self._mla is not None and isinstance(step, HopperMlaStep), "the step belongs to another kind of model"
+        return self._mla(x, rotation, step)
+
+
+def _enter(x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    """What enters a part of a layer, and its norm."""
+    if delta is None:
+        return x, rms_norm(x, norm.weight, norm.eps)
+    return add_rms_norm(x, delta, norm.weight, norm.eps)
