@@ -84,6 +84,20 @@ def test_a_prompt_is_scored_without_an_answer(door: PublicDoor) -> None:
     assert {name: values[: len(short["tokens"])] for name, values in longer.items()} == short
 
 
+@pytest.mark.parametrize(("num_logprobs", "num_prompt_logprobs"), [(1, 3), (3, 1)])
+def test_the_echo_and_the_prompt_tell_as_many_as_each_was_asked_for(
+    door: PublicDoor, num_logprobs: int, num_prompt_logprobs: int
+) -> None:
+    counts = {"logprobs": num_logprobs, "prompt_logprobs": num_prompt_logprobs}
+    (choice,) = door.complete(prompt=TEXT, max_tokens=1, echo=True, **counts)["choices"]
+    told = list(zip(choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True))[1:]
+    assert {len([each for each in top.values() if each > logprob]) for logprob, top in told} <= {
+        *range(num_logprobs + 1)
+    }
+    assert all(num_logprobs <= len(top) <= num_logprobs + 1 for _, top in told)
+    assert all(len(each["top_logprobs"]) == num_prompt_logprobs for each in choice["prompt_logprobs"][1:])
+
+
 def test_chat_logprobs_tell_bytes_that_add_up(door: PublicDoor) -> None:
     answer = door.chat("hi", max_tokens=24, temperature=1.9, seed=5, logprobs=True, top_logprobs=2, prompt_logprobs=1)
     (choice,) = answer["choices"]
@@ -120,12 +134,18 @@ def test_samples_differ_share_the_prompt_and_do_not_depend_on_each_other(door: P
     assert [tuple(ids) for ids in streamed.values()] == said and sorted(finished) == [0, 1, 2, 3]
 
 
-def test_the_best_are_those_with_the_largest_mean_logprob(door: PublicDoor) -> None:
-    body = {"prompt": TEXT, "max_tokens": 6, "temperature": 1.5, "seed": 11}
-    every = door.complete(**body, n=5, logprobs=0)["choices"]
-    means = sorted((-sum(c["logprobs"]["token_logprobs"]) / 6, c["text"]) for c in every)
+def test_the_best_are_those_with_the_largest_mean_logprob(door: PublicDoor, forward: Forward) -> None:
+    """As transformers counts it, before temperature."""
+    prompt = door.ids(TEXT)
+    body = {"prompt": prompt, "max_tokens": 6, "temperature": 1.5, "seed": 11, "return_token_ids": True}
+
+    def mean(token_ids: list[int]) -> float:
+        logprobs = forward([*prompt, *token_ids])[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        return logprobs[range(len(token_ids)), token_ids].mean().item()
+
+    every = [choice["token_ids"] for choice in door.complete(**body, n=5)["choices"]]
     best = door.complete(**body, n=2, best_of=5)
-    assert [choice["text"] for choice in best["choices"]] == [text for _, text in means[:2]]
+    assert [choice["token_ids"] for choice in best["choices"]] == sorted(every, key=mean, reverse=True)[:2]
     assert [choice["index"] for choice in best["choices"]] == [0, 1] and best["choices"][0]["logprobs"] is None
     assert best["usage"]["completion_tokens"] == 30
 
