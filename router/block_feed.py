@@ -60,6 +60,7 @@ class BlockFeed:
         self._later = later
         self._streams: dict[ShardKey, _Stream] = {}
         self._backlog: deque[_Slice] = deque()
+        self.generation = 0  # of slots: rises when a worker gets another one
 
     def slot(self, incarnation: str, shard: int) -> int:
         """Its bit in the index; -1: nothing is known of it."""
@@ -79,6 +80,7 @@ class BlockFeed:
             key = member.incarnation, shard
             if key not in self._streams:
                 self._streams[key] = _Stream(member.name, self.index.open_slot())
+                self.generation += 1
             stream = self._streams[key]
             stream.session = session
             self._metrics.event_lag.labels(stream.name).set(0)
@@ -172,6 +174,7 @@ class BlockFeed:
         stream.slot = self.index.open_slot()
 
     def _retire(self, slot: int) -> None:
+        self.generation += 1
         self.index.retire_slot(slot)
         self.predicted.forget(slot)
         self._backlog = deque(each for each in self._backlog if each.slot != slot)

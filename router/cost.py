@@ -14,6 +14,8 @@ measured yet makes moving free: an untried pair gets its chance.
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 
 from router.offer import Costs, Offer
@@ -23,29 +25,22 @@ def costs_of(offer: Offer, *, prefill_weight: float = 1.0, decode_weight: float 
     """Of all ways, those that may not be chosen too."""
     candidates, demand, pairing = offer.candidates, offer.demand, offer.pairing
     decodes = [candidates[index] for index in pairing.decodes]
-    sources = [candidates[index] for index in pairing.sources]
-    shape = (len(decodes), len(sources) + 1)
+    shape = offer.ways.shape
     block_size = demand.block_size
 
-    prefill = np.full(shape, demand.num_tokens / block_size)
-    num_missing = -(-demand.num_tokens // block_size) - offer.hits(pairing.decodes)
-    if not demand.computes_all:
-        prefill[:, :-1] -= offer.hits(pairing.sources)
-        prefill[:, -1] -= offer.hits(pairing.decodes)
-    prefill *= prefill_weight
+    num_missing = -(-demand.num_tokens // block_size) - offer.reusable[pairing.decodes]
+    left = demand.num_tokens / block_size - offer.reusable * (not demand.computes_all)
+    prefill, queue = np.empty(shape), np.empty(shape)
+    prefill[:, :-1] = prefill_weight * left[pairing.sources]
+    prefill[:, -1] = prefill_weight * left[pairing.decodes]
+    queue[:, :-1] = offer.queued_tokens[pairing.sources] / block_size
+    queue[:, -1] = offer.queued_tokens[pairing.decodes] / block_size
 
-    queue = np.empty(shape)
-    queue[:, :-1] = [source.queued_tokens / block_size for source in sources]
-    queue[:, -1] = [decode.queued_tokens / block_size for decode in decodes]
-
-    room = np.array([np.inf if d.num_available_blocks is None else d.num_available_blocks for d in decodes])
+    room = np.array([inf if d.num_available_blocks is None else d.num_available_blocks for d in decodes])
     load = np.array([d.num_requests for d in decodes]) * decode_weight + np.maximum(num_missing - room, 0.0)
 
     transfer = np.zeros(shape)
-    blocks_per_s = np.array([source.prefill_tokens_per_s / block_size for source in sources])
+    blocks_per_s = np.array([candidates[index].prefill_tokens_per_s for index in pairing.sources]) / block_size
     num_bytes = num_missing * np.array([decode.block_bytes for decode in decodes])
-    seconds = np.divide(
-        num_bytes[:, None], pairing.bytes_per_s, out=np.zeros(pairing.bytes_per_s.shape), where=pairing.bytes_per_s > 0
-    )
-    transfer[:, :-1] = seconds * blocks_per_s
+    transfer[:, :-1] = num_bytes[:, None] * pairing.s_per_byte * blocks_per_s
     return Costs(prefill, queue, np.broadcast_to(load[:, None], shape), transfer)

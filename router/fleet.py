@@ -17,11 +17,10 @@ class _Shard:
     """The last load report of one shard, and what this router sent since."""
 
     report: pb.LoadReport | None = None
-    num_sent: int = 0
+    num_sent: int = 0  # less those that have ended
     sent_tokens: int = 0
     warm_sources: Mapping[str, float] = field(default_factory=dict)  # the same object as long as nothing changes
     num_available_blocks: int | None = None
-    candidate: Candidate | None = None  # made of all this; None: something has changed
 
     @classmethod
     def of(cls, report: pb.LoadReport, before: _Shard | None) -> _Shard:
@@ -35,7 +34,7 @@ class _Shard:
     def num_requests(self) -> int:
         report = self.report
         known = report.num_waiting + report.num_running + report.num_pulling if report else 0
-        return known + self.num_sent
+        return max(0, known + self.num_sent)
 
     @property
     def queued_tokens(self) -> int:
@@ -53,14 +52,10 @@ class _Worker:
     leaving: bool = False  # said Goodbye
     shards: dict[int, _Shard] = field(default_factory=dict)
 
-    def changed(self) -> None:
-        for shard in self.shards.values():
-            shard.candidate = None
-
-    def candidate(self, number: int, shard: _Shard) -> Candidate:
-        """Kept with the shard until something changes."""
-        member, report = self.member, shard.report
-        shard.candidate = Candidate(
+    def candidate(self, number: int) -> Candidate:
+        member, shard = self.member, self.shards[number]
+        report = shard.report
+        return Candidate(
             name=member.name,
             incarnation=member.incarnation,
             shard=number,
@@ -75,7 +70,6 @@ class _Worker:
             prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
             warm_sources=shard.warm_sources,
         )
-        return shard.candidate
 
 
 class Fleet:
@@ -83,9 +77,13 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
+        self._seen: dict[tuple[str, int], Candidate] | None = None  # by incarnation and shard; None: others are
+        self._stale: set[tuple[str, int]] = set()  # of them, those whose load has changed
+        self.generation = 0  # of candidates: rises when one comes, goes or gets or loses its session
 
     def update(self, membership: Membership) -> tuple[list[Member], list[str]]:
         """(members to dial, incarnations to drop). The caller gives the latest: a new controller counts anew."""
+        self._seen = None
         members = {m.incarnation: m for m in membership.members if m.state is not MemberState.GONE}
         left = [incarnation for incarnation in self._workers if incarnation not in members]
         for incarnation in left:
@@ -100,7 +98,6 @@ class Fleet:
                 self._workers[incarnation] = _Worker(member, shards=shards)
             else:
                 worker.member = member
-                worker.changed()
                 for rank in member.ranks:
                     worker.shards.setdefault(rank.shard, _Shard())
         return dial, left
@@ -110,6 +107,7 @@ class Fleet:
         worker = self._workers.get(session.peer.incarnation)
         if worker is None:
             return False
+        self._seen = None
         worker.session = session
         worker.leaving = False
         worker.shards = {shard: _Shard() for shard in worker.shards}  # a fresh session: reports of the old one are old
@@ -118,19 +116,24 @@ class Fleet:
     def broken(self, session: Session) -> None:
         worker = self._workers.get(session.peer.incarnation)
         if worker is not None and worker.session is session:
+            self._seen = None
             worker.session = None
-            worker.changed()
 
     def leaving(self, session: Session) -> None:
         """The worker said Goodbye: no new requests."""
         worker = self._workers.get(session.peer.incarnation)
         if worker is not None and worker.session is session:
+            self._seen = None
             worker.leaving = True
 
     def reported(self, session: Session, report: pb.LoadReport) -> None:
         worker = self._workers.get(session.peer.incarnation)
         if worker is not None and worker.session is session:
-            worker.shards[report.shard] = _Shard.of(report, worker.shards.get(report.shard))
+            before = worker.shards.get(report.shard)
+            worker.shards[report.shard] = _Shard.of(report, before)
+            if before is None or before.draining != report.draining:
+                self._seen = None
+            self._stale.add((session.peer.incarnation, report.shard))
 
     def sent(self, candidate: Candidate, *, num_requests: int = 0, num_tokens: int = 0) -> None:
         """Counts until the worker's next report includes it."""
@@ -139,7 +142,11 @@ class Fleet:
         if shard is not None:
             shard.num_sent += num_requests
             shard.sent_tokens += num_tokens
-            shard.candidate = None
+            self._stale.add((candidate.incarnation, candidate.shard))
+
+    def ended(self, candidate: Candidate) -> None:
+        """A request there is over: counts until the next report, too."""
+        self.sent(candidate, num_requests=-1)
 
     def session(self, incarnation: str) -> Session | None:
         worker = self._workers.get(incarnation)
@@ -157,11 +164,18 @@ class Fleet:
         return any(role in worker.member.roles for worker in self._workers.values())
 
     def candidates(self) -> list[Candidate]:
-        """The shards of all workers that take new requests; of those that did not change, the same objects."""
-        return [
-            shard.candidate or worker.candidate(number, shard)
-            for worker in self._workers.values()
-            if worker.member.state is MemberState.READY and not worker.leaving
-            for number, shard in worker.shards.items()
-            if not shard.draining
-        ]
+        """The shards of all workers that take new requests, in the same order as long as `generation` is the same."""
+        if self._seen is None:
+            self.generation += 1
+            self._seen = {
+                (incarnation, number): worker.candidate(number)
+                for incarnation, worker in self._workers.items()
+                if worker.member.state is MemberState.READY and not worker.leaving
+                for number, shard in worker.shards.items()
+                if not shard.draining
+            }
+        for incarnation, number in self._stale:
+            if (incarnation, number) in self._seen:
+                self._seen[incarnation, number] = self._workers[incarnation].candidate(number)
+        self._stale.clear()
+        return list(self._seen.values())

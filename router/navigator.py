@@ -44,7 +44,10 @@ class Navigator:
         self._local = LocalRules(
             mode=config.local_prefill, max_tokens=config.local_max_tokens, saturated_tokens=config.saturated_tokens
         )
+        self._seen = (-1, -1)  # generations of what the next three are made of
         self._pairing = Pairing(())
+        self._slots = np.zeros(0, np.int64)  # of each candidate
+        self._chain_roots: tuple[bytes, ...] = ()
         self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
         self.feed = BlockFeed(metrics, log, later)
         self.routes = RouteBook(config.policy, config.kept_routes)
@@ -97,15 +100,16 @@ class Navigator:
         if not self.uses_blocks:
             return
         keys = keys_of(flight.hashes(self.root(plan.decode), self._block_size))
-        for worker in (plan.decode,) if plan.prefill is plan.decode else (plan.decode, plan.prefill):
-            slot = self.feed.slot(worker.incarnation, worker.shard)
-            if slot >= 0 and len(keys):
-                self.feed.predicted.add(slot, keys, now)
+        slots = {self.feed.slot(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
+        if len(keys):
+            self.feed.predicted.add(slots - {-1}, keys, now)
 
     def ended(self, flight: Flight) -> None:
         """What was found in the caches of the last attempt, beside what was expected."""
         self.routes.ended(flight)
         plan, route = flight.plan, flight.route
+        if plan is not None:
+            self._fleet.ended(plan.decode)
         choice = plan.choice if plan is not None else None
         if choice is None or route is None or choice.offer.demand.hit_blocks is None or flight.request.leader_id:
             return
@@ -125,21 +129,27 @@ class Navigator:
 
     def _candidates(self) -> list[Candidate]:
         candidates = self._fleet.candidates()
-        if not self._pairing.fits(candidates):
+        seen = self._fleet.generation, self.feed.generation
+        if seen != self._seen:
+            self._seen = seen
             self._pairing = Pairing(candidates)
+            self._slots = np.array([self.feed.slot(c.incarnation, c.shard) for c in candidates], np.int64)
+            self._chain_roots = tuple({self.root(c): None for c in candidates})
+        else:
+            self._pairing.read_rates(candidates)
         return candidates
 
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
         feed = self.feed
-        slots = np.array([feed.slot(c.incarnation, c.shard) for c in candidates], np.int64)
         hits = np.zeros(len(candidates), np.int64)
-        for root in {self.root(c): None for c in candidates}:
+        for root in self._chain_roots:
             keys = keys_of(flight.hashes(root, self._block_size))
             if not len(keys):
                 continue
             bits = feed.index.holders(keys)
             feed.predicted.add_holders(keys, bits, now)
-            depths = np.append(prefix_depths(bits), 0)  # the last one is that of slot -1
-            hits = np.maximum(hits, depths[slots])  # chains of another root are nowhere but with their own workers
+            depths = prefix_depths(bits)
+            known = np.where(self._slots >= 0, depths[self._slots], 0)
+            hits = np.maximum(hits, known)  # chains of another root are nowhere but with their own workers
         return hits

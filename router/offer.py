@@ -33,20 +33,28 @@ class Offer:
     pairing: Pairing
     ways: Mask
     demand: Demand
+    reusable: NDArray[np.int64]  # of each candidate, blocks of the request that it need not compute
+    queued_tokens: NDArray[np.int64]  # of each candidate
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate], pairing: Pairing, ways: Mask, demand: Demand) -> Offer:
+        """What comes after the last whole block is always computed, and is at least a token."""
+        hit_blocks = np.zeros(len(candidates), np.int64) if demand.hit_blocks is None else demand.hit_blocks
+        return cls(
+            candidates=candidates,
+            pairing=pairing,
+            ways=ways,
+            demand=demand,
+            reusable=np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size),
+            queued_tokens=np.array([candidate.queued_tokens for candidate in candidates], np.int64),
+        )
 
     def decode(self, row: int) -> Candidate:
         return self.candidates[self.pairing.decodes[row]]
 
     def sources(self, row: int) -> list[Candidate]:
         """That it may use."""
-        return [self.candidates[self.pairing.sources[column]] for column in np.flatnonzero(self.ways[row, :-1])]
-
-    def hits(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Blocks that these candidates need not compute: what comes after the last whole block is always computed."""
-        hit_blocks, demand = self.demand.hit_blocks, self.demand
-        if hit_blocks is None:
-            return np.zeros(len(indices), np.int64)
-        return np.minimum(hit_blocks[indices], max(0, demand.num_tokens - 1) // demand.block_size)
+        return [self.candidates[self.pairing.sources[column]] for column in self.ways[row, :-1].nonzero()[0]]
 
 
 class Costs(NamedTuple):
@@ -77,7 +85,7 @@ class Choice:
     @property
     def num_decode_hits(self) -> int:
         """Blocks that the decode worker need not be sent."""
-        return int(self.offer.hits(self.offer.pairing.decodes[self.row : self.row + 1])[0])
+        return int(self.offer.reusable[self.offer.pairing.decodes[self.row]])
 
     @property
     def num_prefill_hits(self) -> int:
@@ -86,7 +94,7 @@ class Choice:
             return 0
         if self.is_local:
             return self.num_decode_hits
-        return int(self.offer.hits(self.offer.pairing.sources[self.column : self.column + 1])[0])
+        return int(self.offer.reusable[self.offer.pairing.sources[self.column]])
 
 
 class Policy(Protocol):

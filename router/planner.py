@@ -34,13 +34,13 @@ class LocalRules:
     def short(self, offer: Offer) -> Mask:
         """[m]: little is left to compute there."""
         demand = offer.demand
-        hits = offer.hits(offer.pairing.decodes) * (not demand.computes_all)
+        hits = offer.reusable[offer.pairing.decodes] * (not demand.computes_all)
         return np.asarray(demand.num_tokens - hits * demand.block_size <= self.max_tokens)
 
     def saturated(self, offer: Offer) -> Mask:
         """[m]: every source that it can read has too much to do."""
         pairing = offer.pairing
-        queued = np.array([offer.candidates[index].queued_tokens for index in pairing.sources])
+        queued = offer.queued_tokens[pairing.sources]
         return ~_any(pairing.readable & (queued < self.saturated_tokens))
 
 
@@ -74,7 +74,7 @@ def make_plan(
     ways = np.empty((remote.shape[0], remote.shape[1] + 1), np.bool_)
     ways[:, :-1] = remote & rows[:, None]
     ways[:, -1] = rows & ~has_source
-    offer = Offer(candidates=candidates, pairing=pairing, ways=ways, demand=demand)
+    offer = Offer.of(candidates, pairing, ways, demand)
     if local.mode == "conditional":
         ways[:, -1] |= rows & (local.short(offer) | local.saturated(offer))
     return _planned(policy.choose(offer), local, bound, want_spare=want_spare)

@@ -7,7 +7,10 @@ made; a window goes as a whole. Windows are bounded: where more is predicted tha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from router.holder_table import SLOTS_PER_WORD, Bits, HolderTable, Keys
 
@@ -28,18 +31,22 @@ class Predicted:
     def __init__(self) -> None:
         self._windows: deque[_Window] = deque()
 
-    def add(self, slot: int, keys: Keys, now: float) -> None:
-        """Keys are each there once."""
+    def add(self, slots: Collection[int], keys: Keys, now: float) -> None:
+        """Each of the slots will hold all the keys, which are each there once."""
+        num_words = max(slots, default=0) // SLOTS_PER_WORD + 1
         self._expire(now)
         newest = self._windows[-1] if self._windows else None
         if newest is None or now - newest.begun_at >= _WINDOW_S or not newest.table.has_room(len(keys)):
-            newest = _Window(now, HolderTable(max(_WINDOW_ROWS, len(keys)), slot // SLOTS_PER_WORD + 1))
+            newest = _Window(now, HolderTable(max(_WINDOW_ROWS, len(keys)), num_words))
             self._windows.append(newest)
             if len(self._windows) > _MAX_WINDOWS:
                 self._windows.popleft()
-        if slot >= newest.table.num_words * SLOTS_PER_WORD:
-            newest.table.widen(slot // SLOTS_PER_WORD + 1)
-        newest.table.add(keys, slot)
+        if newest.table.num_words < num_words:
+            newest.table.widen(num_words)
+        bits = np.zeros(num_words, np.uint64)
+        for slot in slots:
+            bits[slot // SLOTS_PER_WORD] |= np.uint64(1 << slot % SLOTS_PER_WORD)
+        newest.table.merge(keys, bits[None, :])
 
     def forget(self, slot: int) -> None:
         """What was predicted of it will not come, or has."""

@@ -111,6 +111,8 @@ class RouteBook:
         if not self._max_kept:
             return
         request_id = flight.request.request_id
+        if flight.attempt == 1:  # an id may be used again
+            self._entries[request_id] = _Entry()
         entry = self._entries.setdefault(request_id, _Entry())
         entry.plans.append((plan, flight.num_tokens, leader))
         self._entries.move_to_end(request_id)

@@ -78,7 +78,7 @@ def test_the_terms_of_a_cost() -> None:
         prefill("p1", 320),
     ]
     wanted = demand(165, [4, 0, 2, 11])
-    offer = Offer(candidates=candidates, pairing=Pairing(candidates), ways=np.ones((2, 3), np.bool_), demand=wanted)
+    offer = Offer.of(candidates, Pairing(candidates), np.ones((2, 3), np.bool_), wanted)
     costs = costs_of(offer, prefill_weight=2.0, decode_weight=0.5)
     assert costs.prefill == pytest.approx(2 * np.array([[8.3125, 0.3125, 6.3125], [8.3125, 0.3125, 10.3125]]))
     assert costs.queue.tolist() == [[2, 20, 0], [2, 20, 4]]
@@ -91,7 +91,7 @@ def test_what_needs_every_position_computes_every_position() -> None:
     candidates = [decode("d0", {"p0": 1.0}), prefill("p0")]
     pairing, ways = Pairing(candidates), np.ones((1, 2), np.bool_)
     wanted = demand(160, [5, 5], computes_all=True)
-    costs = costs_of(Offer(candidates=candidates, pairing=pairing, ways=ways, demand=wanted))
+    costs = costs_of(Offer.of(candidates, pairing, ways, wanted))
     assert costs.prefill.tolist() == [[10, 10]]
     assert planned(candidates, wanted, mode="conditional", max_tokens=80).local_reason is None
 
@@ -251,14 +251,13 @@ def test_local_prefill_competes_by_cost() -> None:
     assert planned(idle, wanted, mode="conditional", max_tokens=40).local_reason is LocalReason.SHORT
 
 
-def test_a_kept_pairing_follows_rates_and_members() -> None:
+def test_a_kept_pairing_follows_rates() -> None:
     candidates = pool(2, 2)
     pairing = Pairing(candidates)
-    assert pairing.fits(list(candidates)) and pairing.readable.all()
+    assert pairing.readable.all()
     candidates[0] = decode("d0", {"p1": 5.0})
-    assert pairing.fits(candidates)
-    assert pairing.readable.tolist() == [[False, True], [True, True]] and pairing.bytes_per_s[0].tolist() == [0, 5]
-    assert not pairing.fits(candidates[:-1]) and not pairing.fits(candidates[::-1])
+    pairing.read_rates(candidates)
+    assert pairing.readable.tolist() == [[False, True], [True, True]] and pairing.s_per_byte[0].tolist() == [0, 0.2]
 
 
 def test_a_choice_says_what_it_counts_on() -> None:
