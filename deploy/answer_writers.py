@@ -62,7 +62,7 @@ class _Frame:
         self._running_usage = options is not None and options.continuous_usage_stats
         self._route = body.return_route
         self._ids = body.return_token_ids or tokenizer is None  # without a tokenizer they are all there is
-        self._prompt = body.prompt_logprobs is not None
+        self._num_prompt_logprobs = body.prompt_logprobs
         self._model = body.model
         self._fingerprint = model.fingerprint
         self._created = int(time.time())
@@ -79,7 +79,9 @@ class _Frame:
 
     def prompt_logprobs(self, piece: Piece) -> list[TokenLogprob | None] | None:
         """With the first piece."""
-        return self.logprobs.of_prompt(self.generation.prompt_of(piece), piece) if self._prompt else None
+        if self._num_prompt_logprobs is None:
+            return None
+        return self.logprobs.of_prompt(self.generation.prompt_of(piece), piece, self._num_prompt_logprobs)
 
     def whole(self, kind: type[CompletionAnswer] | type[ChatAnswer], prefix: str, choices: list[BaseModel]) -> str:
         return _json(self._answer(kind, prefix, choices, self._final_usage()), usage_is_null=False)
@@ -120,7 +122,7 @@ class CompletionWriter:
         self.generation = generation
         self._frame = _Frame(generation, body, model, tokenizer)
         self._echo = body.echo
-        self._logprobs = body.logprobs is not None
+        self._num_logprobs = body.logprobs
 
     def whole(self, pieces: list[Piece]) -> str:
         return self._frame.whole(CompletionAnswer, "cmpl-", [self._choice(piece) for piece in pieces])
@@ -136,9 +138,9 @@ class CompletionWriter:
         frame, first = self._frame, self._frame.begins(piece)
         prompt = self.generation.prompt_of(piece)
         logprobs = None
-        if self._logprobs and self._echo and first:
-            logprobs = frame.logprobs.echoed(prompt, piece)
-        elif self._logprobs:
+        if self._num_logprobs is not None and self._echo and first:
+            logprobs = frame.logprobs.echoed(prompt, piece, self._num_logprobs)
+        elif self._num_logprobs is not None:
             logprobs = frame.logprobs.of_completion(piece)
             if self._echo:
                 logprobs.text_offset = [len(prompt.text) + offset for offset in logprobs.text_offset]

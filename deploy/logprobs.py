@@ -24,11 +24,15 @@ class LogprobWriter:
     def of_completion(self, piece: Piece) -> CompletionLogprobs:
         return self._table(piece.token_ids, piece.logprobs, piece.offsets)
 
-    def echoed(self, prompt: Prompt, piece: Piece) -> CompletionLogprobs:
-        """The prompt's tokens, then those of the first piece, which follow its text."""
+    def echoed(self, prompt: Prompt, piece: Piece, num_top: int) -> CompletionLogprobs:
+        """The prompt's tokens, then those of the first piece, which follow its text.
+
+        A worker tells as many alternatives of prompt tokens as the echo or `prompt_logprobs` needs: `num_top` of them
+        are for this one.
+        """
         first, *others = prompt.token_ids
         offsets = self._offsets(prompt)
-        table = self._table(others, piece.prompt_logprobs, offsets[1:])
+        table = self._table(others, [_cut(told, num_top) for told in piece.prompt_logprobs], offsets[1:])
         follow = self._table(piece.token_ids, piece.logprobs, [len(prompt.text) + each for each in piece.offsets])
         return CompletionLogprobs(
             tokens=[self._text(first), *table.tokens, *follow.tokens],
@@ -40,9 +44,9 @@ class LogprobWriter:
     def of_chat(self, piece: Piece) -> list[TokenLogprob]:
         return [self._full(token, told) for token, told in zip(piece.token_ids, piece.logprobs, strict=True)]
 
-    def of_prompt(self, prompt: Prompt, piece: Piece) -> list[TokenLogprob | None]:
+    def of_prompt(self, prompt: Prompt, piece: Piece, num_top: int) -> list[TokenLogprob | None]:
         told = zip(prompt.token_ids[1:], piece.prompt_logprobs, strict=True)
-        return [None, *(self._full(token, logprobs) for token, logprobs in told)]
+        return [None, *(self._full(token, _cut(logprobs, num_top)) for token, logprobs in told)]
 
     def _table(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]
@@ -79,6 +83,10 @@ class LogprobWriter:
             offsets.append(detokenizer.num_chars)
             detokenizer.push(token_id)
         return offsets
+
+
+def _cut(told: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    return told._replace(top=told.top[:num_top])
 
 
 def _finite(logprob: float) -> float:

@@ -43,6 +43,7 @@ class Said:
     token_ids: list[int] | None = None
     finish: str | None = None
     logprobs: Json | None = None
+    prompt_logprobs: list[Json | None] | None = None
 
 
 @dataclass
@@ -124,6 +125,7 @@ class Oracle:
         self._usage(body, whole, [], True)
 
     def _said(self, body: Json, said: Said, text: str, max_tokens: int | None) -> None:
+        _check_prompt_logprobs(body, said.prompt_logprobs)
         if said.token_ids is None:
             assert not body.get("return_token_ids")
             return
@@ -235,6 +237,15 @@ class Oracle:
         return self.tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+def _check_prompt_logprobs(body: Json, told: list[Json | None] | None) -> None:
+    """Of a choice that is whole."""
+    wanted = body.get("prompt_logprobs")
+    assert (told is None) == (wanted is None)
+    if told is not None:
+        first, *others = told
+        assert first is None and all(len(each["top_logprobs"]) == wanted for each in others if each is not None)
+
+
 def whole_of(answer: Answer, *, stream: bool) -> Whole:
     if not stream:
         assert answer.headers["content-type"] == "application/json"
@@ -243,7 +254,11 @@ def whole_of(answer: Answer, *, stream: bool) -> Whole:
         for choice in tree["choices"]:
             text = choice["text"] if "text" in choice else choice["message"]["content"]
             whole.choices[choice["index"]] = Said(
-                text, choice.get("token_ids"), choice["finish_reason"], choice["logprobs"]
+                text,
+                choice.get("token_ids"),
+                choice["finish_reason"],
+                choice["logprobs"],
+                choice.get("prompt_logprobs"),
             )
         return whole
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -264,6 +279,7 @@ def _add(said: Said, choice: Json) -> None:
     said.text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
     if "token_ids" in choice:
         said.token_ids = (said.token_ids or []) + choice["token_ids"]
+    said.prompt_logprobs = said.prompt_logprobs or choice.get("prompt_logprobs")
     said.finish = choice["finish_reason"]
     if choice["logprobs"] is not None:
         told = said.logprobs or {}
