@@ -3,7 +3,7 @@
     python -m benchmarks.engine_gpu --shape v2-lite|qwen3-8b [--workload mixed256|batch1|prefill|decode …]
                                     [--repeats 3] [--profile FOLDER] [--json FILE]
 
-Dummy bf16 weights, prefix cache off, at most 256 sequences and 8192 tokens a step, CUDA graphs for decode steps,
+Dummy bf16 weights, prefix cache off, the next step prepared while one runs, at most 256 sequences and 8192 tokens a step, CUDA graphs for decode steps,
 greedy tokens. Experts are those of benchmarks/balanced_experts.py. Prompts are random ids below 100,000 from
 random.Random(0), drawn in this order: 64 tokens to warm up, the 256 prompt lengths and ids of mixed256, its 256 output
 lengths. Medians of --repeats runs after one to warm up.
@@ -43,8 +43,8 @@ from workers.attention.interface import AttentionBatch
 from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.cuda_graph import GraphedModel, default_sizes
-from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
+from workers.engine.overlap import OverlappedEngine
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence
 from workers.layers.fused_mlp import FusedExperts
@@ -148,7 +148,7 @@ class GpuEngine:
         )
         scheduler = Scheduler(blocks, limits, ROOT)
         runner = ModelRunner(self.model, self.caches, self.pool.generations, [BLOCK_SIZE], device=CUDA)
-        engine = Engine(scheduler, runner)
+        engine = OverlappedEngine(scheduler, runner)
         for i, (prompt, num_new) in enumerate(zip(prompts, outputs, strict=True)):
             params = SamplingParams(max_tokens=num_new, ignore_eos=True)
             scheduler.add(Sequence(i, RequestKey(str(i), 0), list(prompt), len(prompt), params, arrival=i))

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.tactics import (
+    SKINNY,
     DecodeTactic,
     ExpertTactic,
     decode_tactic,
     expert_tactics,
     latent_tactic,
-    skinny_tactic,
 )
 from workers.layers.norm import RmsNorm
 from workers.layers.rotary import RotaryEmbedding
@@ -306,7 +306,15 @@ def test_products_of_few_rows(rows: int, d: int, outputs: int) -> None:
 
     x, weight = random(rows, d), random(outputs, d)
     want = x.float() @ weight.float().t()
-    assert error(skinny_linear(x, weight, skinny_tactic(outputs)), want) < 4e-3
+    assert error(skinny_linear(x, weight, SKINNY), want) < 4e-3
     half = outputs // 2
     want = F.silu(want[:, :half].to(BF16)).float() * want[:, half:]
-    assert error(skinny_gate_up(x, weight, skinny_tactic(half)), want) < 8e-3
+    assert error(skinny_gate_up(x, weight, SKINNY), want) < 8e-3
+
+
+def test_joined_keys() -> None:
+    from workers.kernels.rotary import join_keys
+
+    both, rope = random(33, 5, 256), random(33, 600)[:, 536:]
+    want = torch.cat((both[..., :128], rope.unsqueeze(1).expand(-1, 5, -1)), -1)
+    assert torch.equal(join_keys(both, rope, 128), want)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster.errors import WorkerFailed
-from workers.engine.model_runner import ModelRunner
+from workers.engine.model_runner import Launched, ModelRunner
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_plan import StepOutcome, StepPlan, StepResult
 
@@ -50,21 +50,27 @@ class Engine:
         plan = self._agree(self._scheduler.schedule())
         try:
             launched = self._runner.launch(plan)  # build and launch
-            result = launched.collect()
         except Exception as error:  # noqa: BLE001 - the step owns whatever a model, a kernel or the device raises
-            outcome = self._fail(plan, error)
-            num_tokens = 0
+            outcome, num_tokens = self._fail(plan, error), 0
         else:
-            self.num_failed_in_a_row = 0
-            outcome = self._scheduler.settle(plan, result)
-            if outcome.failed:
-                reasons = sorted(set(result.failed.values()))
-                outcome.error = WorkerFailed(f"step {plan.step} could not be sampled: {'; '.join(reasons)}")
-            num_tokens = plan.num_tokens
+            outcome, num_tokens = self._collect(plan, launched)
         self.num_steps += 1
         self.last_batch = BatchSize(len(plan.sequences), num_tokens)
         self.last_step_at = self._clock()
         return outcome if plan.sequences or outcome.preempted else None
+
+    def _collect(self, plan: StepPlan, launched: Launched) -> tuple[StepOutcome, int]:
+        """Waits for a launched step and settles it: its outcome, and how many tokens it computed."""
+        try:
+            result = launched.collect()
+        except Exception as error:  # noqa: BLE001 - as above: what a kernel raises may show up only here
+            return self._fail(plan, error), 0
+        self.num_failed_in_a_row = 0
+        outcome = self._scheduler.settle(plan, result)
+        if outcome.failed:
+            reasons = sorted(set(result.failed.values()))
+            outcome.error = WorkerFailed(f"step {plan.step} could not be sampled: {'; '.join(reasons)}")
+        return outcome, plan.num_tokens
 
     def _agree(self, plan: StepPlan) -> StepPlan:
         """What several shards must do alike in this step. One shard agrees with itself."""

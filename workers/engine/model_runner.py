@@ -65,9 +65,12 @@ class Launched:
     drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
     prompts: Sequence[PromptSlice] = ()
     vectors: Mapping[int, Tensor] = field(default_factory=dict)  # sequence id -> [d] float32
+    drawn: torch.cuda.Event | None = None  # after it tokens and is_valid are on the host; None: they are there, or wait
 
     def collect(self) -> StepResult:
-        """Waits for the device."""
+        """Waits for the device, but for nothing that was given to it later."""
+        if self.drawn is not None:
+            self.drawn.synchronize()
         ids = self.ids
         tokens = dict(zip(ids, self.tokens.tolist(), strict=True))
         failed = {ids[row]: reason for row, reason in self.failures.items()}
@@ -169,13 +172,20 @@ class ModelRunner:
             logits = adjusted.apply(logits)
         tokens, is_valid = sampler.sample(logits, batch.draws)
         self._previous[batch.sampled_rows] = tokens
+        logprobs = [(rows.rows, rows.of(tokens)) for rows in kept]
+        drawn = None
+        if self._device.type == "cuda":
+            tokens, is_valid = _to_host(tokens), _to_host(is_valid)
+            drawn = torch.cuda.Event()
+            drawn.record()
         return Launched(
             step=plan.step,
             tokens=tokens,
             is_valid=is_valid,
             ids=batch.sampled_ids,
             failures=failures,
-            drawn_logprobs=[(rows.rows, rows.of(tokens)) for rows in kept],
+            drawn_logprobs=logprobs,
+            drawn=drawn,
         )
 
     def _nothing_drawn(self, plan: StepPlan) -> Launched:
@@ -206,3 +216,8 @@ class ModelRunner:
             mine = [copy for copy in copies if copy.group == group]
             if mine:
                 cache.copy_blocks([copy.source for copy in mine], [copy.destination for copy in mine])
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that the device fills when it comes to it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -160,26 +160,70 @@ def _rotate_latents(
         scale = tl.rsqrt(tl.sum(wide * wide) / LATENT + eps)
         weight = tl.load(weight_ptr + features).to(tl.float32)
         normed = ((wide * scale).to(latent.dtype).to(tl.float32) * weight).to(latent.dtype)
-        even_ptr = kv_ptr + token * kv_stride + LATENT + 2 * pairs
-        even, odd = tl.load(even_ptr).to(tl.float32), tl.load(even_ptr + 1).to(tl.float32)
-        new_even, new_odd = (even * cos - odd * sin).to(latent.dtype), (odd * cos + even * sin).to(latent.dtype)
+        features_r = tl.arange(0, ROPE)
+        rope_ptr = kv_ptr + token * kv_stride + LATENT + features_r
+        even, odd = tl.split(tl.reshape(tl.load(rope_ptr).to(tl.float32), (half, 2)))
+        turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (ROPE,)).to(latent.dtype)
         tl.store(latent_ptr, normed)
-        tl.store(even_ptr, new_even)
-        tl.store(even_ptr + 1, new_odd)
+        tl.store(rope_ptr, turned)
         slot = tl.load(slots_ptr + token).to(tl.int64)
         row = (slot // BLOCK_SIZE * num_layers + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
         row_ptr = rows_ptr + row * (LATENT + ROPE)
         tl.store(row_ptr + features, normed)
-        tl.store(row_ptr + LATENT + 2 * pairs, new_even)
-        tl.store(row_ptr + LATENT + 2 * pairs + 1, new_odd)
+        tl.store(row_ptr + LATENT + features_r, turned)
     else:
         heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
         exists = (heads < NUM_HEADS)[:, None]
-        at = q_ptr + token * q_stride + heads[:, None] * (NOPE + ROPE) + NOPE + 2 * pairs[None, :]
-        first, second = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
-        x, y = first.to(tl.float32), second.to(tl.float32)
-        tl.store(at, (x * cos[None, :] - y * sin[None, :]).to(first.dtype), mask=exists)
-        tl.store(at + 1, (y * cos[None, :] + x * sin[None, :]).to(first.dtype), mask=exists)
+        at = q_ptr + token * q_stride + heads[:, None] * (NOPE + ROPE) + NOPE + tl.arange(0, ROPE)[None, :]
+        given = tl.load(at, mask=exists, other=0.0)
+        first, second = tl.split(tl.reshape(given.to(tl.float32), (HEADS, half, 2)))
+        new_first = first * cos[None, :] - second * sin[None, :]
+        new_second = second * cos[None, :] + first * sin[None, :]
+        rotated = tl.reshape(tl.join(new_first, new_second), (HEADS, ROPE)).to(given.dtype)
+        tl.store(at, rotated, mask=exists)
+
+
+@triton.jit
+def _join_keys(
+    both_ptr,
+    rope_ptr,
+    rope_stride,
+    keys_ptr,
+    NUM_HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    exists = (heads < NUM_HEADS)[:, None]
+    features, turned = tl.arange(0, NOPE), tl.arange(0, ROPE)
+    rows = token * NUM_HEADS + heads
+    nope = tl.load(both_ptr + rows[:, None] * (NOPE + VALUE) + features[None, :], mask=exists, other=0.0)
+    rope = tl.load(rope_ptr + token * rope_stride + turned)
+    at = keys_ptr + rows[:, None] * (NOPE + ROPE)
+    tl.store(at + features[None, :], nope, mask=exists)
+    tl.store(at + NOPE + turned[None, :], tl.broadcast_to(rope[None, :], (HEADS, ROPE)), mask=exists)
+
+
+def join_keys(both: Tensor, rope: Tensor, nope: int) -> Tensor:
+    """both [C, H, N + V], contiguous, rope [C, R] of any stride -> keys [C, H, N + R]. N and R are powers of two."""
+    tokens, heads, width = both.shape
+    keys = both.new_empty(tokens, heads, nope + rope.shape[1])
+    _join_keys[(tokens, triton.cdiv(heads, 2 * _HEADS))](
+        both,
+        rope,
+        rope.stride(0),
+        keys,
+        NUM_HEADS=heads,
+        NOPE=nope,
+        VALUE=width - nope,
+        ROPE=rope.shape[1],
+        HEADS=2 * _HEADS,
+        num_warps=4,
+    )
+    return keys
 
 
 def rotate_latents(

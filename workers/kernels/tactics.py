@@ -10,7 +10,7 @@ from dataclasses import dataclass
 _PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 _MAX_SPLITS = 32
 SINGLE_ENTRIES = 64  # up to here entries are not sorted by expert
-SKINNY_ROWS = 16  # up to here products of few rows are ours
+SKINNY_ROWS = 16  # up to here the gates and ups of a dense layer, and the head, are ours; the rest is cuBLAS's
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,9 @@ class ExpertTactic:
     swap: bool = False  # weights times rows instead of rows times weights: wide weight tiles for few rows
     tma: bool = False  # weights come through the bulk copy engine
     group: int = 8  # tiles of rows that run side by side on one piece of the weights
+
+
+SKINNY = ExpertTactic(SKINNY_ROWS, 64, 128, 4, 3, swap=True, tma=True)
 
 
 def num_splits(programs: int) -> int:
@@ -70,10 +73,3 @@ def expert_tactics(num_entries: int, num_slots: int) -> tuple[ExpertTactic, Expe
     if per_slot <= 96:
         return ExpertTactic(64, 64, 64, 4, 4), ExpertTactic(64, 128, 64, 4, 3, swap=True, tma=True)
     return ExpertTactic(128, 128, 64, 8, 4, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True)
-
-
-def skinny_tactic(outputs: int) -> ExpertTactic:
-    """Of a product of at most SKINNY_ROWS rows with one matrix: enough programs for all multiprocessors."""
-    if outputs >= 64 * _PROGRAMS:
-        return ExpertTactic(16, 64, 128, 4, 3, swap=True, tma=True)
-    return ExpertTactic(16, 32, 256, 4, 3)

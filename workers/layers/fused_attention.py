@@ -14,10 +14,10 @@ from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.attention.merging import PartialAttention, merge
 from workers.kernels.norms import rms_norm
-from workers.kernels.rotary import RotationTable, rotate_latents
+from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.mla import LatentAttention
-from workers.layers.packed_weights import PackedLinear, few_or_many
+from workers.layers.packed_weights import PackedLinear
 
 
 class FusedGqa:
@@ -33,7 +33,7 @@ class FusedGqa:
 
     def __call__(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep) -> Tensor:
         seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms)
-        return few_or_many(seen, self._out.weight, self._out.bias)
+        return self._out(seen)
 
 
 class FusedMla:
@@ -63,7 +63,7 @@ class FusedMla:
             self._generate(q[:singles], out[:singles], step)
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
-        return few_or_many(out.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
+        return attention.o_proj(out.flatten(1))
 
     def _generate(self, q: Tensor, out: Tensor, step: HopperMlaStep) -> None:
         """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it."""
@@ -100,5 +100,4 @@ class FusedMla:
         latent, rope = rows.split([shape.latent_size, shape.rope_dim], -1)
         both = F.linear(latent, self._attention.kv_b_proj.weight)
         both = both.unflatten(-1, (-1, shape.nope_dim + shape.value_dim))
-        nope, values = both.split([shape.nope_dim, shape.value_dim], -1)
-        return torch.cat((nope, rope.unsqueeze(1).expand(-1, nope.shape[1], -1)), -1), values
+        return join_keys(both, rope, shape.nope_dim), both[..., shape.nope_dim :]

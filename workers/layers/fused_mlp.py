@@ -15,10 +15,10 @@ from workers.kernels.activation import silu_mul
 from workers.kernels.expert_routing import RouteSpec, plan_rows, route
 from workers.kernels.grouped_gemm import down, finalize, gate_up, single_rows
 from workers.kernels.skinny_gemm import skinny_gate_up
-from workers.kernels.tactics import SINGLE_ENTRIES, SKINNY_ROWS, expert_tactics, skinny_tactic
+from workers.kernels.tactics import SINGLE_ENTRIES, SKINNY, SKINNY_ROWS, expert_tactics
 from workers.layers.mlp import GatedMlp
 from workers.layers.moe import SparseMlp
-from workers.layers.packed_weights import PackedLinear, few_or_many, pack_experts
+from workers.layers.packed_weights import PackedLinear, pack_experts
 
 # Router logits [T, E] fp32 and the tokens' cache slots [T] -> experts [T, k] int32, weights [T, k] fp32.
 Chooser: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -32,10 +32,9 @@ class FusedMlp:
         self._down = mlp.down_proj
 
     def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
-        weight, down = self._both.weight, self._down
         if len(x) > SKINNY_ROWS or self._both.bias is not None:
-            return few_or_many(silu_mul(self._both(x)), down.weight, down.bias)
-        return few_or_many(skinny_gate_up(x, weight, skinny_tactic(len(weight) // 2)), down.weight, down.bias)
+            return self._down(silu_mul(self._both(x)))
+        return self._down(skinny_gate_up(x, self._both.weight, SKINNY))
 
 
 class FusedExperts:

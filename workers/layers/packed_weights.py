@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.skinny_gemm import skinny_linear
-from workers.kernels.tactics import SKINNY_ROWS, skinny_tactic
 from workers.layers.linear import Linear
 from workers.layers.mlp import GatedMlp
 
@@ -28,14 +26,7 @@ class PackedLinear:
             self.bias = torch.cat(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return few_or_many(x, self.weight, self.bias)
-
-
-def few_or_many(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] -> [T, out], by the kernel that reads the matrix fastest for so many rows."""
-    if len(x) > SKINNY_ROWS or bias is not None or not x.is_contiguous():
-        return F.linear(x, weight, bias)
-    return skinny_linear(x, weight, skinny_tactic(len(weight)))
+        return F.linear(x, self.weight, self.bias)
 
 
 def pack_experts(experts: Sequence[GatedMlp], shared: GatedMlp | None) -> tuple[Tensor, Tensor]:

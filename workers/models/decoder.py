@@ -196,4 +196,7 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._fused is not None:
+            head = self.model.embed_tokens if self.config.decoder.tied else self.lm_head
+            return self._fused.logits(hidden, head.weight)
         return self.model.embed_tokens.project(hidden) if self.config.decoder.tied else self.lm_head(hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workers.attention.hopper_gqa import HopperGqaStep
@@ -16,6 +17,8 @@ from workers.attention.interface import AttentionStep
 from workers.attention.mla_interface import MlaStep
 from workers.kernels.norms import add_rms_norm, rms_norm
 from workers.kernels.rotary import RotationTable
+from workers.kernels.skinny_gemm import skinny_linear
+from workers.kernels.tactics import SKINNY, SKINNY_ROWS
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.fused_attention import FusedGqa, FusedMla
 from workers.layers.fused_mlp import FusedExperts, FusedMlp
@@ -58,6 +61,12 @@ class FusedDecoder:
             return normed
         entering.append(x)
         return torch.cat([normed, *(entering[index] for index in capture)], -1)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden [N, d], the head's weight [V, d] -> [N, V]."""
+        if len(hidden) > SKINNY_ROWS or not hidden.is_contiguous():
+            return F.linear(hidden, weight)
+        return skinny_linear(hidden, weight, SKINNY)
 
 
 class _FusedLayer:
