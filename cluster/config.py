@@ -94,7 +94,7 @@ class PoolConfig(Section):
 
 
 class RouterConfig(Section):
-    policy: Literal["kv_aware", "least_loaded", "round_robin"] = "least_loaded"
+    policy: Literal["kv_aware", "least_loaded", "round_robin"] = "kv_aware"
     """How a worker is chosen among those that fit: by what is cached where, what waits there and what moving blocks
     costs; by what waits there; in turn."""
     prefill_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0

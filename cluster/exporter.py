@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
@@ -15,17 +17,26 @@ from cluster.membership import Membership, MemberState
 from cluster.metrics import Metrics
 from cluster.streams import bracketed
 
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+METRICS_PATHS = ("/", "/metrics")
+
 
 class Exporter:
     """GET /metrics of one process, on a thread of its own: a busy engine or event loop delays no scrape.
 
-    It listens where the words plane does: on `words.host`, on the first free port of the same range. Who scrapes
-    needs no secret, and learns counts only.
+    It listens where the words plane does: on `words.host`, on the first free port of the same range. Who asks needs
+    no secret, and learns counts and names only. `page` tells the JSON of any other path, on the same threads; None:
+    there is no such page.
     """
 
-    def __init__(self, metrics: Metrics, config: WordsConfig) -> None:
+    def __init__(
+        self, metrics: Metrics, config: WordsConfig, page: Callable[[str], bytes | None] = lambda path: None
+    ) -> None:
         self._metrics = metrics
         self._config = config
+        self._page = page
         self._serving: tuple[WSGIServer, threading.Thread] | None = None
 
     def start(self) -> str:
@@ -38,6 +49,8 @@ class Exporter:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
                     continue
                 raise ConfigError("words.host", f"cannot listen on {config.host!r}: {error.strerror}") from error
+            server, _ = self._serving
+            server.set_app(_with_pages(server.get_app(), self._page))
             return f"{bracketed(config.host)}:{port}"
         raise ConfigError(
             "words.port_min",
@@ -53,6 +66,21 @@ class Exporter:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def _with_pages(metrics: WSGIApplication | None, page: Callable[[str], bytes | None]) -> WSGIApplication:
+    assert metrics is not None
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path in METRICS_PATHS:
+            return metrics(environ, start_response)
+        told = page(path)
+        status = "404 Not Found" if told is None else "200 OK"
+        start_response(status, [("Content-Type", "application/json")])
+        return [told or b"null"]
+
+    return answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,16 +49,17 @@ class ApiService:
     metrics: Metrics
     log: Log
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    affinity_header: str | None = None
 
-    async def complete(self, body: CompletionRequest, tally: Tally) -> Generation:
+    async def complete(self, body: CompletionRequest, tally: Tally, *, session: str = "") -> Generation:
         self._check_model(body.model)
         prompts = [
             await self._prompt(prompt, "prompt", with_text=body.echo, add_special_tokens=body.add_special_tokens)
             for prompt in body.prompts
         ]
-        return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None)
+        return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None, session)
 
-    async def chat(self, body: ChatRequest, tally: Tally) -> Generation:
+    async def chat(self, body: ChatRequest, tally: Tally, *, session: str = "") -> Generation:
         self._check_model(body.model)
         prompt = ChatPrompt(
             messages=body.messages,
@@ -72,7 +73,7 @@ class ApiService:
         grammar = await tokenizer.grammar_of(body, self.model.vocab_size, self.model.eos_token_ids)
         max_tokens = body.max_completion_tokens or body.max_tokens
         prompts = [Prompt(text="", token_ids=tuple(token_ids))]
-        return await self._generation(body, prompts, max_tokens, "messages", tally, grammar)
+        return await self._generation(body, prompts, max_tokens, "messages", tally, grammar, session)
 
     async def embed(self, body: EmbeddingRequest, tally: Tally) -> Embeddings:
         self._check_model(body.model)
@@ -134,6 +135,7 @@ class ApiService:
         param: str,
         tally: Tally,
         grammar: Grammar | None,
+        session: str,
     ) -> Generation:
         if body.num_samples > self.limits.max_samples:
             name = "n" if body.n == body.num_samples else "best_of"
@@ -163,6 +165,7 @@ class ApiService:
                     priority=body.priority,
                     deadline_s=deadline_s,
                     leader_id=leader_id if follows else "",
+                    session=session,
                 )
                 completions.append(
                     Completion(self.router, request, tally, detokenizer=self._detokenizer(body), ending=ending)

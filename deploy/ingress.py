@@ -22,6 +22,7 @@ from deploy.api_service import ApiService
 from deploy.lifeline import Lifeline
 from deploy.openai_api import create_app
 from deploy.prometheus import add_targets
+from deploy.route_page import page_of
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Tokenizer
 from router.router import Router
@@ -59,7 +60,7 @@ class Ingress:
             block_size=config.kv.block_size,
         )
         await self._router.start()
-        self._exporter = Exporter(metrics, config.words)
+        self._exporter = Exporter(metrics, config.words, page_of(self._router.route))
         address = await asyncio.to_thread(self._exporter.start)
         self._export = Export(name=ingress_id, incarnation=identity.incarnation, address=address, roles=("ingress",))
         self._lifeline = Lifeline(config, self._revision, ingress_id, WorkerActor, self._follow, log, self._export)
@@ -74,8 +75,10 @@ class Ingress:
                 limits=config.limits,
                 metrics=metrics,
                 log=log,
+                affinity_header=config.router.affinity_header,
             ),
             ids_are_echoed=True,
+            replicas=self._other_replicas,
         )
         add_targets(app, config.name, model.name, self._exports)
         return app
@@ -84,6 +87,10 @@ class Ingress:
         """Of all living processes of the app, as far as this replica has heard."""
         others = [export for export in self._lifeline.exports if export.incarnation != self._export.incarnation]
         return [*exports_of(self._membership or Membership()), *others, self._export]
+
+    def _other_replicas(self) -> list[str]:
+        """Where they tell what they know of their requests."""
+        return [each.address for each in self._exports() if each.roles == self._export.roles and each != self._export]
 
     async def _get_warm(self) -> None:
         """Where workers serve already, this replica takes requests once it has dialed them: a redeploy loses none."""

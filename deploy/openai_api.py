@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Annotated, Any, Final
 
@@ -38,6 +38,7 @@ from deploy.openai_answers import (
 )
 from deploy.openai_errors import UnknownModel, body, body_of, of_validation, outcome_of, response, response_of
 from deploy.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from deploy.route_page import add_route_page
 from deploy.stream import DONE_EVENT, EventStream, event, unless_gone
 from deploy.tally import Tally
 
@@ -55,10 +56,13 @@ _METRICS: Final[dict[int | str, dict[str, Any]]] = {200: {**_WITH_ID, "content":
 _HEALTH: Final[dict[int | str, dict[str, Any]]] = {200: _WITH_ID, 503: {**_WITH_ID, "model": Health}}
 
 
-def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
+def create_app(
+    service: ApiService, *, ids_are_echoed: bool = False, replicas: Callable[[], Iterable[str]] = tuple
+) -> FastAPI:
     """The app of one ingress replica. Its router must be started on the loop that serves the app.
 
-    `ids_are_echoed`: the server around it answers with the request's x-request-id, as Serve's does.
+    `ids_are_echoed`: the server around it answers with the request's x-request-id, as Serve's does. `replicas`: see
+    deploy/route_page.py.
     """
     app = FastAPI(title="sluice", docs_url=None, redoc_url=None, responses=_RESPONSES)
     app.router.route_class = JsonRoute
@@ -70,16 +74,17 @@ def create_app(service: ApiService, *, ids_are_echoed: bool = False) -> FastAPI:
         ids_are_echoed=ids_are_echoed,
     )
     _add_errors(app, service)
+    add_route_page(app, service.router.route, replicas)
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=_STREAMED)
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
-        generation = await service.complete(body, _tally(service, request))
+        generation = await service.complete(body, _tally(service, request), session=_session(service, request))
         writer = CompletionWriter(generation, body, service.model, service.tokenizer)
         return await _answer(service, request, writer, stream=body.stream)
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=_STREAMED)
     async def chat(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
-        generation = await service.chat(body, _tally(service, request))
+        generation = await service.chat(body, _tally(service, request), session=_session(service, request))
         writer = ChatWriter(generation, body, service.model, service.tokenizer)
         return await _answer(service, request, writer, stream=body.stream)
 
@@ -125,6 +130,11 @@ def _tally(service: ApiService, request: Request) -> Tally:
     """Begins to count the request; whoever ends it finds the tally in its state."""
     request.state.tally = tally = Tally(service.metrics)
     return tally
+
+
+def _session(service: ApiService, request: Request) -> str:
+    """What the client calls its session, where the configuration names a header for it."""
+    return request.headers.get(service.affinity_header, "") if service.affinity_header else ""
 
 
 def _card(service: ApiService) -> ModelCard:

@@ -13,7 +13,7 @@ from tests.support.api import FrontDoor
 
 PATHS = """
 /detokenize /health /metrics /tokenize /v1/chat/completions /v1/completions /v1/embeddings /v1/models
-/v1/models/{name}
+/v1/models/{name} /v1/requests/{answer_id}/route
 """
 
 FIELDS = {

@@ -132,9 +132,8 @@ def test_a_broken_session_goes_on_where_it_ended_or_with_a_dump(words: WordsThre
                     fill(blocks, HASHES[number : number + 1])
                     decode.tell_blocks(lost=True)
                 decode.break_sessions()
-                await eventually(lambda known=num_known: depth(at.router, decode) > known)
-                await eventually(lambda: alive(at, decode) == 1)
-                assert depth(at.router, decode) == num_held(at.router, decode) == num_known + num_batches
+                await eventually(lambda known=num_known + num_batches: depth(at.router, decode) == known)
+                assert num_held(at.router, decode) == num_known + num_batches and alive(at, decode) == 1
             assert [query.last_id for query in decode.queries] == [0, 1, 3]
             assert decode.num_dumps == 2 and gaps(at) == 0  # the first, and the one that replaced what was known
 

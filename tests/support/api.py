@@ -76,12 +76,13 @@ def front_door(
 ) -> Iterator[FrontDoor]:
     """uvicorn in a thread of its own, its router on the same loop."""
     limits = limits or LimitsConfig()
+    routing = RouterConfig(**{"local_prefill": "always", "worker_wait_s": 0.3, **router})
     log = Log.open("ingress", LogConfig(level="error"))
     metrics = Metrics()
     with WordsThread(config=words_config(heartbeat_timeout_s=5.0)) as words:
         service = ApiService(
             router=Router(
-                RouterConfig(**{"local_prefill": "always", "worker_wait_s": 0.3, **router}),
+                routing,
                 limits,
                 words,
                 identity("ingress-0", kind=pb.INGRESS),
@@ -97,6 +98,7 @@ def front_door(
             metrics=metrics,
             log=log,
             api_keys=api_keys,
+            affinity_header=routing.affinity_header,
         )
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
