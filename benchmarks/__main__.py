@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer words engine overhead serving serving-guidellm failures]
+    python -m benchmarks [--only transfer router words engine overhead serving serving-guidellm failures]
                          [--quick] [--json docs/measurements.json]
 
 Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
@@ -30,6 +30,7 @@ QUIET = 0.5  # load average; above it the figures are somebody else's, too
 QUICK: Mapping[str, str] = MappingProxyType(
     {
         "transfer": "--tokens 256 --layers 4 --repeats 1",
+        "router": "--blocks 20000 --decisions 50",
         "words": "--round-trips 50 --steps 20 --sequences 8",
         "engine": "--only jitter --steps 10",
         "overhead": "--requests 3 --warmup 2",

@@ -1,6 +1,6 @@
 """One router's decisions and block events, on one core, without sessions: the code that a replica runs in between.
 
-    python -m benchmarks.router [--blocks 4000000] [--decisions 5000] [--batch 64] [--json FILE]
+    python -m benchmarks.router [--blocks 4000000] [--decisions 2000] [--batch 64] [--json FILE]
 
 32 prefill and 32 decode workers, every pair warm. The prefix index is filled through the feed, batch by batch, and
 grows as it goes; then as much is evicted as stored. A decision is what happens between a request and its Submit: hits
@@ -247,13 +247,13 @@ def measure(num_blocks: int, num_decisions: int, batch: int) -> tuple[list[Figur
             ),
         ]
     figures.append(Figure("hash chain", 1e3 * percentile(chains, 0.5), "ms", note="of 8192 tokens, median"))
-    return figures, {"num_slots": index.num_slots, "num_ways": NUM_WORKERS * (NUM_WORKERS + 1)}
+    return figures, {"num_seats": index.num_seats, "num_ways": NUM_WORKERS * (NUM_WORKERS + 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4_000_000)
-    parser.add_argument("--decisions", type=int, default=5000)
+    parser.add_argument("--decisions", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

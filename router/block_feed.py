@@ -35,7 +35,7 @@ ShardKey = tuple[str, int]  # incarnation, shard
 @dataclass(slots=True)
 class _Stream:
     name: str
-    slot: int
+    seat: int
     session: Session | None = None
     last_id: int = 0
     whole: bool = False
@@ -44,7 +44,7 @@ class _Stream:
 
 
 class _Slice(NamedTuple):
-    slot: int
+    seat: int
     stores: bool
     keys: Keys
 
@@ -60,12 +60,12 @@ class BlockFeed:
         self._later = later
         self._streams: dict[ShardKey, _Stream] = {}
         self._backlog: deque[_Slice] = deque()
-        self.generation = 0  # of slots: rises when a worker gets another one
+        self.generation = 0  # of seats: rises when a worker gets another one
 
-    def slot(self, incarnation: str, shard: int) -> int:
+    def seat(self, incarnation: str, shard: int) -> int:
         """Its bit in the index; -1: nothing is known of it."""
         stream = self._streams.get((incarnation, shard))
-        return -1 if stream is None else stream.slot
+        return -1 if stream is None else stream.seat
 
     @property
     def behind(self) -> bool:
@@ -79,7 +79,7 @@ class BlockFeed:
         for shard in {rank.shard for rank in member.ranks}:
             key = member.incarnation, shard
             if key not in self._streams:
-                self._streams[key] = _Stream(member.name, self.index.open_slot())
+                self._streams[key] = _Stream(member.name, self.index.open_seat())
                 self.generation += 1
             stream = self._streams[key]
             stream.session = session
@@ -97,7 +97,7 @@ class BlockFeed:
         """All that it held vanishes."""
         for key in [key for key in self._streams if key[0] == incarnation]:
             stream = self._streams.pop(key)
-            self._retire(stream.slot)
+            self._retire(stream.seat)
             if all(other.name != stream.name for other in self._streams.values()):  # no successor under its name
                 for gauge in (self._metrics.event_stream_alive, self._metrics.event_lag):
                     gauge.remove(stream.name)
@@ -170,28 +170,28 @@ class BlockFeed:
     # ------------------------------------------------------------ into the index
 
     def _renew(self, stream: _Stream) -> None:
-        self._retire(stream.slot)
-        stream.slot = self.index.open_slot()
+        self._retire(stream.seat)
+        stream.seat = self.index.open_seat()
 
-    def _retire(self, slot: int) -> None:
+    def _retire(self, seat: int) -> None:
         self.generation += 1
-        self.index.retire_slot(slot)
-        self.predicted.forget(slot)
-        self._backlog = deque(each for each in self._backlog if each.slot != slot)
+        self.index.retire_seat(seat)
+        self.predicted.forget(seat)
+        self._backlog = deque(each for each in self._backlog if each.seat != seat)
 
     def _put(self, stream: _Stream, keys: Keys, *, stores: bool) -> None:
         """Now, if it is short and nothing waits before it."""
         idle = not self._backlog
         self._backlog.extend(
-            _Slice(stream.slot, stores, keys[first : first + _SLICE]) for first in range(0, len(keys), _SLICE)
+            _Slice(stream.seat, stores, keys[first : first + _SLICE]) for first in range(0, len(keys), _SLICE)
         )
         if idle and self._backlog:
             self._index_one()
 
     def _index_one(self) -> None:
         if self._backlog:
-            slot, stores, keys = self._backlog.popleft()
-            (self.index.store if stores else self.index.remove)(slot, keys)
+            seat, stores, keys = self._backlog.popleft()
+            (self.index.store if stores else self.index.remove)(seat, keys)
         if self._backlog:
             self._later(self._index_one)
         else:

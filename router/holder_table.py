@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Keys: TypeAlias = NDArray[np.uint64]
-Bits: TypeAlias = NDArray[np.uint64]  # [n, num_words]: bit s of a row says that slot s holds the block
+Bits: TypeAlias = NDArray[np.uint64]  # [n, num_words]: bit s of a row says that seat s holds the block
 Rows: TypeAlias = NDArray[np.int64]
 
-SLOTS_PER_WORD: Final = 64
+SEATS_PER_WORD: Final = 64
 MAX_LOAD: Final = 0.7  # of the rows; above it too many buckets are full
 _LANES: Final = 8
 _LANE_OF_BYTE: Final = np.uint64(0x0001020304050607)
@@ -43,7 +43,7 @@ def _num_filled(lanes: Keys) -> Rows:
 
 
 class HolderTable:
-    """Room for `num_rows` keys below MAX_LOAD, holders of `num_words` * 64 slots. Memory is committed page by page."""
+    """Room for `num_rows` keys below MAX_LOAD, holders of `num_words` * 64 seats. Memory is committed page by page."""
 
     __slots__ = ("_buckets", "_holders", "_mask", "num_used")
 
@@ -127,18 +127,18 @@ class HolderTable:
         bits[rows < 0] = 0
         return bits
 
-    def add(self, keys: Keys, slot: int) -> int:
-        """Says that `slot` holds these blocks; how many of them it did not hold before."""
-        word, bit = divmod(slot, SLOTS_PER_WORD)
+    def add(self, keys: Keys, seat: int) -> int:
+        """Says that `seat` holds these blocks; how many of them it did not hold before."""
+        word, bit = divmod(seat, SEATS_PER_WORD)
         rows = self.insert(keys)
         column, mask = self._holders[:, word], np.uint64(1 << bit)
         before = column[rows]
         column[rows] = before | mask
         return int(np.count_nonzero((before & mask) == 0))
 
-    def discard(self, keys: Keys, slot: int) -> int:
-        """How many of these blocks `slot` held; it holds none of them from now on."""
-        word, bit = divmod(slot, SLOTS_PER_WORD)
+    def discard(self, keys: Keys, seat: int) -> int:
+        """How many of these blocks `seat` held; it holds none of them from now on."""
+        word, bit = divmod(seat, SEATS_PER_WORD)
         rows = self.find(keys)
         rows = rows[rows >= 0]
         column, mask = self._holders[:, word], np.uint64(1 << bit)
@@ -146,9 +146,9 @@ class HolderTable:
         column[rows] = before & ~mask
         return int(np.count_nonzero(before & mask))
 
-    def clear_slot(self, slot: int) -> None:
+    def clear_seat(self, seat: int) -> None:
         """It holds nothing. Looks at every row."""
-        word, bit = divmod(slot, SLOTS_PER_WORD)
+        word, bit = divmod(seat, SEATS_PER_WORD)
         if word < self.num_words:
             self._holders[:, word] &= ~np.uint64(1 << bit)
 
@@ -165,7 +165,7 @@ class HolderTable:
         return bits
 
     def take_rows(self, first: int, last: int, alive: Bits) -> tuple[Keys, Bits]:
-        """Keys of rows `first` up to `last` that some slot of `alive` ([num_words]) holds, and who does; nobody holds
+        """Keys of rows `first` up to `last` that some seat of `alive` ([num_words]) holds, and who does; nobody holds
         them here afterwards."""
         keys = self._buckets.reshape(-1)[first:last]
         bits = self._holders[first:last] & alive
@@ -174,5 +174,5 @@ class HolderTable:
         return keys[held], bits[held]
 
     def widen(self, num_words: int) -> None:
-        """More slots. Copies."""
+        """More seats. Copies."""
         self._holders = np.pad(self._holders, ((0, 0), (0, num_words - self.num_words)))

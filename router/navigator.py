@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from cluster.metrics import Metrics
 from router.block_feed import BlockFeed
 from router.fleet import Fleet
 from router.flight import Flight
+from router.holder_table import Bits, Keys
 from router.offer import Demand
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
@@ -21,6 +23,8 @@ from router.planner import LocalRules, make_plan
 from router.policy import POLICIES
 from router.prefix_index import keys_of, prefix_depths
 from router.route_book import RouteBook
+
+_HEAD_BLOCKS: Final = 4  # are looked up first: of a prompt that nobody knows nothing else is
 
 
 class Navigator:
@@ -46,7 +50,7 @@ class Navigator:
         )
         self._seen = (-1, -1)  # generations of what the next three are made of
         self._pairing = Pairing(())
-        self._slots = np.zeros(0, np.int64)  # of each candidate
+        self._seats = np.zeros(0, np.int64)  # of each candidate
         self._chain_roots: tuple[bytes, ...] = ()
         self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
         self.feed = BlockFeed(metrics, log, later)
@@ -100,9 +104,9 @@ class Navigator:
         if not self.uses_blocks:
             return
         keys = keys_of(flight.hashes(self.root(plan.decode), self._block_size))
-        slots = {self.feed.slot(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
+        seats = {self.feed.seat(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
         if len(keys):
-            self.feed.predicted.add(slots - {-1}, keys, now)
+            self.feed.predicted.add(seats - {-1}, keys, now)
 
     def ended(self, flight: Flight) -> None:
         """What was found in the caches of the last attempt, beside what was expected."""
@@ -133,23 +137,27 @@ class Navigator:
         if seen != self._seen:
             self._seen = seen
             self._pairing = Pairing(candidates)
-            self._slots = np.array([self.feed.slot(c.incarnation, c.shard) for c in candidates], np.int64)
+            self._seats = np.array([self.feed.seat(c.incarnation, c.shard) for c in candidates], np.int64)
             self._chain_roots = tuple({self.root(c): None for c in candidates})
         else:
             self._pairing.read_rates(candidates)
         return candidates
 
+    def _holders(self, keys: Keys, now: float) -> Bits:
+        bits = self.feed.index.holders(keys)
+        self.feed.predicted.add_holders(keys, bits, now)
+        return bits
+
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
-        feed = self.feed
         hits = np.zeros(len(candidates), np.int64)
         for root in self._chain_roots:
             keys = keys_of(flight.hashes(root, self._block_size))
             if not len(keys):
                 continue
-            bits = feed.index.holders(keys)
-            feed.predicted.add_holders(keys, bits, now)
-            depths = prefix_depths(bits)
-            known = np.where(self._slots >= 0, depths[self._slots], 0)
+            depths = prefix_depths(self._holders(keys[:_HEAD_BLOCKS], now))
+            if len(keys) > _HEAD_BLOCKS and depths.max() == _HEAD_BLOCKS:  # otherwise nobody has more
+                depths = prefix_depths(self._holders(keys, now))
+            known = np.where(self._seats >= 0, depths[self._seats], 0)
             hits = np.maximum(hits, known)  # chains of another root are nowhere but with their own workers
         return hits

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from router.holder_table import SLOTS_PER_WORD, Bits, HolderTable, Keys
+from router.holder_table import SEATS_PER_WORD, Bits, HolderTable, Keys
 
 PREDICTED_S: Final = 5.0
 _WINDOW_S: Final = PREDICTED_S / 2
@@ -26,14 +26,14 @@ class _Window(NamedTuple):
 
 
 class Predicted:
-    """Slots are those of the PrefixIndex. `now` is monotonic seconds. One thread."""
+    """Seats are those of the PrefixIndex. `now` is monotonic seconds. One thread."""
 
     def __init__(self) -> None:
         self._windows: deque[_Window] = deque()
 
-    def add(self, slots: Collection[int], keys: Keys, now: float) -> None:
-        """Each of the slots will hold all the keys, which are each there once."""
-        num_words = max(slots, default=0) // SLOTS_PER_WORD + 1
+    def add(self, seats: Collection[int], keys: Keys, now: float) -> None:
+        """Each of the seats will hold all the keys, which are each there once."""
+        num_words = max(seats, default=0) // SEATS_PER_WORD + 1
         self._expire(now)
         newest = self._windows[-1] if self._windows else None
         if newest is None or now - newest.begun_at >= _WINDOW_S or not newest.table.has_room(len(keys)):
@@ -44,14 +44,14 @@ class Predicted:
         if newest.table.num_words < num_words:
             newest.table.widen(num_words)
         bits = np.zeros(num_words, np.uint64)
-        for slot in slots:
-            bits[slot // SLOTS_PER_WORD] |= np.uint64(1 << slot % SLOTS_PER_WORD)
+        for seat in seats:
+            bits[seat // SEATS_PER_WORD] |= np.uint64(1 << seat % SEATS_PER_WORD)
         newest.table.merge(keys, bits[None, :])
 
-    def forget(self, slot: int) -> None:
+    def forget(self, seat: int) -> None:
         """What was predicted of it will not come, or has."""
         for _, table in self._windows:
-            table.clear_slot(slot)
+            table.clear_seat(seat)
 
     def add_holders(self, keys: Keys, bits: Bits, now: float) -> None:
         """Into `bits`, as PrefixIndex.holders makes them of the same keys."""

@@ -3,9 +3,9 @@
 Block hashes are known by their first 8 bytes. Two of four million blocks share them with a probability of 1 in two
 million, and what comes of it is a worker chosen for blocks that it does not have: it computes them.
 
-A *slot* is one shard of one incarnation. What a slot held is gone with it at once: a lookup masks it out. Its number is
+A *seat* is one shard of one incarnation. What a seat held is gone with it at once: a lookup masks it out. Its number is
 used again after the next rebuild. A rebuild moves the rows that somebody holds into another table, some with each
-change, so that no call takes long: it begins when the table is full, or when no slot is free.
+change, so that no call takes long: it begins when the table is full, or when no seat is free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.hashing import HASH_BYTES
-from router.holder_table import SLOTS_PER_WORD, Bits, HolderTable, Keys
+from router.holder_table import SEATS_PER_WORD, Bits, HolderTable, Keys
 
 _MIN_ROWS: Final = 1 << 12
 _MOVED_ROWS: Final = 1 << 10  # by one change, at least
@@ -33,7 +33,7 @@ def keys_of(hashes: bytes | Sequence[bytes]) -> Keys:
 
 
 def prefix_depths(bits: Bits) -> NDArray[np.int64]:
-    """[num_words * 64]: of each slot, how many rows from the first one on it holds without a gap."""
+    """[num_words * 64]: of each seat, how many rows from the first one on it holds without a gap."""
     held = np.bitwise_and.accumulate(bits, axis=0)
     held = held[: int(np.count_nonzero(held.any(axis=1)))]
     each = np.unpackbits(np.ascontiguousarray(held, "<u8").view(np.uint8), axis=1, bitorder="little")
@@ -43,20 +43,20 @@ def prefix_depths(bits: Bits) -> NDArray[np.int64]:
 class PrefixIndex:
     """One thread. Keys of one call are each there once, as they are in a hash chain."""
 
-    def __init__(self, num_slots: int = SLOTS_PER_WORD) -> None:
-        num_words = -(-num_slots // SLOTS_PER_WORD)
+    def __init__(self, num_seats: int = SEATS_PER_WORD) -> None:
+        num_words = -(-num_seats // SEATS_PER_WORD)
         self._table = HolderTable(_MIN_ROWS, num_words)
         self._old: HolderTable | None = None  # being left for `_table`
         self._num_moved = 0  # rows of it
         self._alive = np.zeros(num_words, np.uint64)
-        self._num_held = np.zeros(num_words * SLOTS_PER_WORD, np.int64)
-        self._free = list(range(num_words * SLOTS_PER_WORD - 1, -1, -1))
+        self._num_held = np.zeros(num_words * SEATS_PER_WORD, np.int64)
+        self._free = list(range(num_words * SEATS_PER_WORD - 1, -1, -1))
         self._retired: list[int] = []  # since the rebuild under way began
         self._leaving: list[int] = []  # before it did: free when it is over
 
     @property
     def num_blocks(self) -> int:
-        """Held by living slots; a block counts for each of its holders."""
+        """Held by living seats; a block counts for each of its holders."""
         return int(self._num_held.sum())
 
     @property
@@ -64,37 +64,37 @@ class PrefixIndex:
         return self._table.num_bytes + (self._old.num_bytes if self._old else 0)
 
     @property
-    def num_slots(self) -> int:
+    def num_seats(self) -> int:
         """Length of what `prefix_depths` makes of `holders`."""
         return len(self._num_held)
 
-    def num_held(self, slot: int) -> int:
-        return int(self._num_held[slot])
+    def num_held(self, seat: int) -> int:
+        return int(self._num_held[seat])
 
-    # ------------------------------------------------------------ slots
+    # ------------------------------------------------------------ seats
 
-    def open_slot(self) -> int:
-        """A slot that holds nothing."""
+    def open_seat(self) -> int:
+        """A seat that holds nothing."""
         if not self._free:
-            self._make_slots()
-        slot = self._free.pop()
-        word, bit = divmod(slot, SLOTS_PER_WORD)
+            self._make_seats()
+        seat = self._free.pop()
+        word, bit = divmod(seat, SEATS_PER_WORD)
         self._alive[word] |= np.uint64(1 << bit)
-        return slot
+        return seat
 
-    def retire_slot(self, slot: int) -> None:
+    def retire_seat(self, seat: int) -> None:
         """Nothing of it is found from now on."""
-        word, bit = divmod(slot, SLOTS_PER_WORD)
+        word, bit = divmod(seat, SEATS_PER_WORD)
         self._alive[word] &= ~np.uint64(1 << bit)
-        self._num_held[slot] = 0
-        self._retired.append(slot)
+        self._num_held[seat] = 0
+        self._retired.append(seat)
 
-    def _make_slots(self) -> None:
-        """One word more. A rebuild widens the rows, and brings back the retired slots."""
-        first, num_words = self.num_slots, len(self._alive) + 1
-        self._free = list(range(first + SLOTS_PER_WORD - 1, first - 1, -1))
+    def _make_seats(self) -> None:
+        """One word more. A rebuild widens the rows, and brings back the retired seats."""
+        first, num_words = self.num_seats, len(self._alive) + 1
+        self._free = list(range(first + SEATS_PER_WORD - 1, first - 1, -1))
         self._alive = np.append(self._alive, np.uint64(0))
-        self._num_held = np.append(self._num_held, np.zeros(SLOTS_PER_WORD, np.int64))
+        self._num_held = np.append(self._num_held, np.zeros(SEATS_PER_WORD, np.int64))
         if self._old is None:
             self._begin_rebuild(0)
         else:
@@ -102,19 +102,19 @@ class PrefixIndex:
 
     # ------------------------------------------------------------ changes
 
-    def store(self, slot: int, keys: Keys) -> None:
+    def store(self, seat: int, keys: Keys) -> None:
         if not self._table.has_room(len(keys)):
             self._begin_rebuild(len(keys))
         if self._old is not None:
             self._table.merge(keys, self._old.take(keys) & self._alive[: self._old.num_words])
-        self._num_held[slot] += self._table.add(keys, slot)
+        self._num_held[seat] += self._table.add(keys, seat)
         self._move(len(keys))
 
-    def remove(self, slot: int, keys: Keys) -> None:
-        num_removed = self._table.discard(keys, slot)
-        if self._old is not None and slot < self._old.num_words * SLOTS_PER_WORD:
-            num_removed += self._old.discard(keys, slot)
-        self._num_held[slot] -= num_removed
+    def remove(self, seat: int, keys: Keys) -> None:
+        num_removed = self._table.discard(keys, seat)
+        if self._old is not None and seat < self._old.num_words * SEATS_PER_WORD:
+            num_removed += self._old.discard(keys, seat)
+        self._num_held[seat] -= num_removed
         self._move(len(keys))
 
     def _begin_rebuild(self, num_more: int) -> None:
@@ -146,7 +146,7 @@ class PrefixIndex:
     # ------------------------------------------------------------ looking up
 
     def holders(self, keys: Keys) -> Bits:
-        """[n, num_words]: which living slots hold each block."""
+        """[n, num_words]: which living seats hold each block."""
         bits = self._table.holders(keys)
         if self._old is not None:
             older = self._old.holders(keys)

@@ -101,8 +101,8 @@ async def known(router: Router) -> dict[str, int]:
     counts: dict[str, int] = {}
     for incarnation, answer in (await router.load()).items():
         num_cached = sum(group.cached for group in answer.load.groups)
-        slot = feed.slot(incarnation, 0)
-        num_held = feed.index.num_held(slot) if slot >= 0 and not feed.behind else -1
+        seat = feed.seat(incarnation, 0)
+        num_held = feed.index.num_held(seat) if seat >= 0 and not feed.behind else -1
         counts[incarnation] = num_held if num_held == num_cached else -1
     return counts
 
@@ -196,7 +196,7 @@ def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainClu
             follow(other, cluster)
             for router in routers:
                 await cluster.until(
-                    lambda router=router: router._navigator.feed.slot(victim.incarnation, 0) < 0, "it is forgotten"
+                    lambda router=router: router._navigator.feed.seat(victim.incarnation, 0) < 0, "it is forgotten"
                 )
             assert 0 < metrics.value("sluice_router_indexed_blocks") < before
             assert num_alive(metrics) == 3
@@ -209,5 +209,5 @@ def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainClu
 def holds(router: Router, incarnation: str, keys: object) -> list[bool]:
     """Of each block, whether the index says that this worker holds it."""
     feed = router._navigator.feed
-    word, bit = divmod(feed.slot(incarnation, 0), 64)
+    word, bit = divmod(feed.seat(incarnation, 0), 64)
     return [bool(int(bits[word]) >> bit & 1) for bits in feed.index.holders(keys)]  # type: ignore[arg-type]

@@ -36,13 +36,13 @@ def fill(blocks: BlockManager, hashes: list[bytes]) -> list[int]:
 
 def depth(router: Router, worker: ScriptedWorker, hashes: list[bytes] = HASHES) -> int:
     feed = router._navigator.feed
-    slot = feed.slot(worker.incarnation, 0)
-    return 0 if slot < 0 else int(prefix_depths(feed.index.holders(keys_of(hashes)))[slot])
+    seat = feed.seat(worker.incarnation, 0)
+    return 0 if seat < 0 else int(prefix_depths(feed.index.holders(keys_of(hashes)))[seat])
 
 
 def num_held(router: Router, worker: ScriptedWorker) -> int:
     feed = router._navigator.feed
-    return feed.index.num_held(feed.slot(worker.incarnation, 0))
+    return feed.index.num_held(feed.seat(worker.incarnation, 0))
 
 
 def alive(at: Desk, worker: ScriptedWorker) -> float:
@@ -79,7 +79,7 @@ def test_a_dump_then_changes_then_the_end(words: WordsThread, stage: Stage) -> N
             at.router.update_membership(membership(other, version=2))
             await eventually(lambda: at.metrics.value("sluice_router_indexed_blocks") == 0)
             assert depth(at.router, decode) == 0
-            assert at.router._navigator.feed.slot(decode.incarnation, 0) == -1
+            assert at.router._navigator.feed.seat(decode.incarnation, 0) == -1
 
     play(scene)
 

@@ -1,4 +1,4 @@
-"""The prefix index against sets in a dict, whatever happens to slots and blocks, rebuilds included."""
+"""The prefix index against sets in a dict, whatever happens to seats and blocks, rebuilds included."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from router.prefix_index import PrefixIndex, keys_of, prefix_depths
 
 
 class PlainIndex:
-    """The same, from slot to the set of its keys."""
+    """The same, from seat to the set of its keys."""
 
     def __init__(self) -> None:
         self.held: dict[int, set[int]] = {}
 
-    def depth(self, slot: int, keys: Sequence[int]) -> int:
-        return next((i for i, key in enumerate(keys) if key not in self.held[slot]), len(keys))
+    def depth(self, seat: int, keys: Sequence[int]) -> int:
+        return next((i for i, key in enumerate(keys) if key not in self.held[seat]), len(keys))
 
 
 def depths(index: PrefixIndex, keys: Keys) -> dict[int, int]:
-    """By slot, those with none left out."""
-    return {slot: int(depth) for slot, depth in enumerate(prefix_depths(index.holders(keys))) if depth}
+    """By seat, those with none left out."""
+    return {seat: int(depth) for seat, depth in enumerate(prefix_depths(index.holders(keys))) if depth}
 
 
 def as_keys(numbers: Sequence[int]) -> Keys:
@@ -53,51 +53,51 @@ def test_it_agrees_with_sets_whatever_happens(
 ) -> None:
     index, plain = PrefixIndex(), PlainIndex()
     for filler in range(num_fillers):  # near the next rebuild
-        slot = index.open_slot()
-        index.store(slot, np.arange(1, 900, dtype=np.uint64) + np.uint64(1000 * filler + 10**9))
-        index.retire_slot(slot)
+        seat = index.open_seat()
+        index.store(seat, np.arange(1, 900, dtype=np.uint64) + np.uint64(1000 * filler + 10**9))
+        index.retire_seat(seat)
     for kind, which, numbers in steps:
-        slots = list(plain.held)
+        seats = list(plain.held)
         if kind == "open":
-            slot = index.open_slot()
-            assert slot not in plain.held and index.num_held(slot) == 0
-            plain.held[slot] = set()
-        elif slots:
-            slot = slots[which % len(slots)]
+            seat = index.open_seat()
+            assert seat not in plain.held and index.num_held(seat) == 0
+            plain.held[seat] = set()
+        elif seats:
+            seat = seats[which % len(seats)]
             if kind == "store":
-                index.store(slot, as_keys(numbers))
-                plain.held[slot] |= set(numbers)
+                index.store(seat, as_keys(numbers))
+                plain.held[seat] |= set(numbers)
             elif kind == "remove":
-                index.remove(slot, as_keys(numbers))
-                plain.held[slot] -= set(numbers)
+                index.remove(seat, as_keys(numbers))
+                plain.held[seat] -= set(numbers)
             else:
-                index.retire_slot(slot)
-                del plain.held[slot]
-        expected = {slot: plain.depth(slot, chain) for slot in plain.held}
-        assert depths(index, as_keys(chain)) == {slot: depth for slot, depth in expected.items() if depth}
+                index.retire_seat(seat)
+                del plain.held[seat]
+        expected = {seat: plain.depth(seat, chain) for seat in plain.held}
+        assert depths(index, as_keys(chain)) == {seat: depth for seat, depth in expected.items() if depth}
     assert index.num_blocks == sum(len(keys) for keys in plain.held.values())
-    assert [index.num_held(slot) for slot in plain.held] == [len(keys) for keys in plain.held.values()]
+    assert [index.num_held(seat) for seat in plain.held] == [len(keys) for keys in plain.held.values()]
 
 
-def test_slots_come_and_go_while_rows_move() -> None:
-    """More slots than a word has, each used again after a rebuild; nothing of a retired one is ever found."""
+def test_seats_come_and_go_while_rows_move() -> None:
+    """More seats than a word has, each used again after a rebuild; nothing of a retired one is ever found."""
     random, numbers, index = Random(0), np.random.default_rng(0), PrefixIndex()
     held: dict[int, Keys] = {}
     most = 0
     for turn in range(500):
-        slot = index.open_slot()
-        assert slot not in held
-        held[slot] = numbers.integers(1, 2**64, 300, np.uint64)
-        index.store(slot, held[slot])
-        most = max(most, slot)
+        seat = index.open_seat()
+        assert seat not in held
+        held[seat] = numbers.integers(1, 2**64, 300, np.uint64)
+        index.store(seat, held[seat])
+        most = max(most, seat)
         if len(held) > 90:
             gone = random.choice(list(held))
-            index.retire_slot(gone)
+            index.retire_seat(gone)
             keys = held.pop(gone)
             assert depths(index, keys) == {}
         if turn % 100 == 0:
-            for slot, keys in held.items():
-                assert depths(index, keys) == {slot: 300}
+            for seat, keys in held.items():
+                assert depths(index, keys) == {seat: 300}
     assert most < 7 * 64  # of 500: numbers are used again
     assert index.num_blocks == 300 * len(held) and index.num_bytes < 8 << 20
 
@@ -105,18 +105,18 @@ def test_slots_come_and_go_while_rows_move() -> None:
 def test_rows_that_nobody_holds_do_not_add_up() -> None:
     """A cache that evicts as much as it stores: the table stays as large as what is held wants it."""
     index = PrefixIndex()
-    slot, keys = index.open_slot(), np.arange(1, 200_001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    seat, keys = index.open_seat(), np.arange(1, 200_001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for first in range(0, len(keys), 500):
-        index.store(slot, keys[first : first + 500])
+        index.store(seat, keys[first : first + 500])
         if first >= 5000:
-            index.remove(slot, keys[first - 5000 : first - 4500])
-    assert index.num_held(slot) == 5000 == index.num_blocks
+            index.remove(seat, keys[first - 5000 : first - 4500])
+    assert index.num_held(seat) == 5000 == index.num_blocks
     assert index.num_bytes < 2_000_000
 
 
 def test_a_prefix_ends_where_a_block_is_missing() -> None:
     index = PrefixIndex()
-    first, second = index.open_slot(), index.open_slot()
+    first, second = index.open_seat(), index.open_seat()
     keys = keys_of(block_hashes(b"root", range(64), 4))
     index.store(first, keys)
     index.store(second, keys[1:])
