@@ -85,7 +85,8 @@ class BlockLog:
         first_kept = self._kept[0].id if self._kept else self.last_id + 1
         if 0 < last_id <= self.last_id and last_id + 1 >= first_kept:
             known = _Batch(last_id, cleared=False, removed=(), stored=())
-            return [each.wire(self._shard) for each in (known, *self._kept) if each.id >= last_id]
+            missing = (each for each in self._kept if each.id > last_id)
+            return [each.wire(self._shard) for each in (known, *missing)]
         return [self._dump()]
 
     def _dump(self) -> pb.BlockEvents:
