@@ -173,6 +173,9 @@ class HttpConfig(Section):
     """Requests Serve lets into one replica; above `limits.max_requests`, so that ours is the limit that answers."""
     request_timeout_s: Seconds = 300.0
     """Deadline of a request that names none, and the longest that a request may name."""
+    api_keys_file: str | None = None
+    """File on every node of ingress replicas with a line NAME KEY or NAME sha256:HEXDIGITS per client; none: no key is
+    asked for."""
     drain_s: Seconds = 300.0
     """How long a stopping replica lets open requests end; not less than `request_timeout_s`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from cluster.config import HttpConfig, LimitsConfig
@@ -12,6 +12,7 @@ from cluster.errors import InvalidRequest, RequestTooLong
 from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.request import Grammar, Pooling, SamplingParams
+from deploy.api_keys import ApiKeys
 from deploy.chat_template import ChatPrompt
 from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
@@ -39,7 +40,7 @@ from router.router import Router
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiService:
-    """One ingress replica, without its HTTP. `api_keys` empty: no key is asked for."""
+    """One ingress replica, without its HTTP. `api_keys` None: no key is asked for."""
 
     router: Router
     tokenizer: Tokenizer | None
@@ -48,7 +49,7 @@ class ApiService:
     limits: LimitsConfig
     metrics: Metrics
     log: Log
-    api_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    api_keys: ApiKeys | None = None
     affinity_header: str | None = None
 
     async def complete(self, body: CompletionRequest, tally: Tally, *, session: str = "") -> Generation:

@@ -18,6 +18,7 @@ from cluster.membership import Membership
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
+from deploy.api_keys import ApiKeys
 from deploy.api_service import ApiService
 from deploy.lifeline import Lifeline
 from deploy.openai_api import create_app
@@ -46,7 +47,7 @@ class Ingress:
         ingress_id = f"ingress-{uuid4().hex[:8]}"
         log = Log.open("ingress", config.log, worker=ingress_id)
         metrics = Metrics()
-        model, tokenizer = await asyncio.to_thread(_read_model, config)
+        model, tokenizer, api_keys = await asyncio.to_thread(_read_files, config)
         self._words = WordsThread(config=config.words).start()
         identity = pb.Identity(kind=pb.INGRESS, name=ingress_id, incarnation=uuid4().hex)
         self._router = Router(
@@ -75,6 +76,7 @@ class Ingress:
                 limits=config.limits,
                 metrics=metrics,
                 log=log,
+                api_keys=api_keys,
                 affinity_header=config.router.affinity_header,
             ),
             ids_are_echoed=True,
@@ -126,5 +128,10 @@ def cluster_secret(config: SluiceConfig) -> bytes:
     return secret.encode()
 
 
-def _read_model(config: SluiceConfig) -> tuple[ServedModel, Tokenizer | None]:
-    return ServedModel.read(config), Tokenizer.load(config.model.path)
+def _read_files(config: SluiceConfig) -> tuple[ServedModel, Tokenizer | None, ApiKeys | None]:
+    keys_file = config.http.api_keys_file
+    return (
+        ServedModel.read(config),
+        Tokenizer.load(config.model.path),
+        None if keys_file is None else ApiKeys.read(keys_file),
+    )

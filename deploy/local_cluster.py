@@ -91,6 +91,7 @@ def environment(directory: Path, base: int, secret_env: str) -> dict[str, str]:
         "RAY_health_check_failure_threshold": "4",
         "RAY_health_check_timeout_ms": "1000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too few for a busy machine
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(base),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(base + 1),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(base + 2),

@@ -16,7 +16,7 @@ MODEL: dict[str, object] = {"model.path": "/models/tiny"}
 # The public surface: a key that goes or changes its name breaks somebody's file.
 KEYS = """
 controller.check_s controller.drain_timeout_s controller.ingress_lease_s controller.start_timeout_s
-http.drain_s http.host http.max_ongoing_requests http.port http.replicas http.request_timeout_s
+http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas http.request_timeout_s
 kv.block_size kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
 limits.max_body_bytes limits.max_prompt_tokens limits.max_requests limits.max_samples
 log.format log.level

@@ -6,6 +6,7 @@ What is wrong with a request itself is sent to the public port, in the folder be
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 
 import httpx
 import openai
@@ -13,6 +14,7 @@ import pytest
 
 from cluster.config import LimitsConfig
 from cluster.protos import worker_pb2 as pb
+from deploy.api_keys import ApiKeys
 from deploy.tokenizer import Tokenizer
 from tests.support.api import PROMPT, FrontDoor, complete, error, front_door
 from tests.support.scripted_worker import FOREVER, Action, Fail, Say, ScriptedWorker, Wait
@@ -41,14 +43,16 @@ def test_too_long_is_413(door: FrontDoor, tokenizer: Tokenizer, worker: Scripted
 
 
 def test_a_wrong_key_is_401(tokenizer: Tokenizer, worker: ScriptedWorker) -> None:
-    with front_door(tokenizer, api_keys=frozenset({"right", "other"})) as door:
+    right = "a right key, quite long".replace(" ", "-")
+    keys = ApiKeys({"ann": sha256(right.encode()).digest(), "bob": sha256(b"another").digest()})
+    with front_door(tokenizer, api_keys=keys) as door:
         door.connect(worker)
         assert error(complete(door), 401)["code"] == "invalid_api_key"
-        for key in ("wrong", "rightx"):
+        for key in ("wrong", f"{right}x", "ann", sha256(right.encode()).hexdigest()):
             client = openai.OpenAI(base_url=f"{door.url}/v1", api_key=key, max_retries=0)
             with pytest.raises(openai.AuthenticationError):
                 client.completions.create(model="tiny", prompt=PROMPT)
-        client = openai.OpenAI(base_url=f"{door.url}/v1", api_key="right", max_retries=0)
+        client = openai.OpenAI(base_url=f"{door.url}/v1", api_key=right, max_retries=0)
         assert client.completions.create(model="tiny", prompt=PROMPT).choices[0].finish_reason == "length"
         assert httpx.get(f"{door.url}/health").status_code == 200
 

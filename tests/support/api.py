@@ -19,6 +19,7 @@ from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
+from deploy.api_keys import ApiKeys
 from deploy.openai_api import ApiService, create_app
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def front_door(
     *,
     vocab_size: int = 400,
     max_model_len: int = 512,
-    api_keys: frozenset[str] = frozenset(),
+    api_keys: ApiKeys | None = None,
     limits: LimitsConfig | None = None,
     **router: Any,
 ) -> Iterator[FrontDoor]:
