@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test lint setup setup-dev proto
+.PHONY: demo test test-gpu lint setup setup-dev proto
 
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
@@ -16,6 +16,10 @@ else
 	@$(VENV)/python -m pytest -n auto --maxprocesses 4 -m "not cluster"
 	@$(VENV)/python -m pytest -m cluster
 endif
+
+# On a machine with an H100 or H200, after `pip install -e '.[gpu,test]'` beside a CUDA build of torch.
+test-gpu:
+	@$(PYTHON) -m pytest tests/gpu -n 8 $(ARGS)
 
 lint: setup-dev
 	$(VENV)/ruff format --check

@@ -61,8 +61,8 @@ class BalancedExperts:
         self._spec = spec
         self._layer = layer
 
-    def __call__(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        spec, count = self._spec, len(slots)
+    def __call__(self, logits: Tensor, slots: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+        count = len(slots)
         row = spec.chosen + spec.shared
         experts = torch.empty(count, row, dtype=torch.int32, device=slots.device)
         weights = torch.empty(count, row, dtype=torch.float32, device=slots.device)
@@ -83,5 +83,5 @@ class BalancedExperts:
     def num_distinct(self, slots: Tensor) -> int:
         """Experts that the tokens at `slots` use."""
         none = torch.zeros(len(slots), self._spec.num_experts, device=slots.device)
-        experts, _ = self(none, slots)
+        experts, _ = self(none, slots, self._spec)
         return len(experts[:, : self._spec.chosen].unique())

@@ -3,10 +3,10 @@
     python -m benchmarks.engine_gpu --shape v2-lite|qwen3-8b [--workload mixed256|batch1|prefill|decode …]
                                     [--repeats 3] [--profile FOLDER] [--json FILE]
 
-Dummy bf16 weights, prefix cache off, the next step prepared while one runs, at most 256 sequences and 8192 tokens a step, CUDA graphs for decode steps,
-greedy tokens. Experts are those of benchmarks/balanced_experts.py. Prompts are random ids below 100,000 from
-random.Random(0), drawn in this order: 64 tokens to warm up, the 256 prompt lengths and ids of mixed256, its 256 output
-lengths. Medians of --repeats runs after one to warm up.
+Dummy bf16 weights, prefix cache off, at most 256 sequences and 8192 tokens a step, CUDA graphs for decode steps, the
+next step prepared while one runs, greedy tokens. Experts are those of benchmarks/balanced_experts.py. Prompts are
+random ids below 100,000 from random.Random(0), drawn in this order: 64 tokens to warm up, the 256 prompt lengths and
+ids of mixed256, its 256 output lengths. Medians of --repeats runs after one to warm up.
 
 mixed256: 256 requests, 100-1024 tokens in and out; output tokens / time.
 batch1:   context 1024; (time of 321 tokens - time of 65) / 256, in ms.

@@ -8,11 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
+
 _BLOCK = 1024
 
 
 @triton.jit
 def _silu_mul(both_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    follow()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
@@ -27,5 +30,5 @@ def silu_mul(both: Tensor) -> Tensor:
     """[T, 2 I], gates first, contiguous -> [T, I]."""
     rows, size = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, size, dtype=both.dtype, device=both.device)
-    _silu_mul[(rows, triton.cdiv(size, _BLOCK))](both, out, size, BLOCK=_BLOCK, num_warps=4)
+    _silu_mul[(rows, triton.cdiv(size, _BLOCK))](both, out, size, BLOCK=_BLOCK, num_warps=4, launch_pdl=True)
     return out

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
+
 CHUNK = 1024  # entries that are counted together
-_PIECE = 64  # entries that one program places
+_PIECE = 16  # entries that one program places
 _TOKENS = 8  # that one program routes
 
 
@@ -39,6 +41,7 @@ def _route(
     EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    follow()
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     experts = tl.arange(0, EXPERTS)
     exists = (tokens < num_tokens)[:, None] & (experts < NUM_EXPERTS)[None, :]
@@ -142,12 +145,14 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor,
         EXPERTS=triton.next_power_of_2(spec.num_experts),
         TOKENS=_TOKENS,
         num_warps=4,
+        launch_pdl=True,
     )
     return experts, weights
 
 
 @triton.jit
 def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
+    follow()
     chunk = tl.program_id(0)
     entries = chunk * CHUNK + tl.arange(0, CHUNK)
     slots = tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1)
@@ -169,26 +174,30 @@ def _place(
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    follow()
     program = tl.program_id(0)
     chunk = program * PIECE // CHUNK
     slots = tl.arange(0, SLOTS)
     before = tl.zeros([SLOTS], tl.int32)
     total = tl.zeros([SLOTS], tl.int32)
-    for other in range(num_chunks):
-        counts = tl.load(counts_ptr + other * SLOTS + slots)
-        total += counts
-        before += tl.where(other < chunk, counts, 0)
+    for start in range(0, num_chunks, CHUNKS):
+        chunks = start + tl.arange(0, CHUNKS)
+        at = counts_ptr + chunks[:, None] * SLOTS + slots[None, :]
+        counts = tl.load(at, mask=(chunks < num_chunks)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
     total = tl.where(slots < num_slots, total, 0)
     start = tl.cumsum(total, 0) - total
     # Where each entry of the piece goes: the start of its slot, what earlier chunks have of it, what its own has.
     mine = program * PIECE + tl.arange(0, PIECE)
     slot = tl.load(slots_ptr + mine, mask=mine < num_entries, other=SLOTS - 1)
     offset = tl.sum(tl.where(slot[:, None] == slots[None, :], (start + before)[None, :], 0), 1)
-    first = chunk * CHUNK
-    for piece in range(first // PIECE, program + 1):
-        others = piece * PIECE + tl.arange(0, PIECE)
+    for first in range(chunk * CHUNK, program * PIECE + 1, WIDTH):
+        others = first + tl.arange(0, WIDTH)
         their_slots = tl.load(slots_ptr + others, mask=others < num_entries, other=SLOTS - 1)
         earlier = (their_slots[None, :] == slot[:, None]) & (others[None, :] < mine[:, None])
         offset += tl.sum(earlier.to(tl.int32), 1)
@@ -229,7 +238,7 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
     order = torch.empty(num_entries, dtype=torch.int32, device=slots.device)
     tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=slots.device)
-    _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4)
+    _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
     _place[(triton.cdiv(num_entries, _PIECE),)](
         slots,
         counts,
@@ -244,7 +253,10 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         SLOTS=width,
         CHUNK=CHUNK,
         PIECE=_PIECE,
+        WIDTH=256,
+        CHUNKS=min(8, triton.next_power_of_2(chunks)),
         TILE=tile,
         num_warps=4,
+        launch_pdl=True,
     )
     return RowPlan(order, tiles[0], tiles[1], tiles[2], tile)

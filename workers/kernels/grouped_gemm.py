@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.expert_routing import RowPlan
+from workers.kernels.following import follow
 from workers.kernels.tactics import ExpertTactic
 
 
@@ -42,6 +43,7 @@ def _product(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    follow()
     program = tl.program_id(0)
     num_cols = tl.cdiv(outputs, COLS)
     group = program // (GROUP * num_cols)
@@ -154,6 +156,7 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
         SWAP=tactic.swap,
         TMA=tma,
         num_warps=tactic.warps,
+        launch_pdl=True,
         num_stages=tactic.stages,
     )
 
@@ -173,24 +176,38 @@ def down(rows: Tensor, weights: Tensor, plan: RowPlan, tactic: ExpertTactic) -> 
 
 
 @triton.jit
-def _finalize(outs_ptr, weights_ptr, y_ptr, size, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def _finalize(
+    outs_ptr, weights_ptr, base_ptr, y_ptr, size, PER_TOKEN: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr
+):
+    follow()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
     acc = tl.zeros([BLOCK], tl.float32)
+    if BASE:
+        acc += tl.load(base_ptr + token * size + cols, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(PER_TOKEN):
         weight = tl.load(weights_ptr + token * PER_TOKEN + i)
         acc += weight * tl.load(outs_ptr + (token * PER_TOKEN + i) * size + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * size + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def finalize(outs: Tensor, weights: Tensor) -> Tensor:
-    """outs [T * k, d], weights [T, k] fp32 -> [T, d]: each token's weighted sum, in fp32."""
+def finalize(outs: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+    """outs [T * k, d], weights [T, k] fp32, base [T, d] -> [T, d]: each token's weighted sum and its base, in fp32."""
     tokens, per_token = weights.shape
     y = torch.empty(tokens, outs.shape[1], dtype=outs.dtype, device=outs.device)
     block = min(triton.next_power_of_2(outs.shape[1]), 1024)
     _finalize[(tokens, triton.cdiv(outs.shape[1], block))](
-        outs, weights, y, outs.shape[1], PER_TOKEN=per_token, BLOCK=block, num_warps=4
+        outs,
+        weights,
+        y if base is None else base,
+        y,
+        outs.shape[1],
+        PER_TOKEN=per_token,
+        BASE=base is not None,
+        BLOCK=block,
+        num_warps=4,
+        launch_pdl=True,
     )
     return y
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -46,6 +47,7 @@ def _decode(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    follow()
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     length = (tl.load(positions_ptr + sequence) + 1).to(tl.int32)
     num_tiles = tl.cdiv(length, TILE)
@@ -145,6 +147,7 @@ def latent_decode(
         SPLITS=splits,
         ROWS=rows,
         num_warps=tactic.warps,
+        launch_pdl=True,
         num_stages=tactic.stages,
     )
     if splits > 1:

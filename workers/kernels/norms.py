@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
+
 
 @triton.jit
 def _rms_norm(
     x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, size, x_stride, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
 ):
+    follow()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < size
@@ -36,7 +39,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, warps = _launch(x.shape[1])
     _rms_norm[(x.shape[0],)](
-        x, x, weight, out, out, x.shape[1], x.stride(0), eps, HAS_DELTA=False, BLOCK=block, num_warps=warps
+        x,
+        x,
+        weight,
+        out,
+        out,
+        x.shape[1],
+        x.stride(0),
+        eps,
+        HAS_DELTA=False,
+        BLOCK=block,
+        num_warps=warps,
+        launch_pdl=True,
     )
     return out
 
@@ -46,7 +60,18 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     total, out = torch.empty_like(x), torch.empty_like(x)
     block, warps = _launch(x.shape[1])
     _rms_norm[(x.shape[0],)](
-        x, delta, weight, total, out, x.shape[1], x.stride(0), eps, HAS_DELTA=True, BLOCK=block, num_warps=warps
+        x,
+        delta,
+        weight,
+        total,
+        out,
+        x.shape[1],
+        x.stride(0),
+        eps,
+        HAS_DELTA=True,
+        BLOCK=block,
+        num_warps=warps,
+        launch_pdl=True,
     )
     return total, out
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
 
@@ -43,6 +44,7 @@ def _decode(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    follow()
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = (tl.load(positions_ptr + sequence) + 1).to(tl.int32)
     num_tiles = tl.cdiv(length, TILE)
@@ -130,6 +132,7 @@ def paged_decode(
         SPLITS=splits,
         ROWS=max(16, triton.next_power_of_2(group)),
         num_warps=tactic.warps,
+        launch_pdl=True,
         num_stages=tactic.stages,
     )
     if splits > 1:

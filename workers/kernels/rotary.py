@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
+
 _HEADS = 8  # that one program rotates
 
 
@@ -45,6 +47,7 @@ def _rotate_heads(
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    follow()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half: tl.constexpr = DIM // 2
@@ -121,6 +124,7 @@ def rotate_heads(
         NORM=norms is not None,
         HEADS=_HEADS,
         num_warps=4,
+        launch_pdl=True,
     )
 
 
@@ -146,6 +150,7 @@ def _rotate_latents(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    follow()
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = ROPE // 2
     pairs = tl.arange(0, half)
@@ -195,6 +200,7 @@ def _join_keys(
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    follow()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     exists = (heads < NUM_HEADS)[:, None]
@@ -222,6 +228,7 @@ def join_keys(both: Tensor, rope: Tensor, nope: int) -> Tensor:
         ROPE=rope.shape[1],
         HEADS=2 * _HEADS,
         num_warps=4,
+        launch_pdl=True,
     )
     return keys
 
@@ -266,4 +273,5 @@ def rotate_latents(
         BLOCK_SIZE=block_size,
         HEADS=2 * _HEADS,
         num_warps=4,
+        launch_pdl=True,
     )

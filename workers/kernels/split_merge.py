@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.following import follow
+
 
 @triton.jit
 def _merge(parts_ptr, lse_ptr, out_ptr, out_stride, SPLITS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    follow()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = sequence * HEADS + head
     splits, features = tl.arange(0, SPLITS), tl.arange(0, SIZE)
@@ -32,5 +35,13 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> None:
     """
     num_sequences, heads, splits, size = parts.shape
     _merge[(num_sequences, heads)](
-        parts, lse, out, out.stride(0), SPLITS=splits, HEADS=heads, SIZE=size, num_warps=4 if splits * size > 512 else 1
+        parts,
+        lse,
+        out,
+        out.stride(0),
+        SPLITS=splits,
+        HEADS=heads,
+        SIZE=size,
+        num_warps=4 if splits * size > 512 else 1,
+        launch_pdl=True,
     )

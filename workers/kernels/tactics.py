@@ -12,6 +12,8 @@ _MAX_SPLITS = 32
 SINGLE_ENTRIES = 64  # up to here entries are not sorted by expert
 SKINNY_ROWS = 16  # up to here the gates and ups of a dense layer, and the head, are ours; the rest is cuBLAS's
 
+DENSE_TOKENS = 2048  # from here on a shared expert is computed apart from the others
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTactic:
