@@ -24,7 +24,7 @@ from router.offer import Costs, Offer
 def costs_of(offer: Offer, *, prefill_weight: float = 1.0, decode_weight: float = 1.0) -> Costs:
     """Of all ways, those that may not be chosen too."""
     candidates, demand, pairing = offer.candidates, offer.demand, offer.pairing
-    decodes = [candidates[index] for index in pairing.decodes]
+    decodes = [candidates[index] for index in pairing.serving]
     shape = offer.ways.shape
     block_size = demand.block_size
 
@@ -40,7 +40,7 @@ def costs_of(offer: Offer, *, prefill_weight: float = 1.0, decode_weight: float 
     load = np.array([d.num_requests for d in decodes]) * decode_weight + np.maximum(num_missing - room, 0.0)
 
     transfer = np.zeros(shape)
-    blocks_per_s = np.array([candidates[index].prefill_tokens_per_s for index in pairing.sources]) / block_size
+    blocks_per_s = np.array([candidates[index].prefill_tokens_per_s for index in pairing.supplying]) / block_size
     num_bytes = num_missing * np.array([decode.block_bytes for decode in decodes])
     transfer[:, :-1] = num_bytes[:, None] * pairing.s_per_byte * blocks_per_s
     return Costs(prefill, queue, np.broadcast_to(load[:, None], shape), transfer)

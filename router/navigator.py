@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,6 @@ from cluster.metrics import Metrics
 from router.block_feed import BlockFeed
 from router.fleet import Fleet
 from router.flight import Flight
-from router.holder_table import Bits, Keys
 from router.offer import Demand
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
@@ -23,8 +21,6 @@ from router.planner import LocalRules, make_plan
 from router.policy import POLICIES
 from router.prefix_index import keys_of, prefix_depths
 from router.route_book import RouteBook
-
-_HEAD_BLOCKS: Final = 4  # are looked up first: of a prompt that nobody knows nothing else is
 
 
 class Navigator:
@@ -143,21 +139,17 @@ class Navigator:
             self._pairing.read_rates(candidates)
         return candidates
 
-    def _holders(self, keys: Keys, now: float) -> Bits:
-        bits = self.feed.index.holders(keys)
-        self.feed.predicted.add_holders(keys, bits, now)
-        return bits
-
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
+        feed = self.feed
         hits = np.zeros(len(candidates), np.int64)
         for root in self._chain_roots:
             keys = keys_of(flight.hashes(root, self._block_size))
             if not len(keys):
                 continue
-            depths = prefix_depths(self._holders(keys[:_HEAD_BLOCKS], now))
-            if len(keys) > _HEAD_BLOCKS and depths.max() == _HEAD_BLOCKS:  # otherwise nobody has more
-                depths = prefix_depths(self._holders(keys, now))
+            bits = feed.index.holders(keys)
+            feed.predicted.add_holders(keys, bits, now)
+            depths = prefix_depths(bits)
             known = np.where(self._seats >= 0, depths[self._seats], 0)
             hits = np.maximum(hits, known)  # chains of another root are nowhere but with their own workers
         return hits

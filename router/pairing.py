@@ -17,9 +17,9 @@ Floats: TypeAlias = NDArray[np.float64]
 
 class Pairing:
     """Of one list of candidates. m decode workers stand for rows, n sources for columns; `decodes` and `sources` are
-    their indices in the list."""
+    their indices in the list, `serving` and `supplying` the same as plain numbers."""
 
-    __slots__ = ("_rates", "decodes", "nobody_prefills", "readable", "s_per_byte", "serving", "sources")
+    __slots__ = ("_rates", "decodes", "nobody_prefills", "readable", "s_per_byte", "serving", "sources", "supplying")
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         serving = [i for i, c in enumerate(candidates) if Role.DECODE in c.roles and c.connected]
@@ -27,6 +27,7 @@ class Pairing:
         self.decodes: NDArray[np.int64] = np.array(serving, np.int64)
         self.sources: NDArray[np.int64] = np.array(sources, np.int64)
         self.serving = serving
+        self.supplying = sources
         self.nobody_prefills = all(Role.PREFILL not in c.roles for c in candidates)
         self.s_per_byte: Floats = np.zeros((len(serving), len(sources)))
         self.readable: Mask = np.zeros((len(serving), len(sources)), np.bool_)
@@ -40,7 +41,7 @@ class Pairing:
             if self._rates[row] is decode.warm_sources:
                 continue
             self._rates[row] = decode.warm_sources
-            for column, source in enumerate(candidates[index] for index in self.sources):
+            for column, source in enumerate(candidates[index] for index in self.supplying):
                 rate = decode.warm_sources.get(source.incarnation)
                 readable = rate is not None and source.incarnation != decode.incarnation
                 readable = readable and source.compatibility_hash == decode.compatibility_hash

@@ -16,7 +16,7 @@ from router.holder_table import SEATS_PER_WORD, Bits, HolderTable, Keys
 
 PREDICTED_S: Final = 5.0
 _WINDOW_S: Final = PREDICTED_S / 2
-_WINDOW_ROWS: Final = 1 << 17
+_WINDOW_ROWS: Final = 1 << 18
 _MAX_WINDOWS: Final = 4
 
 
