@@ -69,7 +69,7 @@ class LocalApp:
         try:
             serve.run(build({"config_inline": config.model_dump(mode="json")}), name=config.name, route_prefix="/")
         except RuntimeError as error:
-            raise SluiceError(f"the ingress did not start: {error}") from error
+            raise SluiceError(f"the ingress did not start: {_reason(config.name) or error}") from error
 
     def _wait_until_ready(self) -> None:
         """Every replica has answered: two rounds of healthy answers in a row, as many as there are replicas each."""
@@ -155,3 +155,12 @@ def local_app(config: SluiceConfig, progress: Progress) -> Iterator[LocalApp]:
         yield app
     finally:
         app.stop()
+
+
+def _reason(app: str) -> str:
+    """What the replica raised, without the way there."""
+    from ray import serve
+
+    status = serve.status().applications.get(app)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    return " ".join(message.rstrip().rpartition("\n")[2] for message in messages)

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.config import SluiceConfig
 from cluster.config_file import parse
+from cluster.errors import SluiceError
 from cluster.membership import Membership
 from deploy import life
 from deploy.local_app import LocalApp
@@ -110,6 +111,14 @@ def test_a_redeploy_with_another_pool_size_under_load_loses_nothing(app: LocalAp
         load.wait_for(10)
     assert {m.incarnation for m in before.members} < {m.incarnation for m in grown.members}
     assert [m.name for m in grown.members] == ["decode-0", "decode-1", "prefill-0"]
+
+
+def test_a_redeploy_that_cannot_start_says_why_and_changes_nothing(app: LocalApp) -> None:
+    with Load(app.url) as load:
+        load.wait_for(3)
+        with pytest.raises(SluiceError, match=r"http\.api_keys_file: /nowhere cannot be read"):
+            app.redeploy(config(1, http={"port": 0, "replicas": 2, "api_keys_file": "/nowhere"}))
+        load.wait_for(5)
 
 
 def test_deletion_leaves_nothing(app: LocalApp) -> None:
