@@ -25,9 +25,10 @@ from tests.support.plain_cluster import SECRET, PlainCluster, running_cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 BLOCK_SIZE = 16
+NUM_BLOCKS = 48  # of each worker
 SETTINGS = {
     "kv.block_size": BLOCK_SIZE,
-    "kv.num_blocks": 48,
+    "kv.num_blocks": NUM_BLOCKS,
     "scheduler.max_batched_tokens": 96,
     "scheduler.chunk_tokens": 32,
     "router.policy": "kv_aware",
@@ -169,8 +170,13 @@ def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainClu
     async def scene() -> None:
         async with replica(cluster) as (other, metrics):
             routers = (cluster.router, other)
-            for _ in range(6):
+            num_rounds = num_full = 0
+            while num_full < 3:  # rounds that found little room anywhere: they evict
                 await asyncio.gather(*(client(random.choice(routers), random.choice(stems)) for _ in range(8)))
+                most_free = max(answer.load.groups[0].free for answer in (await other.load()).values())
+                num_rounds += 1
+                num_full += most_free <= NUM_BLOCKS // 4
+                assert num_rounds < 60, most_free
             await agree(cluster, *routers)
             async with replica(cluster) as (fresh, _):  # knows dumps only
                 await agree(cluster, fresh)
@@ -184,10 +190,6 @@ def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainClu
                         assert held[0] == held[1] == held[2]
                         num_blocks += sum(held[0])
                 assert num_blocks > 100
-            loads = await other.load()
-            assert all(
-                sum(g.free for g in load.load.groups) < 24 for load in loads.values()
-            )  # caches are full: evicted
             victim = cluster.workers["prefill-0"].member
             assert victim is not None
             before = metrics.value("sluice_router_indexed_blocks")
