@@ -69,10 +69,11 @@ def _show_versions(table: Table) -> None:
 def _show_choices(table: Table) -> None:
     import torch
 
+    from workers.attention.environment import Environment
     from workers.attention.interface import AttentionProblem
-    from workers.attention.resolver import Environment, resolve
+    from workers.attention.resolver import resolve
 
-    environment = Environment.probe(torch.device("cpu"))
+    environment = Environment.probe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     problem = AttentionProblem(
         kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16, scale=128**-0.5
     )

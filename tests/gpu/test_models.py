@@ -155,7 +155,7 @@ def agreement(ours: Tensor, plain: Tensor) -> float:
 
 @torch.inference_mode()
 def test_logits_agree_with_fp32(rank: Rank) -> None:
-    """bf16 sends a token to other experts now and then: as far from fp32 as the plain layers are in bf16, no farther."""
+    """bf16 sends a token to other experts at times: as far from fp32 as plain layers in bf16 are, and no farther."""
     torch.manual_seed(0)
     tokens = torch.randint(0, 1000, (4, 600), device=CUDA)
     logits: list[list[Tensor]] = []

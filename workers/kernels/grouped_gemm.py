@@ -6,7 +6,7 @@ is a tile of its own. Nothing is added atomically: a token's outputs are summed 
 Shapes: T tokens, k slots per token, E slots, d hidden, I inner size, N = T * k rows.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnbound=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch
