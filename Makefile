@@ -8,13 +8,13 @@ VENV = .venv/bin
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
 
-# In parallel what starts no cluster; then the clusters, one after the other. The long form is ARGS=--full.
+# First what starts no cluster, then the clusters, two at a time. The long form is ARGS=--full.
 test: setup
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
 	@$(VENV)/python -m pytest -n auto --maxprocesses 4 -m "not cluster"
-	@$(VENV)/python -m pytest -m cluster
+	@$(VENV)/python -m pytest -n 2 --dist loadgroup -m cluster
 endif
 
 # On a machine with an H100 or H200, after `pip install -e '.[gpu,test]'` beside a CUDA build of torch.

@@ -22,6 +22,7 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+PUBLIC = "tests/deploy/public"
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 
@@ -75,6 +76,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 
 
+def _group(item: pytest.Item) -> str:
+    """Tests that run one after the other in one process, as they share clusters."""
+    return PUBLIC if PUBLIC in item.path.as_posix() else item.path.name
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
@@ -88,5 +94,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("netns") and not has_netns:
             item.add_marker(pytest.mark.skip(reason="needs root and iproute2 for network namespaces"))
         if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))  # one after the other, under -n too
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)  # stable: the quick ones first
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    # Stable: the quick ones first, and the longest group before the other ones.
+    items.sort(key=lambda item: (item.get_closest_marker("cluster") is not None, _group(item) != PUBLIC))

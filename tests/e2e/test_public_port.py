@@ -70,7 +70,7 @@ def whole(found: Targets) -> bool:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=served({"llama", "deepseek-v32"}))
+@pytest.fixture(scope="module", params=served({"deepseek-v32"}))
 def port(request: pytest.FixtureRequest) -> Iterator[PublicPort]:
     config = parse(
         {
@@ -184,7 +184,7 @@ def _check_gauges(worker: Scrape) -> None:
     assert worker.total("sluice_words_sessions", peer_kind="worker") == 2
 
 
-@pytest.mark.parametrize("port", ["llama"], indirect=True)
+@pytest.mark.parametrize("port", ["deepseek-v32"], indirect=True)
 def test_killed_processes_are_no_targets_and_their_successors_are(port: PublicPort) -> None:
     """Last in this file."""
     before = port.targets_when(whole, "all seven processes are named")
