@@ -28,6 +28,7 @@ class GrammarQueue:
         self._constraints = constraints
         self._post = post
         self._waiting: dict[Grammar, list[_Waiting]] = {}
+        self._tried: Grammar | None = None  # by those who go on right now
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sluice-grammar")
 
     @property
@@ -46,7 +47,7 @@ class GrammarQueue:
             return False  # whoever reads the parameters says so
         waiting = self._waiting.get(grammar)
         if waiting is None:
-            if self._constraints.knows(grammar):
+            if grammar == self._tried or self._constraints.knows(grammar):
                 return False
             waiting = self._waiting[grammar] = []
             self._thread.submit(self._compile, self._constraints, grammar)
@@ -76,5 +77,8 @@ class GrammarQueue:
             self._post(lambda: self._go_on(grammar))
 
     def _go_on(self, grammar: Grammar) -> None:
+        """Whether there is a verdict or not: who waited once does not wait again."""
+        self._tried = grammar
         for each in self._waiting.pop(grammar):
             each.resume()
+        self._tried = None

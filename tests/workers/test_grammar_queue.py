@@ -82,3 +82,20 @@ def test_what_needs_no_verdict_does_not_wait(desk: Desk) -> None:
     without = GrammarQueue(None, desk.inbox.put)
     assert not without.holds("s", RequestKey("x", 1), SamplingParams(grammar=RED).wire(), lambda: None)
     without.stop()
+
+
+def test_who_waited_once_does_not_wait_again(desk: Desk) -> None:
+    """The verdict may be forgotten by then, or there never was one."""
+    sampling = SamplingParams(grammar=RED).wire()
+    asked_again: list[bool] = []
+
+    def resume() -> None:
+        asked_again.append(desk.queue.holds("s", RequestKey("a", 1), sampling, resume))
+
+    assert desk.queue.holds("s", RequestKey("a", 1), sampling, resume)
+    go_on = desk.inbox.get(timeout=30)
+    desk.compiler._verdicts.clear()
+    go_on()
+    assert asked_again == [False] and desk.queue.num_waiting == 0
+    assert desk.holds("later", RED)
+    desk.verdicts(1)
