@@ -81,6 +81,7 @@ def _group(item: pytest.Item) -> str:
     return PUBLIC if PUBLIC in item.path.as_posix() else item.path.name
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
