@@ -14,7 +14,7 @@ ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
 	@$(VENV)/python -m pytest -n auto --maxprocesses 4 -m "not cluster"
-	@$(VENV)/python -m pytest -n 2 --dist loadgroup -m cluster
+	@$(VENV)/python -m pytest -n 2 -m cluster
 endif
 
 # On a machine with an H100 or H200, after `pip install -e '.[gpu,test]'` beside a CUDA build of torch.

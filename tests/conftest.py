@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch, Ray or transformers are imported by any test, and inherited by the processes tests start.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -22,7 +24,7 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-PUBLIC = "tests/deploy/public"
+PUBLIC = "tests/deploy/public"  # all its files share one cluster
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 
@@ -76,12 +78,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests that run one after the other in one process, as they share clusters."""
-    return PUBLIC if PUBLIC in item.path.as_posix() else item.path.name
+class ByFile(LoadScopeScheduling):
+    """Under xdist, tests of one file run one after the other in one process, as they share clusters."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return PUBLIC if nodeid.startswith(PUBLIC) else nodeid.partition("::")[0]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
@@ -94,7 +101,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("netns") and not has_netns:
             item.add_marker(pytest.mark.skip(reason="needs root and iproute2 for network namespaces"))
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-    # Stable: the quick ones first, and the longest group before the other ones.
-    items.sort(key=lambda item: (item.get_closest_marker("cluster") is not None, _group(item) != PUBLIC))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)  # stable: the quick ones first
