@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from benchmarks.latency import Slo, Summary
 
 _COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
 _GREY = "#868e96"
+_FOOTER_CHARS = 200  # of a line
 _LINES: Sequence[tuple[float, Literal["-", "--"]]] = ((2.0, "-"), (1.2, "--"))  # median, 99th percentile
 
 
@@ -30,7 +32,7 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
         "axes.spines.right": False,
     }
     with pyplot.rc_context({**style, "axes.edgecolor": _GREY, "axes.titleweight": "bold", "axes.titlesize": 10.5}):
-        figure, (first, gap, good) = pyplot.subplots(1, 3, figsize=(11, 3.9), dpi=110)
+        figure, (first, gap, good) = pyplot.subplots(1, 3, figsize=(11, 4.3), dpi=110)
         for label, colour in zip(labels, _COLOURS, strict=False):
             runs = sorted((s for s in summaries if s.label == label and s.rate), key=lambda s: s.rate)
             rates = [run.rate for run in runs]
@@ -88,13 +90,13 @@ def draw(path: Path, summaries: Sequence[Summary], slo: Slo, *, title: str, foot
         figure.legend(
             handles,
             [*labels, "median", "99th percentile"],
-            loc="upper right",
+            loc="upper left",
             ncols=len(handles),
             frameon=False,
-            bbox_to_anchor=(0.995, 0.995),
+            bbox_to_anchor=(0.004, 0.945),
         )
-        figure.text(0.012, 0.015, footer, color=_GREY, fontsize=7.5)
-        figure.tight_layout(rect=(0, 0.035, 1, 0.97), w_pad=2)
+        figure.text(0.012, 0.015, textwrap.fill(footer, _FOOTER_CHARS), color=_GREY, fontsize=7.5)
+        figure.tight_layout(rect=(0, 0.07, 1, 0.92), w_pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         pyplot.close(figure)
