@@ -90,7 +90,7 @@ def port(request: pytest.FixtureRequest) -> Iterator[PublicPort]:
 
 def test_greedy_equals_transformers(port: PublicPort) -> None:
     random = Random(0)
-    prompts = [[random.randrange(1, VOCAB_SIZE) for _ in range(random.randint(100, 160))] for _ in range(16)]
+    prompts = [[random.randrange(1, VOCAB_SIZE) for _ in range(random.randint(100, 160))] for _ in range(40)]
     runs = decided(port.family, tuple(map(tuple, prompts)), 8, NUM_TOKENS)
     answers = port.ask_all([{"prompt": run.prompt, "max_tokens": NUM_TOKENS} for run in runs])
     seen: set[int] = set()
