@@ -85,6 +85,7 @@ class ByFile(LoadScopeScheduling):
         return PUBLIC if nodeid.startswith(PUBLIC) else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
