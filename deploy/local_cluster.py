@@ -30,6 +30,8 @@ OBJECT_STORE_BYTES = 80 << 20  # close to Ray's least; only Serve's small messag
 _MARK = "SLUICE_LOCAL_CLUSTER"  # in the environment of all that belongs to one cluster: its directory
 _WINDOWS = range(21_100, 31_900, 100)  # below the ports that the kernel hands out, above those of words
 _GONE_S = 10.0  # for processes to end by themselves
+_STARTS = 3  # Ray gives its first node 30 s, a constant of its own, which a busy machine may need longer than
+_TOO_SLOW = "timed out during startup"  # in the plain Exception that it raises then
 
 
 class PortWindow:
@@ -142,31 +144,39 @@ class LocalCluster:
         return cluster
 
     def _start_ray(self, num_cpus: int, show_logs: bool, dashboard: bool) -> None:
-        import ray
-        import ray.serve
+        import ray.serve  # noqa: F401  (reads its constants from the environment of this moment)
 
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=dashboard,
-                dashboard_port=self.dashboard_port,
-                object_store_memory=OBJECT_STORE_BYTES,
-                namespace="sluice",
-                log_to_driver=show_logs,
-                logging_level=logging.WARNING if show_logs else logging.ERROR,
-                _temp_dir=str(self.directory),
-                _node_ip_address="127.0.0.1",
-            )
-        except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
-            raise SluiceError(
-                f"Ray did not start: {error}; look for full disks (/tmp, /dev/shm) and little free memory, "
-                "and try `python -m deploy doctor`"
-            ) from error
+        for start in range(1, _STARTS + 1):
+            try:
+                self._init_ray(num_cpus, show_logs, dashboard)
+                break
+            except Exception as error:  # Ray's own kinds, and the plain one
+                if _TOO_SLOW not in str(error) or start == _STARTS:
+                    raise SluiceError(
+                        f"Ray did not start: {error}; look for full disks (/tmp, /dev/shm), little free memory and "
+                        "other work on this machine, and try `python -m deploy doctor`"
+                    ) from error
+                self._end_stragglers(grace_s=0)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray has put its own there, which abort the process
+
+    def _init_ray(self, num_cpus: int, show_logs: bool, dashboard: bool) -> None:
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            dashboard_port=self.dashboard_port,
+            object_store_memory=OBJECT_STORE_BYTES,
+            namespace="sluice",
+            log_to_driver=show_logs,
+            logging_level=logging.WARNING if show_logs else logging.ERROR,
+            _temp_dir=str(self.directory),
+            _node_ip_address="127.0.0.1",
+        )
 
     @property
     def dashboard_port(self) -> int:
@@ -219,9 +229,9 @@ class LocalCluster:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.ports.close()
 
-    def _end_stragglers(self) -> None:
+    def _end_stragglers(self, grace_s: float = _GONE_S) -> None:
         """Ray's processes end after their raylet; what does not is ours to end."""
-        _, left = psutil.wait_procs(self.processes(), timeout=_GONE_S)
+        _, left = psutil.wait_procs(self.processes(), timeout=grace_s)
         for process in [*left, *self.processes()]:
             try:
                 process.kill()
