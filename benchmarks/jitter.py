@@ -23,6 +23,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from benchmarks import checkpoint
+from benchmarks.lone_engine import lone_engine
 from benchmarks.process import ANSWER_S, process, receive
 from benchmarks.report import Figure, percentile, progress
 from cluster import config_file
@@ -135,25 +136,10 @@ def _alone(config: SluiceConfig, load: Load) -> Steady:
 
 def _step_alone(pipe: Connection, config: SluiceConfig, load: Load) -> None:
     """In a process of its own: the parts of a worker, but neither sessions nor any thread beside the engine's."""
-    from kvtransfer import nixl_transport
-    from workers.assembly import WorkerSettings, assemble
     from workers.engine.sequence import Sequence
 
-    nixl_transport.prepare_environment()
-    settings = WorkerSettings(
-        name="alone",
-        incarnation=uuid4().hex,
-        pool=_POOL,
-        resources=config.pools[_POOL],
-        model=config.model,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=SECRET,
-    )
     steps = _time_steps()
-    parts = assemble(settings, lambda done: None)
+    parts = lone_engine(config, _POOL)
     for i, prompt in enumerate(load.prompts()):
         parts.scheduler.add(Sequence(i, RequestKey(str(i), 0), prompt, len(prompt), load.sampling(), arrival=i))
     while parts.engine.has_work:

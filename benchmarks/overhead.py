@@ -31,13 +31,13 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import httpx
 
 from benchmarks import checkpoint
 from benchmarks.arrivals import Arrival
 from benchmarks.client import Endpoint, Sample, ask
+from benchmarks.lone_engine import lone_engine
 from benchmarks.neighbours import Neighbours
 from benchmarks.process import process, receive
 from benchmarks.report import Figure, Report, Setting, percentile, publish
@@ -111,8 +111,7 @@ class Round:
 
 def _answer(pipe: Connection, config: SluiceConfig) -> None:
     """In a process of its own: the parts of a worker, but neither sessions nor any thread beside the engine's."""
-    from kvtransfer import nixl_transport
-    from workers.assembly import Assembly, WorkerSettings, assemble
+    from workers.assembly import Assembly
     from workers.engine.sequence import Sequence as TokenStream
 
     def first_token_s(parts: Assembly, prompt: list[int], num_tokens: int, number: int) -> tuple[float, int]:
@@ -127,20 +126,7 @@ def _answer(pipe: Connection, config: SluiceConfig) -> None:
                 first = time.perf_counter() - start
         return first, stream.prefix_hit_tokens
 
-    nixl_transport.prepare_environment()
-    settings = WorkerSettings(
-        name="alone",
-        incarnation=uuid4().hex,
-        pool=_POOL,
-        resources=config.pools[_POOL],
-        model=config.model,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=b"benchmark",
-    )
-    parts = assemble(settings, lambda done: None)
+    parts = lone_engine(config, _POOL)
     pipe.send("ready")
     number = 0
     while (request := pipe.recv()) is not None:

@@ -4,8 +4,7 @@ aggregated equals transformers, with prefix hits, with preemption, and when a so
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -19,6 +18,7 @@ from cluster.request import FinishReason, Grammar, GrammarKind, Pooling, Samplin
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint, greedy, transformers_model
 from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
 from tests.support.raw_ingress import RawIngress
+from tests.support.served import PATIENT, Served, serving
 from tests.support.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -29,15 +29,13 @@ BLOCK_SIZE = 16
 CHUNK = 32
 TOLERANCE = 2e-4
 SETTINGS = {
+    **PATIENT,
     "model.path": str(checkpoint(FAMILY)),
     "kv.block_size": BLOCK_SIZE,
     "kv.num_blocks": 128,
     "scheduler.max_batched_tokens": 96,
     "scheduler.chunk_tokens": CHUNK,
     "scheduler.max_sequences": 16,
-    "words.heartbeat_timeout_s": 20.0,
-    "words.step_timeout_s": 20.0,  # a busy machine is no failure here
-    "log.level": "error",
 }
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 LOGPROBS = replace(GREEDY, num_logprobs=3)
@@ -50,44 +48,16 @@ def prompts(count: int, seed: int, *, low: int = 20, high: int = 140) -> list[li
     return [[random.randrange(1, VOCAB_SIZE - 1) for _ in range(random.randint(low, high))] for _ in range(count)]
 
 
-class Served:
-    """One cluster, or another: what must be the same in all of them is asked here."""
-
-    def __init__(self, cluster: PlainCluster, runner: asyncio.Runner) -> None:
-        self.cluster = cluster
-        self.runner = runner
-
-    def ask(self, texts: Sequence[list[int]], params: SamplingParams) -> list[Answer]:
-        """All at once."""
-
-        async def together() -> list[Answer]:
-            return await asyncio.gather(*(self.cluster.ask(text, params) for text in texts))
-
-        return self.runner.run(together())
-
-    def total(self, metric: str, pool: str = "") -> float:
-        return self.runner.run(self.cluster.total(metric, pool))
-
-
-@contextmanager
-def serving(
-    more: Mapping[str, object] | None = None, /, *, prefill: int = 0, decode: int = 0, mixed: int = 0
-) -> Iterator[Served]:
-    settings = {**SETTINGS, **(more or {}), "router.local_prefill": "always" if mixed else "never"}
-    with running_cluster(settings, prefill=prefill, decode=decode, mixed=mixed) as (cluster, runner):
-        yield Served(cluster, runner)
-
-
 @pytest.fixture(scope="module")
 def split() -> Iterator[Served]:
-    with serving(prefill=2, decode=2) as served:
+    with serving(SETTINGS, prefill=2, decode=2) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Served]:
     """Aggregated: one worker with both roles."""
-    with serving(mixed=1) as served:
+    with serving(SETTINGS, mixed=1) as served:
         yield served
 
 
@@ -230,7 +200,7 @@ def test_preempted_requests_are_read_once() -> None:
     params = replace(BOTH, max_tokens=40)
     small = {"kv.num_blocks": 26, "kv.prefill_reserve": 0.1}
     for pools in ({"prefill": 1, "decode": 1}, {"mixed": 1}):
-        with serving(small, **pools) as served:
+        with serving({**SETTINGS, **small}, **pools) as served:
             answers = served.ask(texts, params)
             for text, answer in zip(texts, answers, strict=True):
                 assert answer.token_ids == greedy(FAMILY, tuple(text), 40)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from uuid import uuid4
@@ -14,7 +14,8 @@ import pytest
 from cluster.errors import Cancelled
 from cluster.request import SamplingParams
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint
-from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
+from tests.support.plain_cluster import Answer
+from tests.support.served import PATIENT, Served, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -22,6 +23,7 @@ NUM_SAMPLES = 6
 NUM_TOKENS = 40
 BLOCK_SIZE = 16
 SETTINGS = {
+    **PATIENT,
     "model.path": str(checkpoint("llama")),
     "kv.block_size": BLOCK_SIZE,
     "kv.num_blocks": 128,
@@ -29,9 +31,6 @@ SETTINGS = {
     "scheduler.chunk_tokens": 32,
     "scheduler.max_sequences": 16,
     "router.policy": "round_robin",
-    "words.heartbeat_timeout_s": 20.0,
-    "words.step_timeout_s": 20.0,  # a busy machine is no failure here
-    "log.level": "error",
 }
 SEEDED = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.9, top_p=0.95, seed=5)
 
@@ -46,48 +45,32 @@ def cut(length: int) -> tuple[int, int]:
     return length // BLOCK_SIZE, int(length % BLOCK_SIZE > 0)
 
 
-class Served:
-    def __init__(self, cluster: PlainCluster, runner: asyncio.Runner) -> None:
-        self.cluster = cluster
-        self.runner = runner
-
-    def ask(self, text: list[int], params: SamplingParams = SEEDED, *, led: bool) -> list[Answer]:
-        """All samples at once; `led`: the others follow the first."""
-        return self.runner.run(self.samples(text, params, led=led))
-
-    async def samples(self, text: list[int], params: SamplingParams = SEEDED, *, led: bool) -> list[Answer]:
-        await self.cluster.router.clear_cache()
-        leader = uuid4().hex
-        return await asyncio.gather(
-            self.cluster.ask(text, params, leader),
-            *(
-                self.cluster.ask(text, replace(params, sample=sample), leader_id=leader if led else "")
-                for sample in range(1, NUM_SAMPLES)
-            ),
-        )
-
-    def total(self, metric: str, pool: str = "") -> float:
-        return self.runner.run(self.cluster.total(metric, pool))
+def samples_of(served: Served, text: list[int], params: SamplingParams = SEEDED, *, led: bool) -> list[Answer]:
+    """All samples at once; `led`: the others follow the first."""
+    return served.runner.run(samples(served, text, params, led=led))
 
 
-@contextmanager
-def serving(
-    more: Mapping[str, object] | None = None, /, *, prefill: int = 0, decode: int = 0, mixed: int = 0
-) -> Iterator[Served]:
-    settings = {**SETTINGS, **(more or {}), "router.local_prefill": "always" if mixed else "never"}
-    with running_cluster(settings, prefill=prefill, decode=decode, mixed=mixed) as (cluster, runner):
-        yield Served(cluster, runner)
+async def samples(served: Served, text: list[int], params: SamplingParams = SEEDED, *, led: bool) -> list[Answer]:
+    await served.cluster.router.clear_cache()
+    leader = uuid4().hex
+    return await asyncio.gather(
+        served.cluster.ask(text, params, leader),
+        *(
+            served.cluster.ask(text, replace(params, sample=sample), leader_id=leader if led else "")
+            for sample in range(1, NUM_SAMPLES)
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
 def split() -> Iterator[Served]:
-    with serving(prefill=2, decode=2) as served:
+    with serving(SETTINGS, prefill=2, decode=2) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Served]:
-    with serving(mixed=1) as served:
+    with serving(SETTINGS, mixed=1) as served:
         yield served
 
 
@@ -98,7 +81,7 @@ def said(answers: list[Answer]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def independent(whole: Served) -> dict[int, list[list[int]]]:
     """By prompt length: what requests that know nothing of each other say, on one worker."""
-    return {length: said(whole.ask(prompt(length, length), led=False)) for length in (70, 96)}
+    return {length: said(samples_of(whole, prompt(length, length), led=False)) for length in (70, 96)}
 
 
 @pytest.mark.parametrize("length", [70, 96])
@@ -109,7 +92,7 @@ def test_samples_share_the_full_blocks_of_their_prompt(
     before = split.total("sluice_transfer_pulled_blocks_total", "decode")
 
     async def watched() -> tuple[list[Answer], int]:
-        asked = asyncio.ensure_future(split.samples(prompt(length, length), led=True))
+        asked = asyncio.ensure_future(samples(split, prompt(length, length), led=True))
         most = 0
         while not asked.done():
             for answer in (await split.cluster.router.load()).values():
@@ -137,7 +120,7 @@ def test_samples_on_one_worker_compute_their_prompt_once(
     whole: Served, independent: dict[int, list[list[int]]], length: int
 ) -> None:
     before = whole.total("sluice_engine_computed_tokens_total")
-    answers = whole.ask(prompt(length, length), led=True)
+    answers = samples_of(whole, prompt(length, length), led=True)
     assert said(answers) == independent[length]
     rest = length % BLOCK_SIZE or BLOCK_SIZE  # a sequence computes at least the block of its last token
     computed = whole.total("sluice_engine_computed_tokens_total") - before
@@ -150,7 +133,7 @@ def test_samples_that_end_at_their_first_token_and_samples_with_logprobs(
     split: Served, whole: Served, params: SamplingParams
 ) -> None:
     text = prompt(70, 70)
-    alone, led = whole.ask(text, params, led=False), split.ask(text, params, led=True)
+    alone, led = samples_of(whole, text, params, led=False), samples_of(split, text, params, led=True)
     assert said(led) == said(alone)
     for one, other in zip(led, alone, strict=True):
         assert len(one.logprobs) == len(other.logprobs) == (NUM_TOKENS if params.num_logprobs else 0)
@@ -185,8 +168,8 @@ def test_samples_go_on_when_their_leader_is_cancelled(split: Served, independent
 
 def test_preempted_samples_say_the_same(independent: dict[int, list[list[int]]]) -> None:
     for pools in ({"prefill": 1, "decode": 1}, {"mixed": 1}):
-        with serving({"kv.num_blocks": 18, "kv.prefill_reserve": 0.1}, **pools) as served:
-            answers = served.ask(prompt(70, 70), led=True)
+        with serving({**SETTINGS, "kv.num_blocks": 18, "kv.prefill_reserve": 0.1}, **pools) as served:
+            answers = samples_of(served, prompt(70, 70), led=True)
             assert said(answers) == independent[70]
             assert sum(answer.route.preemptions for answer in answers) > 0, "the pool was not full"
             served.runner.run(served.cluster.assert_all_free())
@@ -199,7 +182,7 @@ def test_samples_stay_together_when_their_decode_worker_dies(
     cluster = split.cluster
 
     async def scene() -> tuple[list[Answer], str]:
-        asked = asyncio.ensure_future(split.samples(text, led=True))
+        asked = asyncio.ensure_future(samples(split, text, led=True))
         names = {w.member.incarnation: name for name, w in cluster.workers.items() if w.member}
         while True:
             loads = await cluster.router.load()
