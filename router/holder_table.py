@@ -123,9 +123,22 @@ class HolderTable:
     def holders(self, keys: Keys) -> Bits:
         """[n, num_words], zero where a key has no row."""
         rows = self.find(keys)
-        bits = self._holders[rows]
-        bits[rows < 0] = 0
+        bits = self._holders.take(rows, axis=0, mode="wrap")
+        absent = rows < 0
+        if absent.any():
+            bits[absent] = 0
         return bits
+
+    def is_held(self, key: int, alive: Bits) -> bool:
+        """Whether any seat of `alive` holds one block. Quicker than `holders` of it."""
+        mask = len(self._buckets) - 1
+        home = key & mask
+        while key not in (lanes := self._buckets[home].tolist()):
+            if lanes[-1] == 0:
+                return False
+            home = (home + 1) & mask
+        held = self._holders[home * _LANES + lanes.index(key)] & alive[: self.num_words]
+        return bool(held.any())
 
     def add(self, keys: Keys, seat: int) -> int:
         """Says that `seat` holds these blocks; how many of them it did not hold before."""

@@ -14,11 +14,14 @@ from cluster.metrics import Metrics
 from router.block_feed import BlockFeed
 from router.fleet import Fleet
 from router.flight import Flight
+from router.holding import with_holding
+from router.holder_table import Keys
 from router.offer import Demand
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
 from router.planner import LocalRules, make_plan
 from router.policy import POLICIES
+from router.predicted import mark
 from router.prefix_index import keys_of, prefix_depths
 from router.route_book import RouteBook
 
@@ -49,6 +52,7 @@ class Navigator:
         self._seats = np.zeros(0, np.int64)  # of each candidate
         self._chain_roots: tuple[bytes, ...] = ()
         self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
+        self._last_keys: tuple[list[bytes], int, Keys] = [], 0, keys_of(b"")
         self.feed = BlockFeed(metrics, log, later)
         self.routes = RouteBook(config.policy, config.kept_routes)
 
@@ -71,7 +75,7 @@ class Navigator:
     def plan(self, flight: Flight, now: float) -> Plan | NoPlan:
         candidates = self._candidates()
         request = flight.request
-        return make_plan(
+        plan = make_plan(
             candidates,
             self._policy,
             local=self._local,
@@ -87,19 +91,22 @@ class Navigator:
             ),
             pairing=self._pairing,
         )
+        return plan if isinstance(plan, NoPlan) else with_holding(plan)
 
     def placed(self, flight: Flight, plan: Plan, now: float, *, led: bool) -> None:
         """The request was sent: both workers have more to do, and will hold its blocks. `led`: the plan is that of
         the request that it follows, whose prompt is computed for both."""
         self._fleet.sent(plan.decode, num_requests=1)
         num_hits = 0 if plan.choice is None else plan.choice.num_prefill_hits
+        if plan.holding is not None:
+            num_hits = plan.holding.num_blocks
         self._fleet.sent(plan.prefill, num_tokens=0 if led else flight.num_tokens - num_hits * self._block_size)
         self.routes.placed(flight, plan, leader=flight.request.leader_id if led else "")
         if plan.local_reason is not None:
             self._metrics.local_plans.labels(plan.local_reason).inc()
         if not self.uses_blocks:
             return
-        keys = keys_of(flight.hashes(self.root(plan.decode), self._block_size))
+        keys = self._keys(flight, self.root(plan.decode))
         seats = {self.feed.seat(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
         if len(keys):
             self.feed.predicted.add(seats - {-1}, keys, now)
@@ -136,7 +143,7 @@ class Navigator:
             self._seats = np.array([self.feed.seat(c.incarnation, c.shard) for c in candidates], np.int64)
             self._chain_roots = tuple({self.root(c): None for c in candidates})
         else:
-            self._pairing.read_rates(candidates)
+            self._pairing.read(candidates)
         return candidates
 
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
@@ -144,12 +151,24 @@ class Navigator:
         feed = self.feed
         hits = np.zeros(len(candidates), np.int64)
         for root in self._chain_roots:
-            keys = keys_of(flight.hashes(root, self._block_size))
+            keys = self._keys(flight, root)
+            predictions = feed.predicted.find(keys, now)
+            num_predicted = max((prediction.last for prediction in predictions), default=0)
+            keys = keys[: feed.index.num_worth_reading(keys, num_predicted)]
             if not len(keys):
                 continue
             bits = feed.index.holders(keys)
-            feed.predicted.add_holders(keys, bits, now)
+            mark(bits, predictions)
             depths = prefix_depths(bits)
             known = np.where(self._seats >= 0, depths[self._seats], 0)
             hits = np.maximum(hits, known)  # chains of another root are nowhere but with their own workers
         return hits
+
+    def _keys(self, flight: Flight, root: bytes) -> Keys:
+        """Of the request's full blocks. Those of the last one asked for are kept: a plan asks, then its placing."""
+        hashes = flight.hashes(root, self._block_size)
+        kept, num_hashes, keys = self._last_keys
+        if kept is not hashes or num_hashes != len(hashes):
+            keys = keys_of(hashes)
+            self._last_keys = hashes, len(hashes), keys
+        return keys

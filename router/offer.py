@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.pairing import Floats, Mask, Pairing
+from router.pairing import Floats, Loads, Mask, Pairing, Rates
 from router.plan import Candidate
 
 
@@ -27,14 +27,15 @@ class Demand:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """`ways[row, column]`: decode worker `row` of the pairing may serve, with source `column`; in the last column, by
-    computing the prompt itself. At least one is True."""
+    computing the prompt itself. At least one is True. Loads and rates are those of this moment."""
 
     candidates: Sequence[Candidate]
     pairing: Pairing
     ways: Mask
     demand: Demand
     reusable: NDArray[np.int64]  # of each candidate, blocks of the request that it need not compute
-    queued_tokens: NDArray[np.int64]  # of each candidate
+    loads: Loads
+    rates: Rates
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], pairing: Pairing, ways: Mask, demand: Demand) -> Offer:
@@ -46,7 +47,8 @@ class Offer:
             ways=ways,
             demand=demand,
             reusable=np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size),
-            queued_tokens=np.array([candidate.queued_tokens for candidate in candidates], np.int64),
+            loads=pairing.loads,
+            rates=pairing.rates,
         )
 
     def decode(self, row: int) -> Candidate:
@@ -76,7 +78,12 @@ class Choice:
     offer: Offer
     row: int
     column: int  # n: the decode worker computes the prompt
-    costs: Costs | None = None  # of a policy that counts them
+    count: Callable[[Offer], Costs] | None = None  # of a policy that goes by costs
+
+    @property
+    def costs(self) -> Costs | None:
+        """Term by term, counted when somebody asks."""
+        return self.count(self.offer) if self.count is not None else None
 
     @property
     def is_local(self) -> bool:

@@ -1,52 +1,132 @@
-"""Which decode worker can read from which source, and how fast: kept from plan to plan, since it rarely changes."""
+"""Which decode worker can read from which source, how fast, and what each has to do: kept from plan to plan, since most
+of it is the same in the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Sequence
+from math import inf
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import Role
-from router.plan import Candidate
+from router.plan import Candidate, LocalPrefill
 
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = NDArray[np.float64]
+
+
+class Loads(NamedTuple):
+    """Of each candidate, [k] each. Nobody writes into them: what changes is another Loads."""
+
+    queued_tokens: Floats
+    num_requests: Floats
+    num_available_blocks: Floats  # inf: not told
+    block_bytes: Floats
+    tokens_per_s: Floats  # prefill; 0: not measured
+
+
+class Rates(NamedTuple):
+    """Of each decode worker m and source n, [m, n] each. Nobody writes into them."""
+
+    readable: Mask  # by that decode worker, now
+    s_per_byte: Floats  # 0: not measured
+    tokens_per_byte: Floats  # that the source computes while it is read; 0: not measured
+
+
+class Opening(NamedTuple):
+    """What there is to choose from in one mode of `local_prefill`, whatever the request. Nobody writes into it."""
+
+    bound: Mask  # [m]: computes prompts itself because the configuration says so
+    remote: Mask  # [m, n]
+    usable: Mask  # [m]
+    rows: Mask  # [m]: of them, the better ones
+    ways: Mask  # [m, n + 1] of these rows; the last column: computing the prompt there, for want of a source
+
+    def ways_of(self, rows: Mask) -> tuple[Mask, Mask]:
+        """The better ones of `rows`, and their ways. A remote source, or the local one that the configuration asks
+        for, is better than a fallback."""
+        has_source = np.asarray(self.remote.any(axis=1), np.bool_)
+        better = rows & (has_source | self.bound)
+        rows = better if better.any() else rows
+        return rows, np.column_stack((self.remote & rows[:, None], rows & ~has_source))
 
 
 class Pairing:
     """Of one list of candidates. m decode workers stand for rows, n sources for columns; `decodes` and `sources` are
     their indices in the list, `serving` and `supplying` the same as plain numbers."""
 
-    __slots__ = ("_rates", "decodes", "nobody_prefills", "readable", "s_per_byte", "serving", "sources", "supplying")
+    __slots__ = ("_openings", "_prefills", "_seen", "decodes", "loads", "rates", "serving", "sources", "supplying")
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         serving = [i for i, c in enumerate(candidates) if Role.DECODE in c.roles and c.connected]
         sources = [i for i, c in enumerate(candidates) if Role.PREFILL in c.roles and c.connected]
+        shape = len(serving), len(sources)
         self.decodes: NDArray[np.int64] = np.array(serving, np.int64)
         self.sources: NDArray[np.int64] = np.array(sources, np.int64)
         self.serving = serving
         self.supplying = sources
-        self.nobody_prefills = all(Role.PREFILL not in c.roles for c in candidates)
-        self.s_per_byte: Floats = np.zeros((len(serving), len(sources)))
-        self.readable: Mask = np.zeros((len(serving), len(sources)), np.bool_)
-        self._rates: list[Mapping[str, float] | None] = [None] * len(serving)
-        self.read_rates(candidates)
+        nobody_prefills = all(Role.PREFILL not in c.roles for c in candidates)
+        self._prefills = np.array(
+            [nobody_prefills or Role.PREFILL in candidates[index].roles for index in serving], np.bool_
+        )
+        self.loads = Loads(*np.zeros((len(Loads._fields), len(candidates))))
+        self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros(shape))
+        self._seen: list[Candidate | None] = [None] * len(candidates)
+        self._openings: dict[LocalPrefill, Opening] = {}
+        self.read(candidates)
 
-    def read_rates(self, candidates: Sequence[Candidate]) -> None:
-        """Of the same candidates in the same order: takes over what changed."""
+    def read(self, candidates: Sequence[Candidate]) -> None:
+        """Of the same workers in the same order: takes over what changed."""
+        seen = self._seen
+        changed = [index for index, candidate in enumerate(candidates) if candidate is not seen[index]]
+        if not changed:
+            return
+        loads = np.array(self.loads)
+        slower, other = False, []
+        for index in changed:
+            now, before = candidates[index], seen[index]
+            room = inf if now.num_available_blocks is None else now.num_available_blocks
+            loads[:, index] = now.queued_tokens, now.num_requests, room, now.block_bytes, now.prefill_tokens_per_s
+            slower |= before is None or before.prefill_tokens_per_s != now.prefill_tokens_per_s
+            if before is None or before.warm_sources is not now.warm_sources:
+                other.append(index)
+        self._seen = list(candidates)
+        self.loads = Loads(*loads)
+        if slower or other:
+            self._read_rates(candidates, set(other))
+
+    def _read_rates(self, candidates: Sequence[Candidate], other: Collection[int]) -> None:
+        """`other`: whose warm sources are not those of before."""
+        readable, s_per_byte = self.rates.readable.copy(), self.rates.s_per_byte.copy()
+        sources = [candidates[index] for index in self.supplying]
         for row, index in enumerate(self.serving):
-            decode = candidates[index]
-            if self._rates[row] is decode.warm_sources:
+            if index not in other:
                 continue
-            self._rates[row] = decode.warm_sources
-            for column, source in enumerate(candidates[index] for index in self.supplying):
-                rate = decode.warm_sources.get(source.incarnation)
-                readable = rate is not None and source.incarnation != decode.incarnation
-                readable = readable and source.compatibility_hash == decode.compatibility_hash
-                self.readable[row, column] = readable
-                self.s_per_byte[row, column] = 1 / rate if rate else 0.0
+            decode = candidates[index]
+            warm, incarnation, compatibility = decode.warm_sources, decode.incarnation, decode.compatibility_hash
+            rates = [
+                warm.get(source.incarnation)
+                if source.incarnation != incarnation and source.compatibility_hash == compatibility
+                else None
+                for source in sources
+            ]
+            readable[row] = [rate is not None for rate in rates]
+            s_per_byte[row] = [1 / rate if rate else 0.0 for rate in rates]
+        self._openings.clear()
+        self.rates = Rates(readable, s_per_byte, s_per_byte * self.loads.tokens_per_s[self.sources])
+
+    def opening(self, mode: LocalPrefill) -> Opening:
+        opening = self._openings.get(mode)
+        if opening is None:
+            bound = self._prefills if mode == "always" else np.zeros_like(self._prefills)
+            remote = self.rates.readable & ~bound[:, None]
+            usable = np.asarray(remote.any(axis=1), np.bool_) | (mode != "never")
+            whole = Opening(bound, remote, usable, usable, remote)
+            rows, ways = whole.ways_of(usable)
+            opening = self._openings[mode] = whole._replace(rows=rows, ways=ways)
+        return opening
 
     def rows(self, candidates: Sequence[Candidate], incarnations: Collection[str]) -> Mask:
         """[m]: the decode workers among `incarnations`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class LocalRules:
         """Why decode worker `row` may compute the prompt itself."""
         if bound:
             return LocalReason.CONFIGURED
-        if not offer.pairing.readable[row].any():
+        if not offer.rates.readable[row].any():
             return LocalReason.NO_SOURCE
         return LocalReason.SHORT if self.short(offer)[row] else LocalReason.SATURATED
 
@@ -39,9 +40,8 @@ class LocalRules:
 
     def saturated(self, offer: Offer) -> Mask:
         """[m]: every source that it can read has too much to do."""
-        pairing = offer.pairing
-        queued = offer.queued_tokens[pairing.sources]
-        return ~_any(pairing.readable & (queued < self.saturated_tokens))
+        queued = offer.loads.queued_tokens[offer.pairing.sources]
+        return ~np.asarray((offer.rates.readable & (queued < self.saturated_tokens)).any(axis=1), np.bool_)
 
 
 def make_plan(
@@ -58,40 +58,21 @@ def make_plan(
     """`excluded` incarnations are not chosen for decode; `shunned` ones only when there is no other. `pairing`: of
     these candidates, where the caller has it."""
     pairing = pairing or Pairing(candidates)
-    bound = _bound(candidates, pairing, local)
-    remote = pairing.readable & ~bound[:, None]
-    has_source = _any(remote)
-    usable = has_source | (local.mode != "never")
-    allowed = usable & ~pairing.rows(candidates, excluded) if excluded else usable
-    if not allowed.any():
-        return _explain(candidates, bool(pairing.serving), bool(usable.any()))
-    rows = allowed & ~pairing.rows(candidates, shunned) if shunned else allowed
-    rows = rows if rows.any() else allowed
-    # A remote source, or the local one that the configuration asks for, is better than a fallback.
-    better = rows & (has_source | bound)
-    rows = better if better.any() else rows
-
-    ways = np.empty((remote.shape[0], remote.shape[1] + 1), np.bool_)
-    ways[:, :-1] = remote & rows[:, None]
-    ways[:, -1] = rows & ~has_source
+    opening = pairing.opening(local.mode)
+    if excluded or shunned:
+        allowed = opening.usable & ~pairing.rows(candidates, excluded)
+        rows = allowed & ~pairing.rows(candidates, shunned)
+        rows, ways = opening.ways_of(rows if rows.any() else allowed)
+    else:
+        rows, ways = opening.rows, opening.ways
+    if not rows.any():
+        return _explain(candidates, bool(pairing.serving), bool(opening.usable.any()))
+    if local.mode == "conditional":
+        ways = ways.copy()
     offer = Offer.of(candidates, pairing, ways, demand)
     if local.mode == "conditional":
         ways[:, -1] |= rows & (local.short(offer) | local.saturated(offer))
-    return _planned(policy.choose(offer), local, bound, want_spare=want_spare)
-
-
-def _any(ways: Mask) -> Mask:
-    """[m]: of each row."""
-    return np.asarray(ways.any(axis=1), np.bool_)
-
-
-def _bound(candidates: Sequence[Candidate], pairing: Pairing, local: LocalRules) -> Mask:
-    """[m]: the decode workers that compute prompts themselves because the configuration says so."""
-    if local.mode != "always":
-        return np.zeros(len(pairing.serving), np.bool_)
-    if pairing.nobody_prefills:
-        return np.ones(len(pairing.serving), np.bool_)
-    return np.array([Role.PREFILL in candidates[index].roles for index in pairing.serving], np.bool_)
+    return _planned(policy.choose(offer), local, opening.bound, want_spare=want_spare)
 
 
 def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool) -> Plan:
@@ -101,15 +82,21 @@ def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool
         reason = local.reason(offer, row, bound=bool(bound[row]))
         return Plan(decode=decode, prefill=decode, local_prefill_allowed=True, local_reason=reason, choice=choice)
     prefill = offer.candidates[offer.pairing.sources[choice.column]]
-    spare = _spare(prefill, offer.sources(row)) if want_spare else None
+    spare = _spare(choice, prefill) if want_spare else None
     may_compute = local.mode != "never"
     return Plan(decode=decode, prefill=prefill, spare=spare, local_prefill_allowed=may_compute, choice=choice)
 
 
-def _spare(prefill: Candidate, sources: Sequence[Candidate]) -> Candidate | None:
+def _spare(choice: Choice, prefill: Candidate) -> Candidate | None:
     """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
-    others = [source for source in sources if source is not prefill]
-    return min(others, key=lambda c: (c.queued_tokens, c.num_requests, c.name < prefill.name, c.name), default=None)
+    offer = choice.offer
+    queued = np.where(offer.ways[choice.row, :-1], offer.loads.queued_tokens.take(offer.pairing.sources), inf)
+    queued[choice.column] = inf
+    least = queued.min()
+    if least == inf:
+        return None
+    equal = [offer.candidates[offer.pairing.supplying[column]] for column in (queued == least).nonzero()[0].tolist()]
+    return min(equal, key=lambda c: (c.num_requests, c.name < prefill.name, c.name))
 
 
 def _explain(candidates: Sequence[Candidate], serving: bool, usable: bool) -> NoPlan:

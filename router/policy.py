@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from math import inf
 from random import Random
@@ -12,20 +14,20 @@ from typing import Final
 import numpy as np
 
 from cluster.config import Role, RouterConfig
-from router.cost import costs_of
+from router.cost import Weights, costs_of, total_of
 from router.offer import Choice, Offer, Policy
 from router.plan import Candidate
 
 _EQUAL: Final = 1e-9  # blocks: costs that differ by less are the same
 
 
-class _Staged:
+class _Staged(ABC):
     """The decode worker first, whatever its sources; then a source, unless the worker may compute the prompt itself.
     Requests of one session go where the session is."""
 
+    @abstractmethod
     def pick(self, stage: Role, candidates: Sequence[Candidate]) -> Candidate:
         """One of `candidates`, which are not empty."""
-        raise NotImplementedError
 
     def choose(self, offer: Offer) -> Choice:
         rows = np.flatnonzero(offer.ways.any(axis=1))
@@ -82,8 +84,8 @@ class KvAware:
         affinity_blocks: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self._prefill_weight = prefill_weight
-        self._decode_weight = decode_weight
+        self._weights = Weights(prefill_weight, decode_weight)
+        self._count = partial(costs_of, weights=self._weights)
         self._temperature = temperature
         self._affinity_blocks = affinity_blocks
         self._random = Random(seed)
@@ -91,13 +93,12 @@ class KvAware:
         self._turns: dict[tuple[Role, str, int], int] = {}  # when each worker was last chosen
 
     def choose(self, offer: Offer) -> Choice:
-        costs = costs_of(offer, prefill_weight=self._prefill_weight, decode_weight=self._decode_weight)
-        total = np.where(offer.ways, costs.total, inf)
+        total = np.where(offer.ways, total_of(offer, self._weights), inf)
         least = total.min()
         way = self._home(offer, total, least) if offer.demand.session else None
         if way is None:
             way = self._draw(total, least) if self._temperature else self._cheapest(offer, total, least)
-        choice = Choice(offer, *way, costs)
+        choice = Choice(offer, *way, self._count)
         self._take_turn(choice)
         return choice
 
@@ -120,7 +121,7 @@ class KvAware:
         return divmod(min(drawn, total.size - 1), total.shape[1])
 
     def _cheapest(self, offer: Offer, total: np.ndarray, least: float) -> tuple[int, int]:
-        equal = np.flatnonzero(total <= least + _EQUAL)
+        equal = (total <= least + _EQUAL).ravel().nonzero()[0]
         if len(equal) > 1:
             pairing, candidates = offer.pairing, offer.candidates
             decoded = np.array([self._last(Role.DECODE, candidates[i]) for i in pairing.decodes])

@@ -21,6 +21,7 @@ from router.holder_table import SEATS_PER_WORD, Bits, HolderTable, Keys
 
 _MIN_ROWS: Final = 1 << 12
 _MOVED_ROWS: Final = 1 << 10  # by one change, at least
+_FIRST_STEP: Final = 8  # blocks
 _MOVED_PER_KEY: Final = 8  # rows, so that the old table is empty before the new one is full
 
 
@@ -34,10 +35,19 @@ def keys_of(hashes: bytes | Sequence[bytes]) -> Keys:
 
 def prefix_depths(bits: Bits) -> NDArray[np.int64]:
     """[num_words * 64]: of each seat, how many rows from the first one on it holds without a gap."""
-    held = np.bitwise_and.accumulate(bits, axis=0)
-    held = held[: int(np.count_nonzero(held.any(axis=1)))]
-    each = np.unpackbits(np.ascontiguousarray(held, "<u8").view(np.uint8), axis=1, bitorder="little")
-    return each.sum(axis=0, dtype=np.int64)
+    num_rows, num_words = bits.shape
+    depths = np.zeros(num_words * SEATS_PER_WORD, np.int64)
+    held = np.zeros((num_rows + 1, num_words), np.uint64)
+    np.bitwise_and.accumulate(bits, axis=0, out=held[:-1])
+    for word in range(num_words):
+        lost = held[:-1, word] ^ held[1:, word]  # by those whose prefix ends with this row: few rows, one bit each
+        rows = lost.nonzero()[0]
+        for row, seats in zip(rows.tolist(), lost[rows].tolist(), strict=True):
+            while seats:
+                seat = seats.bit_length() - 1
+                depths[word * SEATS_PER_WORD + seat] = row + 1
+                seats ^= 1 << seat
+    return depths
 
 
 class PrefixIndex:
@@ -151,4 +161,17 @@ class PrefixIndex:
         if self._old is not None:
             older = self._old.holders(keys)
             bits[:, : older.shape[1]] |= older
-        return bits & self._alive
+        bits &= self._alive
+        return bits
+
+    def num_worth_reading(self, keys: Keys, num_known: int = 0) -> int:
+        """After how many of a chain's blocks, at least `num_known`, nobody's prefix goes on. May be too many: it
+        looks at few of them."""
+        step = num_known
+        while step < len(keys):
+            key = int(keys[step])
+            held = self._table.is_held(key, self._alive)
+            if not held and (self._old is None or not self._old.is_held(key, self._alive)):
+                return step
+            step += max(_FIRST_STEP, 3 * (step - num_known))
+        return len(keys)

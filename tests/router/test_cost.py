@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Role, RouterConfig
-from router.cost import costs_of
+from router.cost import Weights, costs_of, total_of
 from router.offer import Choice, Demand, Offer, Policy
 from router.pairing import Pairing
 from router.plan import Candidate, LocalPrefill, LocalReason, Plan
@@ -79,7 +80,7 @@ def test_the_terms_of_a_cost() -> None:
     ]
     wanted = demand(165, [4, 0, 2, 11])
     offer = Offer.of(candidates, Pairing(candidates), np.ones((2, 3), np.bool_), wanted)
-    costs = costs_of(offer, prefill_weight=2.0, decode_weight=0.5)
+    costs = costs_of(offer, Weights(prefill=2.0, decode=0.5))
     assert costs.prefill == pytest.approx(2 * np.array([[8.3125, 0.3125, 6.3125], [8.3125, 0.3125, 10.3125]]))
     assert costs.queue.tolist() == [[2, 20, 0], [2, 20, 4]]
     assert costs.decode.tolist() == [[1.5 + 2] * 3, [0.5] * 3]  # d0 lacks 7 blocks and has room for 5
@@ -137,6 +138,12 @@ def test_the_chosen_way_is_the_cheapest_of_those_that_fit(
         waiting = max(0, missing - (sink.num_available_blocks or 0))
         left = num_tokens / BLOCK - min(hits[len(sinks) + p], reusable)
         return left + source.queued_tokens / BLOCK + sink.num_requests + waiting + moved
+
+    pairing, weights = Pairing(candidates), Weights(prefill=2.0, decode=0.5)
+    for hungry in (wanted, replace(wanted, computes_all=True)):
+        ways = np.ones((len(sinks), len(sources) + 1), np.bool_)
+        offer = Offer.of(candidates, pairing, ways, hungry)
+        assert total_of(offer, weights) == pytest.approx(costs_of(offer, weights).total)
 
     prices = {
         (d, p): price(d, p)
@@ -254,10 +261,11 @@ def test_local_prefill_competes_by_cost() -> None:
 def test_a_kept_pairing_follows_rates() -> None:
     candidates = pool(2, 2)
     pairing = Pairing(candidates)
-    assert pairing.readable.all()
+    assert pairing.rates.readable.all()
     candidates[0] = decode("d0", {"p1": 5.0})
-    pairing.read_rates(candidates)
-    assert pairing.readable.tolist() == [[False, True], [True, True]] and pairing.s_per_byte[0].tolist() == [0, 0.2]
+    pairing.read(candidates)
+    assert pairing.rates.readable.tolist() == [[False, True], [True, True]]
+    assert pairing.rates.s_per_byte[0].tolist() == [0, 0.2]
 
 
 def test_a_choice_says_what_it_counts_on() -> None:
