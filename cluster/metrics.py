@@ -49,6 +49,19 @@ class PullOutcome(StrEnum):
     STUCK = "stuck"  # never completed: blocks quarantined
 
 
+class FetchOutcome(StrEnum):
+    """What became of a prefix that a plan says another worker holds."""
+
+    OK = "ok"
+    PARTIAL = "partial"  # the holder had only some of it
+    REFUSED = "refused"  # the holder had none of it, or did not answer
+    LOST = "lost"  # the holder died, or a read failed: what came before counts
+    CANCELLED = "cancelled"  # the request ended first
+    UNNEEDED = "unneeded"  # it is in the worker's own cache
+    NO_PAIR = "no_pair"  # the holder is not within reach
+    NO_ROOM = "no_room"  # no blocks to fetch into
+
+
 class DropReason(StrEnum):
     """Why a frame about a request was thrown away."""
 
@@ -81,6 +94,15 @@ class Metrics:
         # What clients see; kept by the ingress.
         self.requests = Counter("sluice_ingress_requests", "Requests that ended, by outcome", ["outcome"], registry=r)
         self.open_requests = Gauge("sluice_ingress_open_requests", "Requests that have not ended", registry=r)
+        self.queued_requests = Gauge(
+            "sluice_ingress_queued_requests", "Open requests that wait for their turn", registry=r
+        )
+        self.admission_wait = Histogram(
+            "sluice_ingress_queue_seconds", "Arrival to turn", buckets=_REQUEST_S, registry=r
+        )
+        self.rejections = Counter(
+            "sluice_ingress_rejections", "Requests answered 429, by the limit that they met", ["limit"], registry=r
+        )
         self.ttft = Histogram("sluice_ingress_ttft_seconds", "Arrival to first token", buckets=_REQUEST_S, registry=r)
         self.inter_token = Histogram(
             "sluice_ingress_inter_token_seconds", "Between two tokens of a stream", buckets=_TOKEN_S, registry=r
@@ -148,6 +170,9 @@ class Metrics:
             ["stage", "reason"],
             registry=r,
         )
+        self.handovers = Counter(
+            "sluice_engine_handovers", "Requests that a leaving worker handed over to others", registry=r
+        )
         self.local_prefills = Counter(
             "sluice_engine_local_prefills", "Prompts that a decode worker computed itself", ["reason"], registry=r
         )
@@ -191,6 +216,18 @@ class Metrics:
         )
         self.pulls = Counter("sluice_transfer_pulls", "Reads, by outcome", ["outcome"], registry=r)
         self.pulled_blocks = Counter("sluice_transfer_pulled_blocks", "Blocks read and kept", registry=r)
+        self.fetches = Counter(
+            "sluice_transfer_fetches",
+            "Prefixes to be fetched from a worker that holds them, rather than computed, by outcome",
+            ["outcome"],
+            registry=r,
+        )
+        self.fetched_tokens = Counter(
+            "sluice_transfer_fetched_tokens", "Tokens not computed because their KV was fetched", registry=r
+        )
+        self.lent_blocks = Counter(
+            "sluice_transfer_lent_blocks", "Cached blocks leased to workers that fetch them", registry=r
+        )
         self.spares_used = Counter("sluice_transfer_spares_used", "Requests sent to the spare source", registry=r)
 
         # The words plane.
@@ -210,7 +247,12 @@ class Metrics:
         self.restarts = Counter("sluice_cluster_restarts", "Workers replaced, by pool", ["pool"], registry=r)
 
         # A series that is absent until its first event hides that event from rate(): closed sets start at 0.
-        for metric, labels in ((self.requests, Outcome), (self.pulls, PullOutcome), (self.dropped_frames, DropReason)):
+        for metric, labels in (
+            (self.requests, Outcome),
+            (self.pulls, PullOutcome),
+            (self.fetches, FetchOutcome),
+            (self.dropped_frames, DropReason),
+        ):
             for label in labels:
                 metric.labels(label)
 

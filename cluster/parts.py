@@ -31,7 +31,7 @@ _BULK_PART_BYTES: Final = MAX_FRAME_BYTES - MAX_REQUEST_ID_BYTES - 64
 _NO_KEY: Final = RequestKey("", 0)  # of a large frame that is about no request
 
 # Frame kinds whose `key` names the request they are about.
-_KEYED: Final = frozenset({"submit", "cancel", "kv_request", "ticket", "release", "kv_failed", "part"})
+_KEYED: Final = frozenset({"submit", "cancel", "kv_request", "held_request", "ticket", "release", "kv_failed", "part"})
 
 
 def frame_key(frame: pb.Frame) -> RequestKey | None:

@@ -14,8 +14,8 @@ from cluster.metrics import Metrics
 from router.block_feed import BlockFeed
 from router.fleet import Fleet
 from router.flight import Flight
-from router.holding import with_holding
 from router.holder_table import Keys
+from router.holding import with_holding
 from router.offer import Demand
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
@@ -92,6 +92,13 @@ class Navigator:
             pairing=self._pairing,
         )
         return plan if isinstance(plan, NoPlan) else with_holding(plan)
+
+    def num_uncached(self, flight: Flight, now: float) -> int:
+        """Tokens of the request that some worker has to compute at least."""
+        if not self.uses_blocks or flight.request.sampling.needs_whole_prompt:
+            return flight.num_tokens
+        hits = self._hits(self._candidates(), flight, now)
+        return max(1, flight.num_tokens - int(hits.max(initial=0)) * self._block_size)
 
     def placed(self, flight: Flight, plan: Plan, now: float, *, led: bool) -> None:
         """The request was sent: both workers have more to do, and will hold its blocks. `led`: the plan is that of

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
@@ -59,6 +59,16 @@ class LocalReason(StrEnum):
     SATURATED = "saturated"  # every source has too much to do
 
 
+class Holding(NamedTuple):
+    """A worker with the first `num_blocks` blocks of a request in its cache."""
+
+    holder: Candidate
+    num_blocks: int
+
+    def wire(self) -> pb.Holding:
+        return pb.Holding(holder=self.holder.ref, num_blocks=self.num_blocks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Prefill and decode on one worker is the aggregated mode."""
@@ -66,6 +76,7 @@ class Plan:
     decode: Candidate
     prefill: Candidate
     spare: Candidate | None = None
+    holding: Holding | None = None  # from whom `prefill` fetches rather than computes
     local_prefill_allowed: bool = False
     local_reason: LocalReason | None = None  # None: prefill is remote
     choice: Choice | None = field(default=None, compare=False, repr=False)  # what there was to choose from
@@ -74,6 +85,8 @@ class Plan:
         prefill = pb.StagePlan(stage=pb.PREFILL, worker=self.prefill.ref)
         if self.spare is not None:
             prefill.spare.CopyFrom(self.spare.ref)
+        if self.holding is not None:
+            prefill.holding.CopyFrom(self.holding.wire())
         return pb.Plan(
             stages=[prefill, pb.StagePlan(stage=pb.DECODE, worker=self.decode.ref)],
             local_prefill_allowed=self.local_prefill_allowed,

@@ -124,12 +124,13 @@ class Lingering:
     def add(self, key: RequestKey, session: Session, ask: int, reads: set[int]) -> None:
         self._asks[key] = (session, ask, reads)
 
-    def ended(self, key: RequestKey, pull_id: int) -> None:
-        """A read that no request waits for is over."""
+    def ended(self, key: RequestKey, pull_id: int) -> bool:
+        """A read is over; whether it was one of these."""
         if key not in self._asks:
-            return
+            return False
         session, ask, reads = self._asks[key]
         reads.discard(pull_id)
         if not reads:
             del self._asks[key]
             session.send(pb.Frame(release=pb.Release(key=key.wire(), ask=ask)))
+        return True

@@ -288,14 +288,36 @@ class WorkerRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., shard: _Optional[int] = ...) -> None: ...
 
 class StagePlan(_message.Message):
-    __slots__ = ("stage", "worker", "spare")
+    __slots__ = ("stage", "worker", "spare", "holding")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     SPARE_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
     stage: Stage
     worker: WorkerRef
     spare: WorkerRef
-    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., spare: _Optional[_Union[WorkerRef, _Mapping]] = ...) -> None: ...
+    holding: Holding
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., spare: _Optional[_Union[WorkerRef, _Mapping]] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("holder", "num_blocks")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    holder: WorkerRef
+    num_blocks: int
+    def __init__(self, holder: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class Fetched(_message.Message):
+    __slots__ = ("holder", "blocks", "bytes", "seconds")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    holder: WorkerRef
+    blocks: int
+    bytes: int
+    seconds: float
+    def __init__(self, holder: _Optional[_Union[WorkerRef, _Mapping]] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("stages", "local_prefill_allowed")
@@ -380,7 +402,7 @@ class StepTokens(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceTokens, _Mapping]]] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s")
+    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s", "fetched")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_PID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -399,6 +421,7 @@ class Route(_message.Message):
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     decode: WorkerRef
     decode_pid: int
     prefill: WorkerRef
@@ -417,10 +440,11 @@ class Route(_message.Message):
     recomputed_tokens: int
     queue_s: float
     prefill_s: float
-    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    fetched: Fetched
+    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class KvRequest(_message.Message):
-    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask")
+    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -431,6 +455,7 @@ class KvRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     ASK_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     shard: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -441,7 +466,20 @@ class KvRequest(_message.Message):
     priority: int
     deadline_ms: int
     ask: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ...) -> None: ...
+    holding: Holding
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ...) -> None: ...
+
+class HeldRequest(_message.Message):
+    __slots__ = ("key", "shard", "first_block", "block_hashes")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    key: RequestKey
+    shard: int
+    first_block: int
+    block_hashes: bytes
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., first_block: _Optional[int] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class BlockRun(_message.Message):
     __slots__ = ("group", "first_index", "block_ids", "generations")
@@ -466,7 +504,7 @@ class Handoff(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s", "ask", "prompt_logprobs", "first_prompt_logprob")
+    __slots__ = ("key", "chunk", "runs", "num_tokens", "last", "handoff", "prefix_hit_tokens", "pid", "queue_s", "compute_s", "ask", "prompt_logprobs", "first_prompt_logprob", "fetched")
     KEY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
@@ -480,6 +518,7 @@ class Ticket(_message.Message):
     ASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FIRST_PROMPT_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     chunk: int
     runs: _containers.RepeatedCompositeFieldContainer[BlockRun]
@@ -493,7 +532,8 @@ class Ticket(_message.Message):
     ask: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     first_prompt_logprob: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., ask: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ...) -> None: ...
+    fetched: Fetched
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., chunk: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[BlockRun, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., last: _Optional[bool] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., prefix_hit_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., ask: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("key", "ask")
@@ -679,7 +719,7 @@ class AdminResponse(_message.Message):
     def __init__(self, id: _Optional[int] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response", "block_query")
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "held_request", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response", "block_query")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
@@ -696,6 +736,7 @@ class Frame(_message.Message):
     TICKET_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     KV_FAILED_FIELD_NUMBER: _ClassVar[int]
+    HELD_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_QUERY_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_OFFER_FIELD_NUMBER: _ClassVar[int]
     LOAD_REPORT_FIELD_NUMBER: _ClassVar[int]
@@ -718,13 +759,14 @@ class Frame(_message.Message):
     ticket: Ticket
     release: Release
     kv_failed: KvFailed
+    held_request: HeldRequest
     transport_query: TransportQuery
     transport_offer: TransportOffer
     load_report: LoadReport
     admin_request: AdminRequest
     admin_response: AdminResponse
     block_query: BlockQuery
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ..., block_query: _Optional[_Union[BlockQuery, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., held_request: _Optional[_Union[HeldRequest, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ..., block_query: _Optional[_Union[BlockQuery, _Mapping]] = ...) -> None: ...
 
 class BulkFrame(_message.Message):
     __slots__ = ("incarnation", "epoch", "token", "message_id", "topic", "payload", "last")
