@@ -76,6 +76,8 @@ class SchedulerConfig(Section):
     """Requests a worker queues; the next one is answered BUSY."""
     max_pull_wait_s: Seconds = 10.0
     """A reservation that has waited this long for its source is released and queued again."""
+    handover_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """A worker that leaves, or gives up its role, lets streams go on for this long; then others take them over."""
 
 
 class PoolConfig(Section):
@@ -133,6 +135,8 @@ class TransferConfig(Section):
     """A read that has not completed after this long is given up and its blocks are quarantined."""
     lease_s: Seconds = 10.0
     """Life of a lease on the source's blocks; heartbeats of the session renew it."""
+    fetch_peers: Annotated[int, Field(ge=0)] = 16
+    """Workers beside its sources that a worker is paired with, to fetch prefixes from their caches; 0: none."""
     ucx_tls: str = "auto"
     """UCX_TLS for NIXL; auto leaves the choice to UCX. Two simulated hosts need "tcp,self"."""
 
@@ -170,7 +174,8 @@ class HttpConfig(Section):
     replicas: Positive = 1
     """Ingress replicas."""
     max_ongoing_requests: Positive = 1024
-    """Requests Serve lets into one replica; above `limits.max_requests`, so that ours is the limit that answers."""
+    """Requests Serve lets into one replica; above `limits.max_requests` and `limits.max_queued` together, so that ours
+    is the limit that answers."""
     request_timeout_s: Seconds = 300.0
     """Deadline of a request that names none, and the longest that a request may name."""
     api_keys_file: str | None = None
@@ -182,7 +187,11 @@ class HttpConfig(Section):
 
 class LimitsConfig(Section):
     max_requests: Positive = 512
-    """Open requests over all ingress replicas; the next one is answered 429."""
+    """Requests that run, over all ingress replicas; the next ones wait."""
+    max_queued: Count = 256
+    """Requests that wait, over all ingress replicas; the next one is answered 429."""
+    max_ttft_s: Seconds | None = None
+    """A request whose first token is expected later is answered 429 at once; none: its own deadline counts."""
     max_prompt_tokens: Positive | None = None
     """Longest prompt; none: as the model allows."""
     max_samples: Positive = 32
@@ -289,10 +298,11 @@ class SluiceConfig(Section):
             f"{words.outbox_max_request_bytes} is over words.outbox_max_bytes = {words.outbox_max_bytes}; lower it",
         )
         _demand(
-            self.http.max_ongoing_requests > self.limits.max_requests,
+            self.http.max_ongoing_requests > self.limits.max_requests + self.limits.max_queued,
             "http.max_ongoing_requests",
-            f"{self.http.max_ongoing_requests} is not over limits.max_requests = {self.limits.max_requests}, "
-            "so Serve would queue silently what we answer with 429; raise it",
+            f"{self.http.max_ongoing_requests} is not over limits.max_requests = {self.limits.max_requests} and "
+            f"limits.max_queued = {self.limits.max_queued} together, so Serve would queue silently what we answer with "
+            "429; raise it",
         )
         _demand(
             self.http.drain_s >= self.http.request_timeout_s,

@@ -7,6 +7,7 @@
     │   ├── RequestTooLong     413
     │   ├── Busy               429, with retry_after_s
     │   ├── NoWorker           503
+    │   │   └── Draining       the worker leaves, or gives up the role: another one takes it
     │   ├── DeadlineExceeded   504
     │   ├── Cancelled          499
     │   ├── WorkerFailed       500, the request killed or failed on a worker
@@ -75,14 +76,20 @@ class Busy(RequestError):
     code = pb.BUSY
     status = 429
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0, *, limit: str = "queue_full") -> None:
+        """`limit`: which one, from a closed set (docs/api.md)."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.limit = limit
 
 
 class NoWorker(RequestError):
     code = pb.NO_WORKER
     status = 503
+
+
+class Draining(NoWorker):
+    code = pb.DRAINING
 
 
 class DeadlineExceeded(RequestError):
@@ -156,7 +163,7 @@ _BY_CODE: dict[pb.ErrorCode, type[RequestError]] = {
     pb.TOO_LONG: RequestTooLong,
     pb.BUSY: Busy,
     pb.OVERFLOW: Busy,
-    pb.DRAINING: NoWorker,
+    pb.DRAINING: Draining,
     pb.NO_WORKER: NoWorker,
     pb.DEADLINE: DeadlineExceeded,
     pb.CANCELLED: Cancelled,

@@ -45,6 +45,8 @@ class RouterRequest:
     deadline_s: float | None = None  # remaining; None: none
     leader_id: str = ""  # an open request with the same prompt: this one is placed beside it and shares its blocks
     session: str = ""  # what the client calls the session that it belongs to; "": none
+    client: str = ""  # whose share of the replica it is part of; "": everybody without a name
+    weight: int = 1  # of that share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ class Flight:
         self.finish: FinishReason | None = None
         self.route: pb.Route | None = None
         self._deaths: set[str] = set()
+        self._num_moved = 0  # attempts that ended because their worker leaves: they do not count
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
         self._news = asyncio.Event()
@@ -108,7 +111,7 @@ class Flight:
     def is_replay(self) -> bool:
         """Whether the running attempt follows one that had begun, not one that was turned away."""
         turned_away = (pb.BUSY, pb.DRAINING, pb.NO_WORKER)
-        return self.last_failure is not None and self.last_failure.code not in turned_away
+        return self.last_failure is not None and (bool(self.emitted) or self.last_failure.code not in turned_away)
 
     @property
     def key(self) -> RequestKey:
@@ -194,6 +197,7 @@ class Flight:
         elif self.emitted and self._is_stop(self.emitted[-1]):
             self._complete(FinishReason.STOP, None)
         else:
+            self._num_moved += failure.code == pb.DRAINING
             if failure.code in _DEADLY:
                 self._deaths.add(decode)
             (self.shunned if failure.code in _PASSING else self.excluded).add(decode)
@@ -206,7 +210,7 @@ class Flight:
                         f"again (last: {failure.message}); report its id"
                     )
                 )
-            elif self.attempt >= max_attempts:
+            elif self.attempt - self._num_moved >= max_attempts:
                 self.end(self.last_error())
             else:
                 self.state = State.PLACING

@@ -15,19 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.config import SchedulerConfig
-from cluster.errors import Busy, Cancelled, DeadlineExceeded, NoWorker, RequestError, from_failure
+from cluster.errors import Busy, Cancelled, DeadlineExceeded, Draining, RequestError, from_failure
 from cluster.metrics import DropReason, Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey
 from cluster.session import Session
-from kvtransfer.connector import Done
+from kvtransfer.connector import PullResult
 from workers.assembly import Assembly
+from workers.borrower import Borrower
 from workers.checked_params import checked_params
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import Chunk, StepOutcome
 from workers.fetch import Fetch
 from workers.followers import Followers
 from workers.pairs import Pairs
+from workers.reads import Reads
 from workers.serving import Phase, Request, Tokens
 from workers.supply import RETRY_S, Supply
 
@@ -36,10 +38,16 @@ class DecodeStage:
     """What a worker with the role `decode` does with the engine and the connector."""
 
     def __init__(
-        self, parts: Assembly, pairs: Pairs, metrics: Metrics, limits: SchedulerConfig, me: pb.WorkerRef
+        self,
+        parts: Assembly,
+        pairs: Pairs,
+        reads: Reads,
+        borrower: Borrower,
+        metrics: Metrics,
+        limits: SchedulerConfig,
+        me: pb.WorkerRef,
     ) -> None:
         self._scheduler = parts.scheduler
-        self._sink = parts.sink
         self._transport = parts.executors[0].transport_name
         self._next_id = parts.next_id
         self._shares_prefixes = parts.blocks.enable_prefix_cache
@@ -50,10 +58,12 @@ class DecodeStage:
         self._requests: dict[RequestKey, Request] = {}
         self._by_sequence: dict[int, Request] = {}
         self._attempts: dict[str, RequestKey] = {}  # open request ids
-        self._supply = Supply(parts, pairs, metrics, limits)
+        self._pairs = pairs
+        self._borrower = borrower
+        self._supply = Supply(parts, pairs, reads, borrower, metrics, limits)
         self._followers = Followers(parts.block_size)
         self._tokens = Tokens(metrics)
-        self.draining = False
+        self.draining = False  # takes no new requests
 
     @property
     def num_open(self) -> int:
@@ -75,7 +85,7 @@ class DecodeStage:
             self._settle(self._requests[older], now, error=Cancelled(f"attempt {key.attempt} replaces this one"))
         try:
             if self.draining:
-                raise NoWorker(f"{self._me.name} is draining; try another worker")
+                raise Draining(f"{self._me.name} is draining; try another worker")
             if self.num_pending + self._scheduler.num_waiting >= self._limits.max_waiting:
                 raise Busy(f"{self._me.name} has {self._limits.max_waiting} requests waiting; retry later")
             params = checked_params(submit.sampling, self._constraints)
@@ -113,6 +123,8 @@ class DecodeStage:
             request.route.prefill_prefix_hit_tokens = ticket.prefix_hit_tokens
             request.route.prefill_s += ticket.compute_s
             request.route.queue_s += ticket.queue_s
+            if ticket.HasField("fetched"):
+                request.route.fetched.CopyFrom(ticket.fetched)
             self._hand_off(request, fetch, ticket.handoff, now)
         if request.key in self._requests:
             self._try(self._advance, request, now)
@@ -125,14 +137,13 @@ class DecodeStage:
         if failed.failure.code in (pb.INVALID, pb.TOO_LONG, pb.DEADLINE):
             self._settle(request, now, error=from_failure(failed.failure))
             return
+        if failed.failure.code == pb.DRAINING:
+            self._pairs.closed.add(session.peer.incarnation)
         fetch.lose(failed.failure.message, now, died=failed.failure.code == pb.INTERNAL)
         self._try(self._advance, request, now)
 
-    def pulled(self, done: Done, now: float) -> None:
-        """One rank is through with one pull."""
-        result = self._sink.done(done, now)
-        if result is None:
-            return
+    def pulled(self, result: PullResult, now: float) -> None:
+        """A read is over."""
         request = self._requests.get(result.key)
         if self._supply.pulled(request, result, now) and request is not None:
             self._try(self._advance, request, now)
@@ -196,6 +207,14 @@ class DecodeStage:
         """The step of this sequence failed."""
         if (request := self._by_sequence.get(sequence.id)) is not None:
             self._settle(request, now, error=error)
+
+    def hand_over(self, now: float, *, streams: bool) -> None:
+        """Requests go to other workers, with what they have emitted; those that have begun only if `streams`."""
+        for request in list(self._requests.values()):
+            begun = request.has_stepped or request.sequence.num_emitted > 0
+            if streams or not begun:
+                self._metrics.handovers.inc()
+                self._settle(request, now, error=Draining(f"{self._me.name} hands its requests over"))
 
     def flush(self, step: int, now: float) -> None:
         """The end of a turn of the loop: begins what waited for another, then one frame per ingress with the news."""
@@ -283,6 +302,9 @@ class DecodeStage:
         del self._requests[request.key], self._by_sequence[request.sequence.id]
         del self._attempts[request.key.request_id]
         self._supply.leave_source(request)
+        fetched = self._borrower.leave(request.sequence)
+        if fetched is not None:
+            request.route.fetched.CopyFrom(fetched)
         self._scheduler.abort(request.sequence)
         self._followers.gone(request, now)
         if request.route.blocks:

@@ -10,10 +10,13 @@ Only warm pairs are used, so the first long prompt never pays for connections. E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
+from cluster.config import Role
 from cluster.log import Log
+from cluster.membership import Member, MemberState
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
@@ -22,6 +25,29 @@ from workers.rate import Rate
 
 FIRST_PAUSE_S = 0.5  # before a source that could not be read is tried again, doubling
 MAX_PAUSE_S = 30.0
+
+
+def worth_reading(members: Iterable[Member], me: str, roles: Collection[Role], max_holders: int) -> list[Member]:
+    """Of the compatible members, whom worker `me` (incarnation) should be paired with: a decode worker with all that
+    compute prompts, and anybody with at most `max_holders` others, whose caches it may fetch from. Those are each
+    worker's own choice, the same as long as they live, so that holders are asked evenly."""
+    others = [m for m in members if m.address and m.state is not MemberState.GONE and m.incarnation != me]
+    needed = [m for m in others if Role.DECODE in roles and Role.PREFILL in m.roles]
+    holders = [m for m in others if m not in needed]
+    holders.sort(key=lambda m: blake2b(f"{me}\0{m.incarnation}".encode(), digest_size=8).digest())
+    return needed + holders[:max_holders]
+
+
+def offered_to(
+    query: pb.TransportQuery, executors: Sequence[Executor], name: str, late_read_s: float
+) -> pb.TransportOffer:
+    """What a sink needs to read the blocks of this worker."""
+    transport = executors[0].transport_name
+    if transport not in query.transports:
+        text = f"{name} has {transport}, the sink {', '.join(query.transports)}; set transfer.transport"
+        return pb.TransportOffer(failure=pb.Failure(code=pb.INCOMPATIBLE, message=text))
+    ranks = [executor.offer() for executor in executors]
+    return pb.TransportOffer(transport=transport, ranks=ranks, late_read_ms=int(late_read_s * 1000))
 
 
 @dataclass(slots=True)
@@ -48,6 +74,7 @@ class Pairs:
         self._log = log
         self._pairs: dict[str, _Pair] = {}  # by the source's incarnation
         self.changed = False  # since the last report
+        self.closed: set[str] = set()  # sources, by incarnation, that take no new prompts
 
     def opened(self, session: Session) -> None:
         """A session that we dialed to a worker with blocks."""
@@ -105,13 +132,17 @@ class Pairs:
         for executor in self._executors:
             executor.disconnect(session.peer.incarnation)
 
+    def warm(self, incarnation: str) -> Session | None:
+        """The session to a source that can be read now."""
+        pair = self._pairs.get(incarnation)
+        return pair.session if pair is not None and pair.warm and pair.session.open else None
+
     def pick(self, wanted: Iterable[pb.WorkerRef], exclude: Collection[str]) -> Session | None:
-        """The first warm source among `wanted`, else any other, never one of `exclude` (incarnations)."""
-        for incarnation in (*(ref.incarnation for ref in wanted), *self._pairs):
-            pair = self._pairs.get(incarnation)
-            if pair is not None and pair.warm and pair.session.open and incarnation not in exclude:
-                return pair.session
-        return None
+        """The first warm source among `wanted`, else any other, never one of `exclude` (incarnations) or a closed
+        one."""
+        refused = {*exclude, *self.closed}
+        candidates = (each for each in (*(ref.incarnation for ref in wanted), *self._pairs) if each not in refused)
+        return next((session for each in candidates if (session := self.warm(each)) is not None), None)
 
     def transport(self, session: Session) -> str:
         pair = self._pairs.get(session.peer.incarnation)

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from cluster import hashing
 from cluster.config import SchedulerConfig
-from cluster.errors import Busy, DeadlineExceeded, NoWorker, RequestError
+from cluster.errors import Busy, DeadlineExceeded, Draining, RequestError
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.session import Session
 from kvtransfer.connector import BlockSpan
 from workers.assembly import Assembly
+from workers.borrower import Borrower
 from workers.checked_params import checked_params
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import Chunk, StepOutcome
@@ -47,9 +48,12 @@ class Prompt:
 class PrefillStage:
     """What a worker with the role `prefill` does with the engine and the connector."""
 
-    def __init__(self, parts: Assembly, metrics: Metrics, limits: SchedulerConfig, name: str) -> None:
+    def __init__(
+        self, parts: Assembly, borrower: Borrower, metrics: Metrics, limits: SchedulerConfig, name: str
+    ) -> None:
         self._scheduler = parts.scheduler
         self._source = parts.source
+        self._borrower = borrower
         self._next_id = parts.next_id
         self._block_size = parts.block_size
         self._constraints = parts.constraints
@@ -58,7 +62,7 @@ class PrefillStage:
         self._name = name
         self._prompts: dict[RequestKey, Prompt] = {}
         self._by_sequence: dict[int, Prompt] = {}
-        self.draining = False
+        self.draining = False  # takes no new prompts
 
     @property
     def num_open(self) -> int:
@@ -72,7 +76,7 @@ class PrefillStage:
             self._drop(self._prompts[key])
         try:
             if self.draining:
-                raise NoWorker(f"{self._name} is draining; ask another source")
+                raise Draining(f"{self._name} is draining; ask another source")
             if self._scheduler.num_waiting >= self._limits.max_waiting:
                 raise Busy(f"{self._name} has {self._limits.max_waiting} prompts waiting; ask another source")
             sequence_id = self._next_id()
@@ -87,7 +91,8 @@ class PrefillStage:
                 hashes=hashing.split(ask.block_hashes),
                 stop_after_first=True,
             )
-            self._scheduler.add(sequence)
+            if not self._borrower.begin(sequence, ask.holding, now):
+                self._scheduler.add(sequence)
         except RequestError as error:
             self._refuse(session, key, ask.ask, error)
             return
@@ -142,6 +147,13 @@ class PrefillStage:
             self._drop(prompt)
             self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
+    def hand_over(self) -> None:
+        """Prompts that are not computed yet go to other sources."""
+        for prompt in list(self._prompts.values()):
+            self._drop(prompt)
+            error = Draining(f"{self._name} leaves; ask another source")
+            self._refuse(prompt.session, prompt.key, prompt.ask, error)
+
     def overflow(self, key: RequestKey) -> None:
         """The sink does not read its tickets: they were dropped, so it must ask another source."""
         prompt = self._prompts.get(key)
@@ -185,7 +197,9 @@ class PrefillStage:
             ticket.prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
             ticket.queue_s = prompt.started_at - prompt.accepted_at
             ticket.compute_s = now - prompt.started_at
-            self._forget(prompt)
+            fetched = self._forget(prompt)
+            if fetched is not None:
+                ticket.fetched.CopyFrom(fetched)
         prompt.session.send(pb.Frame(ticket=ticket), prompt.key)
 
     def _refuse(self, session: Session, key: RequestKey, ask: int, error: RequestError) -> None:
@@ -197,5 +211,7 @@ class PrefillStage:
         self._forget(prompt)
         self._scheduler.abort(prompt.sequence)
 
-    def _forget(self, prompt: Prompt) -> None:
+    def _forget(self, prompt: Prompt) -> pb.Fetched | None:
+        """What was fetched for it."""
         del self._prompts[prompt.key], self._by_sequence[prompt.sequence.id]
+        return self._borrower.leave(prompt.sequence)

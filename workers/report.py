@@ -48,3 +48,13 @@ def load_report(
         block_bytes=parts.block_bytes,
         prefill_tokens_per_s=prefill_tokens_per_s,
     )
+
+
+def counters(metrics: Metrics) -> dict[str, float]:
+    """Every sample by its name and labels, `name|label=value`; no buckets."""
+    samples = (sample for family in metrics.registry.collect() for sample in family.samples)
+    return {
+        sample.name + "".join(f"|{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+        for sample in samples
+        if "_bucket" not in sample.name and "_created" not in sample.name
+    }

@@ -10,11 +10,10 @@ from enum import Enum
 
 from cluster import hashing
 from cluster.errors import RequestError, SourcesLost
-from cluster.metrics import Metrics, PullOutcome
+from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
 from cluster.session import Session
-from kvtransfer.connector import PullResult
 from workers.engine.sequence import Sequence
 from workers.fetch import Fetch
 
@@ -46,6 +45,7 @@ class Request:
     sources: tuple[pb.WorkerRef, ...]  # as planned: the first, then the spare
     remote: bool  # the plan puts prefill on another worker
     local_allowed: bool
+    holding: pb.Holding  # of whoever computes the prompt; may be empty
     accepted_at: float
     pending_since: float
     deadline: float | None
@@ -94,6 +94,7 @@ class Request:
             sources=sources,
             remote=any(stage.worker.incarnation != me.incarnation for stage in stages),
             local_allowed=submit.plan.local_prefill_allowed,
+            holding=next((stage.holding for stage in stages), pb.Holding()),
             accepted_at=now,
             pending_since=now,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
@@ -217,22 +218,3 @@ class Tokens:
 
     def _put(self, session: Session, sequence: pb.SequenceTokens) -> None:
         self._out.setdefault(session, []).append(sequence)
-
-
-class Reads:
-    """Counts reads under the names of their sources, which they outlive: a session may break before a read ends."""
-
-    def __init__(self, metrics: Metrics, transport: str) -> None:
-        self._metrics = metrics
-        self._transport = transport
-        self._sources: dict[int, str] = {}  # by pull
-
-    def posted(self, pull_id: int, source: str) -> None:
-        self._sources[pull_id] = source
-
-    def ended(self, result: PullResult) -> None:
-        metrics, labels = self._metrics, (self._transport, self._sources.pop(result.pull.id))
-        metrics.pulls.labels(PullOutcome(result.outcome)).inc()
-        metrics.pulled_blocks.inc(len(result.valid_pairs))
-        metrics.transfer_bytes.labels(*labels).inc(result.num_bytes)
-        metrics.transfer_seconds.labels(*labels).observe(result.seconds)

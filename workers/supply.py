@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.config import SchedulerConfig
-from cluster.errors import NoWorker, RequestError, RequestTooLong, TransferError
+from cluster.errors import NoWorker, RequestError, RequestTooLong
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
-from kvtransfer.connector import BlockRun, BlockSpan, Outcome, PullResult
+from kvtransfer.connector import BlockSpan, Outcome, PullResult
 from workers.assembly import Assembly
+from workers.borrower import Borrower
 from workers.fetch import Fetch, Lingering
 from workers.pairs import Pairs
-from workers.serving import Phase, Reads, Request
+from workers.reads import Reads
+from workers.serving import Phase, Request
 
 RETRY_S = 0.05  # before a source that was busy, or a pool that was full, is asked again
 
@@ -25,16 +27,23 @@ RETRY_S = 0.05  # before a source that was busy, or a pool that was full, is ask
 class Supply:
     """Between the scheduler's reservations, the sources of `Pairs` and the executors that read."""
 
-    def __init__(self, parts: Assembly, pairs: Pairs, metrics: Metrics, limits: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        parts: Assembly,
+        pairs: Pairs,
+        reads: Reads,
+        borrower: Borrower,
+        metrics: Metrics,
+        limits: SchedulerConfig,
+    ) -> None:
         self._scheduler = parts.scheduler
-        self._sink = parts.sink
-        self._executors = parts.executors
         self._block_size = parts.block_size
         self._pairs = pairs
+        self._reads = reads
+        self._borrower = borrower
         self._metrics = metrics
         self._limits = limits
         self._lingering = Lingering()
-        self._reads = Reads(metrics, parts.executors[0].transport_name)
 
     @property
     def num_lingering(self) -> int:
@@ -46,18 +55,18 @@ class Supply:
     def start(self, request: Request, now: float) -> None:
         """PENDING: finds a source and blocks, or computes here where the plan says so. Raises RequestError."""
         if not request.remote:
-            self._compute_here(request, "plan")
+            self._compute_here(request, "plan", now)
             return
         session = self._pairs.pick(request.sources, ())
         if session is None:
             if request.local_allowed:
-                self._compute_here(request, "no_source")
+                self._compute_here(request, "no_source", now)
             elif now - request.pending_since > self._limits.max_pull_wait_s:
                 raise NoWorker("no prefill worker is within reach; start one")
             else:
                 request.wait(now + RETRY_S)
             return
-        fetch = self._fetch(request)
+        fetch = self._fetch(request, now)
         if fetch is not None:
             request.fetch = fetch
             request.phase = Phase.PULLING
@@ -69,7 +78,7 @@ class Supply:
         """Whether a preempted request goes to a source again, or waits for one."""
         return request.remote and (not request.local_allowed or self._pairs.pick(request.sources, ()) is not None)
 
-    def _fetch(self, request: Request) -> Fetch | None:
+    def _fetch(self, request: Request, now: float) -> Fetch | None:
         """What a source is to fill; None: no room now, or the prompt is computed here."""
         sequence = request.sequence
         if sequence.params.pooling is not None:
@@ -79,7 +88,7 @@ class Supply:
         except RequestTooLong:  # for a reservation, which may not fill the pool; not for computing here
             if not request.local_allowed:
                 raise
-            self._compute_here(request, "too_long_to_pull")
+            self._compute_here(request, "too_long_to_pull", now)
             return None
         if reservation is None:
             return None
@@ -109,6 +118,7 @@ class Supply:
             priority=sequence.priority,
             deadline_ms=request.remaining_ms(now),
             ask=fetch.ask,
+            holding=request.holding,
         )
         session.send(pb.Frame(kv_request=frame), request.key)
 
@@ -116,25 +126,10 @@ class Supply:
 
     def read(self, request: Request, fetch: Fetch, session: Session, ticket: pb.Ticket, now: float) -> bool:
         """Reads the blocks of a ticket; False: they are not what was asked for, and the source is given up."""
-        if not ticket.runs:
-            return True
-        try:
-            runs = [BlockRun.of(run) for run in ticket.runs]
-            raises = fetch.take_raises()
-            pull = self._sink.plan(request.key, session.peer.incarnation, runs, fetch.wanted(), raises, now)
-        except (TransferError, ValueError) as error:
-            fetch.lose(str(error), now, died=False)
-            return False
-        fetch.begin_read(pull.id, now)
-        self._reads.posted(pull.id, session.peer.name)
-        for executor in self._executors:
-            executor.submit(pull)
-        return True
+        return self._reads.begin(request.key, fetch, session, ticket, now)
 
     def pulled(self, request: Request | None, result: PullResult, now: float) -> bool:
         """All ranks are through with one pull. Whether the request waited for it."""
-        self._reads.ended(result)
-        self._pairs.read(result)
         fetch = request.fetch if request is not None else None
         if request is None or fetch is None or result.pull.id not in fetch.in_flight:
             self._lingering.ended(result.key, result.pull.id)
@@ -216,7 +211,7 @@ class Supply:
             request.route.recomputed_tokens += fetch.num_tokens
             if fetch.destinations:
                 self._scheduler.release_pull(request.sequence)
-            self._compute_here(request, "source_lost")
+            self._compute_here(request, "source_lost", now)
             return
         valid_tokens = min(fetch.valid_blocks() * self._block_size, fetch.num_tokens)
         request.route.recomputed_tokens += fetch.num_tokens - valid_tokens
@@ -231,8 +226,9 @@ class Supply:
         request.fetch = None
         request.pend(now, RETRY_S)
 
-    def _compute_here(self, request: Request, reason: str) -> None:
+    def _compute_here(self, request: Request, reason: str, now: float) -> None:
         self._metrics.local_prefills.labels(reason).inc()
         request.route.local_prefill = True
         request.phase = Phase.RUNNING
-        self._scheduler.add(request.sequence)
+        if not self._borrower.begin(request.sequence, request.holding, now):
+            self._scheduler.add(request.sequence)

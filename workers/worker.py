@@ -21,7 +21,7 @@ from cluster.errors import SessionError
 from cluster.exporter import Exporter
 from cluster.heart import StepAge
 from cluster.log import Log
-from cluster.membership import Member, Membership, MemberState, diff
+from cluster.membership import Member, Membership, diff
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
@@ -30,19 +30,23 @@ from cluster.session import Session
 from kvtransfer.connector import Connected, Done
 from workers.assembly import WorkerSettings, assemble
 from workers.block_log import BlockLog
+from workers.borrower import Borrower
 from workers.decode import DecodeStage
+from workers.duty import Duty, takes_prompts
 from workers.engine.step_plan import StepOutcome
 from workers.grammar_queue import GrammarQueue
-from workers.pairs import Pairs
+from workers.lender import Lender
+from workers.pairs import Pairs, offered_to, worth_reading
 from workers.prefill import PrefillStage
 from workers.rate import Rate
-from workers.report import load_report
+from workers.reads import Reads
+from workers.report import counters, load_report
 
 TICK_S = 0.01  # deadlines, retries and waits are looked at this often
 REPORT_S = 0.1  # between two load reports
 PUBLISH_S = 0.05  # between two batches of block events
 BLOCKS_TOPIC = "blocks"
-DRAINED_POLL_S = 0.02
+LAST_FRAMES_S = 0.5  # after a drain whose time was up, for what is handed over
 
 _STAGES = {Role.ENCODE: pb.ENCODE, Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE}
 
@@ -64,7 +68,7 @@ class Worker:
         self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
         self._stopping = threading.Event()
         self._drained = threading.Event()
-        self._draining = False
+        self._duty = Duty(settings.incarnation, settings.roles, settings.scheduler.handover_s)
         self._turned_at = time.monotonic()
         self._ticked_at = self._reported_at = self._published_at = 0.0
         self._idle = True
@@ -87,8 +91,11 @@ class Worker:
         me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
         self._block_log = BlockLog(parts.blocks)
         self._pairs = Pairs(parts.executors, self._connected, self.metrics, self._log)
-        self._prefill = PrefillStage(parts, self.metrics, settings.scheduler, settings.name)
-        self._decode = DecodeStage(parts, self._pairs, self.metrics, settings.scheduler, me)
+        self._reads = Reads(parts, self._pairs, self.metrics)
+        self._lender = Lender(parts, self.metrics, settings.name)
+        borrower = self._borrower = Borrower(parts, self._pairs, self._reads, self.metrics, settings.incarnation)
+        self._prefill = PrefillStage(parts, borrower, self.metrics, settings.scheduler, settings.name)
+        self._decode = DecodeStage(parts, self._pairs, self._reads, borrower, self.metrics, settings.scheduler, me)
         self._grammars = GrammarQueue(parts.constraints, self._post)
         self._dialer = Dialer(self._words, identity, settings.secret, self)
         self._server = WordsServer(self._words, identity, settings.secret, self)
@@ -101,13 +108,19 @@ class Worker:
         return settings.member(address, metrics_address, parts.compatibility_hash, os.getpid())
 
     def update_members(self, membership: Membership) -> None:
-        """Dials the sources that joined and drops those that left. Any thread."""
+        """Dials the sources that joined and drops those that left; follows what is said of this worker itself: its
+        roles, and whether it leaves. Any thread."""
         self._post(partial(self._update_members, membership))
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new requests; returns whether the open ones, leases included, ended in time. Blocks."""
-        self._post(self._begin_drain)
-        return self._drained.wait(timeout_s)
+        """Refuses new requests; returns whether the open ones, leases included, ended in time. What is then still
+        open is handed over all the same. Blocks."""
+        self._post(self._leave)
+        if self._drained.wait(timeout_s):
+            return True
+        self._post(self._hand_over)
+        self._drained.wait(LAST_FRAMES_S)
+        return False
 
     def stop(self) -> None:
         """Ends sessions and threads. Peers see the sessions break; drain first. Idempotent."""
@@ -153,7 +166,7 @@ class Worker:
     # ------------------------------------------------------------------ bytes threads
 
     def _done(self, done: Done) -> None:
-        self._post(lambda: self._decode.pulled(done, time.monotonic()))
+        self._post(partial(self._read, done))
 
     def _connected(self, session: Session, result: Connected) -> None:
         self._post(lambda: self._pairs.connected(session, result, time.monotonic()))
@@ -184,6 +197,12 @@ class Worker:
         if outcome is not None:
             self._settle(outcome, now)
         self._decode.flush(engine.num_steps, now)
+
+    def _read(self, done: Done) -> None:
+        now = time.monotonic()
+        result = self._reads.done(done, now)
+        if result is not None and not self._borrower.pulled(result, now):
+            self._decode.pulled(result, now)
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:
         now = time.monotonic()
@@ -220,18 +239,22 @@ class Worker:
             self._parts.source.renew(session.id, now)  # open: its heartbeats arrive
         self.metrics.expired_leases.inc(len(self._parts.source.tick(now).leases))
         self._pairs.tick(now)
+        self._borrower.tick(now)
         self._prefill.tick(now)
         self._decode.tick(now)
         if now - self._published_at >= PUBLISH_S:
             self._publish(now)
         if now - self._reported_at >= REPORT_S or self._pairs.changed:
             self._report(now)
-        if self._draining and not self._open_work():
+        waiting, streams = self._duty.hands_over(now)
+        if waiting:
+            self._decode.hand_over(now, streams=streams)
+        if self._duty.leaving and not self._open_work():
             self._drained.set()
 
     def _open_work(self) -> int:
         num_open = self._decode.num_open + self._prefill.num_open + self._grammars.num_waiting
-        return num_open + self._parts.ledger.num_leases
+        return num_open + self._borrower.num_open + self._parts.ledger.num_leases
 
     def _report(self, now: float) -> None:
         self._reported_at = now
@@ -247,7 +270,7 @@ class Worker:
             self._decode,
             self._pairs,
             self.metrics,
-            draining=self._draining,
+            draining=self._duty.leaving,
             last_event_id=self._block_log.last_id,
             prefill_tokens_per_s=self._prefill_rate.per_s,
         )
@@ -269,21 +292,32 @@ class Worker:
             session.send_bulk(BLOCKS_TOPIC, events.SerializeToString())
         self._subscribers.add(session)
 
-    def _begin_drain(self) -> None:
-        self._draining = self._prefill.draining = self._decode.draining = True
+    def _leave(self) -> None:
+        self._duty.leave(time.monotonic())
+        self._take_duty()
+
+    def _take_duty(self) -> None:
+        self._prefill.draining = self._lender.draining = self._duty.leaving
+        self._decode.draining = not self._duty.decodes
+        self._reported_at = 0.0  # the routers hear at the next tick
+
+    def _hand_over(self) -> None:
+        self._decode.hand_over(time.monotonic(), streams=True)
+        self._prefill.hand_over()
 
     def _update_members(self, membership: Membership) -> None:
         change = diff(self._membership, membership)
         self._membership = membership
         for member in change.left:
             self._dialer.drop(member.incarnation)
-        if Role.DECODE not in self._settings.roles:
-            return
-        for member in membership.members:
-            readable = Role.PREFILL in member.roles and member.compatibility_hash == self._parts.compatibility_hash
-            alive = member.address and member.state is not MemberState.GONE
-            if readable and alive and member.incarnation != self._settings.incarnation:
-                self._dialer.keep(member.address, member.incarnation)
+        self._pairs.closed = {m.incarnation for m in membership.members if not takes_prompts(m)}
+        if self._duty.follow(membership, self._parts.compatibility_hash, time.monotonic()):
+            self._take_duty()
+            self._log.info("duty", role=",".join(sorted(self._duty.roles)), state="leaving" * self._duty.leaving)
+        others = [m for m in membership.members if m.compatibility_hash == self._parts.compatibility_hash]
+        num_peers = self._settings.transfer.fetch_peers
+        for member in worth_reading(others, self._settings.incarnation, self._duty.roles, num_peers):
+            self._dialer.keep(member.address, member.incarnation)
 
     def _opened(self, session: Session) -> None:
         self._sessions.add(session)
@@ -301,6 +335,7 @@ class Worker:
         self._pairs.broken(session)
         self._grammars.session_broken(session.id)
         self._prefill.session_broken(session, now)
+        self._borrower.session_broken(session, now)
         self._decode.session_broken(session, now)
 
     def _overflowed(self, key: RequestKey) -> None:
@@ -331,14 +366,20 @@ class Worker:
                 if not self._grammars.holds(session.id, key, ask.sampling, again, ask=ask.ask):
                     self._prefill.request(session, ask, now)
             case "ticket":
-                self._decode.ticket(session, frame.ticket, now)
+                if not self._borrower.ticket(session, frame.ticket, now):
+                    self._decode.ticket(session, frame.ticket, now)
+            case "held_request":
+                self._lender.request(session, frame.held_request, now)
             case "release":
                 self._grammars.drop(session.id, RequestKey.of(frame.release.key), frame.release.ask)
                 self._prefill.release(session, frame.release)
             case "kv_failed":
-                self._decode.kv_failed(session, frame.kv_failed, now)
+                if not self._borrower.kv_failed(session, frame.kv_failed, now):
+                    self._decode.kv_failed(session, frame.kv_failed, now)
             case "transport_query":
-                session.send(pb.Frame(transport_offer=self._offer(frame.transport_query)))
+                late_s = self._settings.transfer.late_read_s
+                offer = offered_to(frame.transport_query, self._parts.executors, self._settings.name, late_s)
+                session.send(pb.Frame(transport_offer=offer))
             case "transport_offer":
                 self._pairs.offered(session, frame.transport_offer)
             case "admin_request":
@@ -350,25 +391,7 @@ class Worker:
             case kind:
                 raise ValueError(f"a worker takes no {kind}")
 
-    def _offer(self, query: pb.TransportQuery) -> pb.TransportOffer:
-        name = self._parts.executors[0].transport_name
-        if name not in query.transports:
-            text = f"{self._settings.name} has {name}, the sink {', '.join(query.transports)}; set transfer.transport"
-            return pb.TransportOffer(failure=pb.Failure(code=pb.INCOMPATIBLE, message=text))
-        late_ms = int(self._settings.transfer.late_read_s * 1000)
-        return pb.TransportOffer(
-            transport=name, ranks=[executor.offer() for executor in self._parts.executors], late_read_ms=late_ms
-        )
-
     def _administer(self, ask: pb.AdminRequest) -> pb.AdminResponse:
         if ask.clear_cache:
             self._parts.blocks.clear_cache()
-        return pb.AdminResponse(id=ask.id, load=self._load(), counters=self._counters())
-
-    def _counters(self) -> dict[str, float]:
-        samples = (sample for family in self.metrics.registry.collect() for sample in family.samples)
-        return {
-            sample.name + "".join(f"|{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
-            for sample in samples
-            if "_bucket" not in sample.name and "_created" not in sample.name
-        }
+        return pb.AdminResponse(id=ask.id, load=self._load(), counters=counters(self.metrics))

@@ -10,6 +10,7 @@ sluice_cluster_workers gauge pool,state
 sluice_engine_batch_sequences histogram
 sluice_engine_computed_tokens counter
 sluice_engine_failures counter stage,reason
+sluice_engine_handovers counter
 sluice_engine_local_prefills counter reason
 sluice_engine_preemptions counter
 sluice_engine_prefix_hit_tokens counter stage
@@ -27,6 +28,9 @@ sluice_ingress_inter_token_seconds histogram
 sluice_ingress_local_plans counter reason
 sluice_ingress_open_requests gauge
 sluice_ingress_prompt_tokens counter
+sluice_ingress_queue_seconds histogram
+sluice_ingress_queued_requests gauge
+sluice_ingress_rejections counter limit
 sluice_ingress_replays counter
 sluice_ingress_requests counter outcome
 sluice_ingress_ttft_seconds histogram
@@ -42,6 +46,9 @@ sluice_router_expected_hit_tokens counter stage
 sluice_router_found_hit_tokens counter stage
 sluice_router_indexed_blocks gauge
 sluice_transfer_bytes counter transport,peer
+sluice_transfer_fetched_tokens counter
+sluice_transfer_fetches counter outcome
+sluice_transfer_lent_blocks counter
 sluice_transfer_pulled_blocks counter
 sluice_transfer_pulls counter outcome
 sluice_transfer_read_seconds histogram transport,peer

@@ -1,0 +1,126 @@
+"""Workers that leave, or change their role, under load: what they hold is finished, handed over, and whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from cluster.config import Role
+from cluster.membership import MemberState
+from tests.support.chaos import GREEDY, Chaos, assert_greedy, prompts, running_chaos
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(120)]
+
+TEXTS = prompts(6, 60, 160, seed=5)
+LONG = replace(GREEDY, max_tokens=160)
+
+
+@pytest.fixture(scope="module")
+def chaos() -> Iterator[Chaos]:
+    """Streams go elsewhere at once."""
+    with running_chaos({"scheduler.handover_s": 0, "router.local_prefill": "never"}, prefill=2, decode=2) as chaos:
+        yield chaos
+
+
+def change(chaos: Chaos, name: str, state: MemberState = MemberState.READY, roles: tuple[Role, ...] = ()) -> None:
+    """What the controller says of one worker, to everybody."""
+    member = chaos.member(name)
+    chaos.cluster.workers[name].member = replace(member, state=state, roles=roles or member.roles)
+    chaos.cluster.publish()
+
+
+async def gone(chaos: Chaos, name: str) -> None:
+    """It holds nothing: no request, no lease; then its process ends and a new one takes its name."""
+    await chaos.watch.until(
+        name,
+        lambda load: load.draining and not load.num_leases + load.num_running + load.num_pulling + load.num_waiting,
+        "it holds nothing",
+    )
+    await chaos.cluster.kill(name)
+    await chaos.cluster.replace(name)
+
+
+@pytest.mark.parametrize("pool", ["decode", "prefill"])
+def test_a_pool_shrinks_under_load_and_every_request_is_whole(chaos: Chaos, pool: str) -> None:
+    name = f"{pool}-0"
+    replays = chaos.cluster.metrics.value("sluice_ingress_replays_total")
+    handovers = chaos.runner.run(chaos.cluster.total("sluice_engine_handovers_total"))
+
+    async def shrink() -> int:
+        tasks = chaos.ask(TEXTS, LONG)
+        await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
+        change(chaos, name, MemberState.DRAINING)
+        later = chaos.ask(TEXTS[:3])
+        for text, answer in zip(TEXTS, await asyncio.gather(*tasks), strict=True):
+            assert_greedy(text, answer, LONG.max_tokens)
+        for text, answer in zip(TEXTS, await asyncio.gather(*later), strict=False):
+            assert_greedy(text, answer)
+            assert name not in (answer.route.decode.name, answer.route.prefill.name)
+        num_handed = int(await chaos.cluster.total("sluice_engine_handovers_total") - handovers)
+        await gone(chaos, name)
+        return num_handed
+
+    num_handed = chaos.runner.run(shrink())
+    assert (num_handed > 0) == (pool == "decode")
+    assert chaos.cluster.metrics.value("sluice_ingress_replays_total") - replays <= num_handed
+    chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def test_the_last_worker_that_can_serve_a_stream_keeps_it(chaos: Chaos) -> None:
+    """Both decode workers are to leave: the second one has nobody to hand over to."""
+
+    async def both() -> None:
+        tasks = chaos.ask(TEXTS[:2], LONG)
+        await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
+        change(chaos, "decode-1", MemberState.DRAINING)
+        change(chaos, "decode-0", MemberState.DRAINING)
+        waiting = chaos.ask(TEXTS[2:3])  # for the successor of one of them
+        for text, answer in zip(TEXTS, await asyncio.gather(*tasks), strict=False):
+            assert_greedy(text, answer, LONG.max_tokens)
+        await gone(chaos, "decode-1")
+        assert_greedy(TEXTS[2], await waiting[0])
+        await gone(chaos, "decode-0")
+
+    chaos.runner.run(both())
+    chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def test_a_worker_changes_its_role_and_back_without_a_restart(chaos: Chaos) -> None:
+    before = [chaos.member(name).incarnation for name in chaos.cluster.workers]
+
+    async def switch() -> None:
+        tasks = chaos.ask(TEXTS, LONG)
+        await chaos.watch.until("decode-1", lambda load: load.num_running >= 1, "streaming")
+        change(chaos, "decode-1", roles=(Role.PREFILL,))
+        change(chaos, "prefill-0", MemberState.DRAINING)
+        change(chaos, "prefill-1", MemberState.DRAINING)  # decode-1 is the one source
+        answers = await asyncio.gather(*tasks)
+        for text, answer in zip(TEXTS, answers, strict=True):
+            assert_greedy(text, answer, LONG.max_tokens)
+        assert any(answer.attempt > 1 for answer in answers)  # handed over
+        await chaos.watch.until(
+            "decode-0",
+            lambda load: chaos.member("decode-1").incarnation in {p.source_incarnation for p in load.pairs if p.warm},
+            "decode-0 can read from decode-1",
+        )
+        computed = await chaos.together(TEXTS[3:5])
+        for text, answer in zip(TEXTS[3:], computed, strict=False):
+            assert_greedy(text, answer)
+            assert (answer.route.prefill.name, answer.route.decode.name) == ("decode-1", "decode-0")
+        change(chaos, "decode-1", roles=(Role.DECODE,))
+        change(chaos, "decode-0", roles=(Role.PREFILL,))
+        await chaos.watch.until(
+            "decode-1",
+            lambda load: chaos.member("decode-0").incarnation in {p.source_incarnation for p in load.pairs if p.warm},
+            "decode-1 can read from decode-0",
+        )
+        [answer] = await chaos.together(TEXTS[5:])
+        assert_greedy(TEXTS[5], answer)
+        assert (answer.route.prefill.name, answer.route.decode.name) == ("decode-0", "decode-1")
+
+    chaos.runner.run(switch())
+    assert [chaos.member(name).incarnation for name in chaos.cluster.workers] == before
+    chaos.runner.run(chaos.cluster.assert_all_free())
