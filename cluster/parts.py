@@ -18,6 +18,8 @@ from cluster.errors import SessionError
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 
+BLOCKS_TOPIC: Final = "blocks"  # of the bulk messages that tell what prefix caches hold
+
 MAX_FRAME_BYTES: Final = 64 << 10
 FRAME_SLACK_BYTES: Final = 4 << 10  # a receiver is more generous than a sender
 MAX_MESSAGE_BYTES: Final = 16 << 20

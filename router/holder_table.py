@@ -8,6 +8,8 @@ any more stay until the table is left for another one. Key 0 marks an empty lane
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
+from operator import and_
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -20,12 +22,18 @@ Rows: TypeAlias = NDArray[np.int64]
 SEATS_PER_WORD: Final = 64
 MAX_LOAD: Final = 0.7  # of the rows; above it too many buckets are full
 _LANES: Final = 8
+_FEW: Final = 16  # keys: one by one they are found sooner than all at once
 _LANE_OF_BYTE: Final = np.uint64(0x0001020304050607)
 
 
 def _zeros(num_rows: int, num_columns: int) -> NDArray[np.uint64]:
     """Of small pages: numpy would ask for huge ones, and the first keys would commit the whole table at once."""
     return np.frombuffer(mmap.mmap(-1, 8 * num_rows * num_columns), np.uint64).reshape(num_rows, num_columns)
+
+
+def _flat(rows: NDArray[np.uint64]) -> memoryview:
+    """The same numbers in a row, quick to read one by one."""
+    return rows.reshape(-1).data
 
 
 def _matches(lanes: Keys, keys: Keys) -> Keys:
@@ -45,12 +53,13 @@ def _num_filled(lanes: Keys) -> Rows:
 class HolderTable:
     """Room for `num_rows` keys below MAX_LOAD, holders of `num_words` * 64 seats. Memory is committed page by page."""
 
-    __slots__ = ("_buckets", "_holders", "_mask", "num_used")
+    __slots__ = ("_buckets", "_flat_buckets", "_flat_holders", "_holders", "_mask", "num_used")
 
     def __init__(self, num_rows: int, num_words: int) -> None:
         num_buckets = 1 << max(0, (int(num_rows / MAX_LOAD) - 1) // _LANES).bit_length()
         self._buckets = _zeros(num_buckets, _LANES)
         self._holders = _zeros(num_buckets * _LANES, num_words)
+        self._flat_buckets, self._flat_holders = _flat(self._buckets), _flat(self._holders)
         self._mask = np.uint64(num_buckets - 1)
         self.num_used = 0  # rows with a key
 
@@ -84,6 +93,10 @@ class HolderTable:
 
     def _look_further(self, keys: Keys, home: Rows, open_: Rows, rows: Rows) -> None:
         """The bucket of keys[open_] is full: they may stand in the next one that is not."""
+        if open_.size <= _FEW:
+            for index in open_.tolist():
+                rows[index] = self._row(int(keys[index]))
+            return
         while open_.size:
             home[open_] = (home[open_] + 1) & int(self._mask)
             lanes = self._buckets.take(home[open_], axis=0)
@@ -129,16 +142,25 @@ class HolderTable:
             bits[absent] = 0
         return bits
 
-    def is_held(self, key: int, alive: Bits) -> bool:
-        """Whether any seat of `alive` holds one block. Quicker than `holders` of it."""
-        mask = len(self._buckets) - 1
+    def is_held(self, key: int, alive: Sequence[int]) -> bool:
+        """Whether any seat of `alive`, a number for each word, holds one block. Quicker than `holders` of it."""
+        row, num_words = self._row(key), self.num_words
+        if row < 0:
+            return False
+        held = self._flat_holders[row * num_words : (row + 1) * num_words]
+        return any(map(and_, held, alive))
+
+    def _row(self, key: int) -> int:
+        """As `find`, of one key."""
+        flat, mask = self._flat_buckets, len(self._buckets) - 1
         home = key & mask
-        while key not in (lanes := self._buckets[home].tolist()):
+        while True:
+            lanes = flat[home * _LANES : (home + 1) * _LANES].tolist()
+            if key in lanes:
+                return home * _LANES + lanes.index(key)
             if lanes[-1] == 0:
-                return False
+                return -1
             home = (home + 1) & mask
-        held = self._holders[home * _LANES + lanes.index(key)] & alive[: self.num_words]
-        return bool(held.any())
 
     def add(self, keys: Keys, seat: int) -> int:
         """Says that `seat` holds these blocks; how many of them it did not hold before."""
@@ -189,3 +211,4 @@ class HolderTable:
     def widen(self, num_words: int) -> None:
         """More seats. Copies."""
         self._holders = np.pad(self._holders, ((0, 0), (0, num_words - self.num_words)))
+        self._flat_holders = _flat(self._holders)

@@ -167,11 +167,11 @@ class PrefixIndex:
     def num_worth_reading(self, keys: Keys, num_known: int = 0) -> int:
         """After how many of a chain's blocks, at least `num_known`, nobody's prefix goes on. May be too many: it
         looks at few of them."""
-        step = num_known
+        step, alive = num_known, self._alive.tolist()
         while step < len(keys):
             key = int(keys[step])
-            held = self._table.is_held(key, self._alive)
-            if not held and (self._old is None or not self._old.is_held(key, self._alive)):
+            held = self._table.is_held(key, alive)
+            if not held and (self._old is None or not self._old.is_held(key, alive)):
                 return step
             step += max(_FIRST_STEP, 3 * (step - num_known))
         return len(keys)
