@@ -25,9 +25,11 @@ from kvtransfer.loopback import LoopbackFabric, LoopbackTransport
 from tests.support.kv_builders import STUCK_S, T_S, Clock, KvWorker
 from tests.support.words import open_pair, words_config
 from workers.assembly import WorkerSettings, assemble
+from workers.borrower import Borrower
 from workers.decode import DecodeStage
 from workers.fetch import SILENT_READ_S
 from workers.pairs import Pairs
+from workers.reads import Reads
 
 BLOCK_SIZE = 4
 PROMPT = tuple(range(1, 3 * BLOCK_SIZE + 1))
@@ -70,7 +72,9 @@ class Scene:
         connected: list[Connected] = []
         self.pairs = Pairs([self.executor], lambda _, each: connected.append(each), metrics, Log.open("t", LogConfig()))
         me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
-        self.stage = DecodeStage(self.parts, self.pairs, metrics, config.scheduler, me)
+        reads = self.reads = Reads(self.parts, self.pairs, metrics)
+        borrower = Borrower(self.parts, self.pairs, reads, metrics, settings.incarnation)
+        self.stage = DecodeStage(self.parts, self.pairs, reads, borrower, metrics, config.scheduler, me)
 
         self.to_source, self.to_ingress = open_pair(words), open_pair(words)
         self.session = self.to_source.dialed
@@ -121,7 +125,8 @@ class Scene:
     def _hear(self) -> None:
         dones, self.dones[:] = list(self.dones), []
         for done in dones:
-            self.stage.pulled(done, self.clock.now)
+            if (result := self.reads.done(done, self.clock.now)) is not None:
+                self.stage.pulled(result, self.clock.now)
 
     def is_pulling(self) -> bool:
         return self.parts.scheduler.num_pulling == 1
