@@ -50,7 +50,7 @@ def body(status: int, message: str, *, param: str | None = None, code: str | Non
 
 
 def body_of(error: RequestError) -> ErrorBody:
-    code = UNSUPPORTED if isinstance(error, Unsupported) else None
+    code = error.limit if isinstance(error, Busy) else UNSUPPORTED if isinstance(error, Unsupported) else None
     return body(error.status, str(error), param=error.param if isinstance(error, InvalidRequest) else None, code=code)
 
 

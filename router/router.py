@@ -21,15 +21,16 @@ from cluster.errors import Busy, NoWorker, SessionError
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import DropReason, Metrics
+from cluster.parts import BLOCKS_TOPIC
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import Dialer
 from cluster.session import Session
 from cluster.words_thread import WordsThread
 from router.admin import Admin
-from router.admission import Admission
-from router.block_feed import TOPIC
+from router.admission import Place
 from router.dispatcher import Dispatcher
+from router.entrance import Entrance
 from router.fleet import Fleet
 from router.flight import Receipt, RouterRequest, State, TokenDelta
 from router.navigator import Navigator
@@ -57,9 +58,9 @@ class Router:
         self._log = log
         self._fleet = Fleet()
         self._navigator = Navigator(config, self._fleet, metrics, log, self._post, block_size=block_size)
-        self._admission = Admission(limits.max_requests)
         self._admin = Admin(self._fleet)
         self._dispatcher = Dispatcher(config, self._fleet, self._navigator, metrics, log, block_size=block_size)
+        self._entrance = Entrance(limits, self._fleet, self._navigator, self._dispatcher, metrics)
         self._was_warm = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._latest = Membership()
@@ -84,8 +85,8 @@ class Router:
         self._post(self._members, membership)
 
     def set_replicas(self, num_replicas: int) -> None:
-        """How many ingress replicas are alive: they share `limits.max_requests`. Any thread."""
-        self._post(self._admission.set_replicas, num_replicas)
+        """How many ingress replicas are alive: they share `limits`. Any thread."""
+        self._post(self._entrance.set_replicas, num_replicas)
 
     # ------------------------------------------------------------ what the ingress asks
 
@@ -111,7 +112,7 @@ class Router:
 
     @property
     def num_open(self) -> int:
-        return self._admission.num_open
+        return self._entrance.num_open
 
     def route(self, request_id: str) -> RouteTold | None:
         """How one of the last requests here was routed. Any thread."""
@@ -132,21 +133,23 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         assert loop is self._loop, "await start() on the loop that generates"
-        with self._admission.enter(loop.time()) as stay:
-            deadline = None if request.deadline_s is None else loop.time() + max(0.0, request.deadline_s)
-            flight = self._dispatcher.open(request, deadline)
-            try:
-                self._dispatcher.place(flight)
-                while (delta := flight.take()) is None or delta.finish is None:
-                    if delta is not None:
-                        yield delta
-                    elif flight.error is not None:
-                        raise flight.error
-                    else:
-                        await flight.news()
-            finally:
-                self._dispatcher.settle(flight, "the client has what it wants or is gone")
-                stay.until = loop.time()
+        deadline = None if request.deadline_s is None else loop.time() + max(0.0, request.deadline_s)
+        flight = self._dispatcher.open(request, deadline)
+        place: Place | None = None
+        try:
+            place = visit = self._entrance.enter(flight)
+            while (delta := flight.take()) is None or delta.finish is None:
+                if delta is not None:
+                    self._entrance.generated(visit, len(delta.token_ids))
+                    yield delta
+                elif flight.error is not None:
+                    raise flight.error
+                else:
+                    await flight.news()
+        finally:
+            self._dispatcher.settle(flight, "the client has what it wants or is gone")
+            if place is not None:
+                self._entrance.leave(place)
         yield delta  # everything is settled: a client that stops reading here holds nothing
 
     # ------------------------------------------------------------ what the words thread hears
@@ -235,7 +238,7 @@ class Router:
 
     def _heard_bulk(self, session: Session, topic: str, payload: bytes) -> None:
         """A peer's mistake ends its session."""
-        if topic != TOPIC:
+        if topic != BLOCKS_TOPIC:
             session.close(f"nothing listens to bulk topic {topic!r} ({len(payload)} bytes)")
             return
         try:

@@ -93,7 +93,7 @@ def test_a_deadline_is_504(door: FrontDoor, worker: ScriptedWorker) -> None:
 
 def test_a_full_house_is_429_at_once(tokenizer: Tokenizer, worker: ScriptedWorker) -> None:
     worker.script = [Say(1), Wait(), FOREVER]
-    with front_door(tokenizer, limits=LimitsConfig(max_requests=1)) as door:
+    with front_door(tokenizer, limits=LimitsConfig(max_requests=1, max_queued=0)) as door:
         door.connect(worker)
         body = {"model": "tiny", "prompt": PROMPT, "stream": True}
         with httpx.stream("POST", f"{door.url}/v1/completions", json=body, timeout=30) as first:

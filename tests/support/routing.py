@@ -78,12 +78,12 @@ class Desk:
 
 @asynccontextmanager
 async def desk(
-    words: WordsThread, *, max_requests: int = 64, block_size: int = 4, **options: Any
+    words: WordsThread, *, max_requests: int = 64, max_queued: int = 0, block_size: int = 4, **options: Any
 ) -> AsyncIterator[Desk]:
     metrics = Metrics()
     router = Router(
         RouterConfig(**{"local_prefill": "never", "worker_wait_s": DEADLINE_S, **options}),
-        LimitsConfig(max_requests=max_requests),
+        LimitsConfig(max_requests=max_requests, max_queued=max_queued),
         words,
         identity("ingress-0", kind=pb.INGRESS),
         SECRET,
