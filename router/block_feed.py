@@ -101,7 +101,6 @@ class BlockFeed:
             if all(other.name != stream.name for other in self._streams.values()):  # no successor under its name
                 for gauge in (self._metrics.event_stream_alive, self._metrics.event_lag):
                     gauge.remove(stream.name)
-        self._metrics.indexed_blocks.set(self.index.num_blocks)
 
     # ------------------------------------------------------------ what workers say
 
@@ -178,6 +177,7 @@ class BlockFeed:
         self.index.retire_seat(seat)
         self.predicted.forget(seat)
         self._backlog = deque(each for each in self._backlog if each.seat != seat)
+        self._metrics.indexed_blocks.set(self.index.num_blocks)
 
     def _put(self, stream: _Stream, keys: Keys, *, stores: bool) -> None:
         """Now, if it is short and nothing waits before it."""

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from cluster.config import Role
 from cluster.errors import SessionError
+from cluster.hashing import block_hashes, chain_root
 from cluster.membership import Member
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey, SamplingParams
@@ -19,14 +20,16 @@ DEADLINE_S = 20.0
 
 
 class RawIngress:
-    """Sessions to the workers it is shown. Without block hashes and replays; no deadline of its own."""
+    """Sessions to the workers it is shown. Without replays; no deadline of its own."""
 
-    def __init__(self, words: WordsThread) -> None:
+    def __init__(self, words: WordsThread, block_size: int = 0) -> None:
+        self._block_size = block_size
         identity = pb.Identity(kind=pb.INGRESS, name="raw-ingress", incarnation=uuid4().hex)
         self._dialer = Dialer(words, identity, SECRET, self)
         self._sessions: dict[str, Session] = {}
         self.last: dict[str, pb.SequenceTokens] = {}  # by request id: what ended it
         self.num_tokens: dict[str, int] = {}
+        self.token_ids: dict[str, list[int]] = {}
         self.refused: dict[str, pb.Failure] = {}  # by request id: what a source answered
 
     async def session(self, worker: Member) -> Session:
@@ -44,14 +47,27 @@ class RawIngress:
         prompt: tuple[int, ...],
         sampling: SamplingParams | pb.SamplingParams,
         deadline_ms: int = 0,
+        holding: tuple[Member, int] | None = None,
     ) -> str:
-        """The request's id, when the words are on their way."""
+        """The request's id, when the words are on their way. `holding`: whose cache is said to have how many of its
+        blocks; only then the hashes of the blocks are told."""
         session = await self.session(decode)
         key = RequestKey(uuid4().hex, 1)
         source = pb.StagePlan(stage=pb.PREFILL, worker=_ref(prefill))
+        hashes: list[bytes] = []
+        if holding is not None:
+            source.holding.CopyFrom(pb.Holding(holder=_ref(holding[0]), num_blocks=holding[1]))
+            hashes = block_hashes(chain_root(decode.compatibility_hash), prompt, self._block_size)
         plan = pb.Plan(stages=[source, pb.StagePlan(stage=pb.DECODE, worker=_ref(decode))])
         asked = sampling.wire() if isinstance(sampling, SamplingParams) else sampling
-        submit = pb.Submit(key=key.wire(), plan=plan, prompt_token_ids=prompt, sampling=asked, deadline_ms=deadline_ms)
+        submit = pb.Submit(
+            key=key.wire(),
+            plan=plan,
+            prompt_token_ids=prompt,
+            sampling=asked,
+            deadline_ms=deadline_ms,
+            block_hashes=b"".join(hashes),
+        )
         session.send(pb.Frame(submit=submit), key)
         return key.request_id
 
@@ -86,6 +102,7 @@ class RawIngress:
             name = tokens.key.request_id
             assert name not in self.last, "words after the last word"
             self.num_tokens[name] = self.num_tokens.get(name, 0) + len(tokens.token_ids)
+            self.token_ids.setdefault(name, []).extend(tokens.token_ids)
             if tokens.finish:
                 self.last[name] = tokens
 
