@@ -1,9 +1,10 @@
-"""The bytes of one rank: owns the transport, does what pulls say, reports each exactly once.
+"""The bytes of one rank: owns the transport, does what pulls say, reports each once, and a STUCK one once more.
 
     submit ─> raise own generations ─> READ data ─> READ the source's generations ─> compare ─> Done
                                           │              │
               error: LOST (once nothing is in flight)    ├ differs: STALE
               PENDING for longer than stuck_read_s: STUCK├ longer than T since the first read: LATE
+                                    └ over at last: LOST │
                                                          └ else: OK
 
 One thread drives it: its own (`start`), or a test that calls `run_once`. The other methods may be called from any
@@ -133,7 +134,7 @@ class Executor:
         self._links: dict[str, Link] = {}
         self._closing: dict[str, Link] = {}  # disconnected, with reads in flight
         self._jobs: list[_PullJob | _WarmUp] = []
-        self._stuck: list[tuple[Link, _Reads]] = []
+        self._stuck: list[_PullJob | _WarmUp] = []
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
@@ -165,7 +166,8 @@ class Executor:
         self._post(lambda: self._disconnect(peer))
 
     def submit(self, pull: Pull) -> None:
-        """`on_done` is called once for it. Its destination blocks belong to this executor until then."""
+        """`on_done` is called once for it, and again after STUCK. Its destination blocks belong to this executor until
+        the last of these calls."""
         self._post(lambda: self._begin(pull))
 
     def start(self) -> None:
@@ -199,7 +201,7 @@ class Executor:
             command()
         now = self._clock()
         self._jobs = [job for job in self._jobs if not self._moved(job, now)]
-        self._stuck = [(link, reads) for link, reads in self._stuck if not self._unstuck(link, reads)]
+        self._stuck = [job for job in self._stuck if not self._unstuck(job)]
         return bool(self._jobs)
 
     def _run(self) -> None:
@@ -283,7 +285,7 @@ class Executor:
         if not job.reads.over():
             if now - job.started <= self._limits.stuck_read_s:
                 return False
-            self._stuck.append((job.link, job.reads))
+            self._stuck.append(job)
             self._give_up(job, now)
             return True
         if isinstance(job, _WarmUp):
@@ -341,10 +343,14 @@ class Executor:
         else:
             self._on_done(Done(job.pull.id, self._rank, Outcome.STUCK, 0, seconds, error=message))
 
-    def _unstuck(self, link: Link, reads: _Reads) -> bool:
-        if not reads.over():
+    def _unstuck(self, job: _PullJob | _WarmUp) -> bool:
+        if not job.reads.over():
             return False
-        self._land(link)
+        self._land(job.link)
+        if isinstance(job, _PullJob):
+            seconds = self._clock() - job.started
+            error = f"given up before; over after {seconds:.1f} s"
+            self._on_done(Done(job.pull.id, self._rank, Outcome.LOST, 0, seconds, error=error))
         return True
 
     def _land(self, link: Link) -> None:

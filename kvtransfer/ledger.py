@@ -7,7 +7,9 @@ reader went silent may be reused 2T later.
     source   lease ── release ─────────────> unpinned at once
                └──── end_session / expiry ─> held for 2T, then free
     sink     post ─── complete ────────────> unpinned at once
-               └──── lose ─────────────────> held for 2T, then free
+               └──── lose ─── land ────────> held until the transport reports after all, then free
+
+The sink's blocks know no clock: a read over a cut link may go on when the cable is back, minutes later.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ class Ledger:
         self._sessions: dict[str, _Session] = {}
         self._due: list[tuple[float, RequestKey]] = []  # heap; entries may be early or stale, checked when they surface
         self._posted: dict[int, tuple[BlockRef, ...]] = {}
+        self._lost: dict[int, tuple[BlockRef, ...]] = {}  # given up, and may still be written
         self._quarantine: deque[tuple[float, tuple[BlockRef, ...]]] = deque()  # in order: `now` never falls
         self._num_leased = 0
         self._num_quarantined = 0
@@ -157,13 +160,24 @@ class Ledger:
         self._pins.unpin(blocks)
         return True
 
-    def lose(self, pull_id: int, now: float) -> bool:
-        """The transport will never report: the blocks stay untouched until now + 2T. False as in `complete`."""
+    def lose(self, pull_id: int) -> bool:
+        """The transport has not reported and nobody waits for it any more: the blocks stay untouched until `land`.
+        False as in `complete`."""
         blocks = self._posted.pop(pull_id, None)
         if blocks is None:
             return False
-        self._quarantine_blocks(blocks, now)
+        self._hold(blocks)
+        self._lost[pull_id] = blocks
         self._entered = self._entered._replace(sink=self._entered.sink + len(blocks))
+        return True
+
+    def land(self, pull_id: int) -> bool:
+        """The transport reported on a lost read: nothing writes there any more. False if it was not lost."""
+        blocks = self._lost.pop(pull_id, None)
+        if blocks is None:
+            return False
+        self._pins.unhold(blocks)
+        self._num_quarantined -= len(blocks)
         return True
 
     # ------------------------------------------------------------------ clocks
@@ -226,7 +240,8 @@ class Ledger:
         assert by_session == {(lease.session, key) for key, lease in self._leases.items()}, "sessions and leases differ"
         assert all(entry.keys for entry in self._sessions.values()), "a session without leases is kept"
         assert self._num_leased == sum(len(lease.generations) for lease in self._leases.values()), "leased blocks"
-        assert self._num_quarantined == sum(len(blocks) for _, blocks in self._quarantine), "quarantined blocks"
+        held = [*(blocks for _, blocks in self._quarantine), *self._lost.values()]
+        assert self._num_quarantined == sum(map(len, held)), "quarantined blocks"
         times = [time for time, _ in self._quarantine]
         assert times == sorted(times), "quarantine out of order: `now` fell"
         queued = {key: time for time, key in sorted(self._due, reverse=True)}
@@ -257,8 +272,11 @@ class Ledger:
         self._entered = self._entered._replace(source=self._entered.source + len(lease.generations))
 
     def _quarantine_blocks(self, blocks: tuple[BlockRef, ...], now: float) -> None:
+        self._hold(blocks)
+        self._quarantine.append((now + self._quarantine_s, blocks))
+
+    def _hold(self, blocks: tuple[BlockRef, ...]) -> None:
         # Held before unpinned: a block without references and holds could be handed out in between.
         self._pins.hold(blocks)
         self._pins.unpin(blocks)
-        self._quarantine.append((now + self._quarantine_s, blocks))
         self._num_quarantined += len(blocks)

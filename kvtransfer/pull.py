@@ -94,7 +94,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What one rank reports about one pull, exactly once."""
+    """What one rank reports about one pull: once, and after STUCK once more, LOST, when the read is over at last."""
 
     id: int
     rank: int

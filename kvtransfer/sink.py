@@ -1,7 +1,8 @@
 """The sink's half of the planner: what is being read into which blocks. Engine thread, no bytes.
 
     plan ─> in flight ─ every rank reported, none STUCK ─> blocks unpinned, PullResult
-                      └ every rank reported, one STUCK ──> blocks quarantined for 2T, PullResult
+                      └ every rank reported, one STUCK ──> blocks quarantined, PullResult
+                                                             └ those ranks report again: nothing is written ──> free
 
 A request may end at any moment and release its own references as usual: the pins of `plan` outlive them, so its reads
 in flight keep their blocks until every rank has reported.
@@ -63,6 +64,7 @@ class Sink:
         self._ids = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         self._destinations: set[BlockRef] = set()
+        self._stuck: dict[int, set[int]] = {}  # pull: ranks whose read, given up, is not over
 
     @property
     def num_in_flight(self) -> int:
@@ -123,9 +125,13 @@ class Sink:
         return pull
 
     def done(self, done: Done, now: float) -> PullResult | None:
-        """Takes one rank's report; the result once every rank reported. Repeated reports are ignored."""
+        """Takes one rank's report; the result once every rank reported. Repeated reports are ignored, but for the one
+        that follows STUCK when the read is over."""
         flight = self._flights.get(done.id)
-        if flight is None or done.rank in flight.dones:
+        if flight is None:
+            self._land(done)
+            return None
+        if done.rank in flight.dones and flight.dones[done.rank].outcome is not Outcome.STUCK:
             return None
         assert done.rank in self._ranks, f"rank {done.rank} of a sink with ranks {sorted(self._ranks)}"
         flight.dones[done.rank] = done
@@ -134,7 +140,8 @@ class Sink:
         dones = list(flight.dones.values())
         outcome = max((each.outcome for each in dones), key=lambda each: each.severity)
         if outcome is Outcome.STUCK:
-            self._ledger.lose(done.id, now)
+            self._ledger.lose(done.id)
+            self._stuck[done.id] = {each.rank for each in dones if each.outcome is Outcome.STUCK}
         else:
             self._ledger.complete(done.id)
         self._forget(flight)
@@ -157,6 +164,15 @@ class Sink:
         refs = [BlockRef(group, block) for f in self._flights.values() for group, _, block in f.pull.pairs]
         assert len(refs) == len(self._destinations) and set(refs) == self._destinations, "destinations"
         assert self._ledger.num_posted == len(self._flights), "posted reads"
+
+    def _land(self, done: Done) -> None:
+        ranks = self._stuck.get(done.id)
+        if ranks is None or done.outcome is Outcome.STUCK:
+            return
+        ranks.discard(done.rank)
+        if not ranks:
+            del self._stuck[done.id]
+            self._ledger.land(done.id)
 
     def _forget(self, flight: _Flight) -> None:
         del self._flights[flight.pull.id]

@@ -161,13 +161,31 @@ def test_a_read_that_never_completes_is_stuck_and_its_blocks_rest() -> None:
     reserved = pair.sink.reserve(6)
     assert not set(reserved) & set(ours), "what may still be written is not handed out"
     assert pair.sink.blocks.reserve([1]) is None
-    pair.clock.now += 2 * T_S
+    pair.clock.now += 100 * T_S
     pair.sink.ledger.tick(pair.clock.now)
-    assert pair.sink.blocks.counts(0).free == 2
+    assert pair.sink.blocks.counts(0).quarantined == 2, "the cable may be back at any time"
     assert len(pair.reads()) == 1, "the handle is kept: it may still complete"
     pair.fabric.resume("source/0")
     assert pair.sink.pump() == []
     assert pair.reads() == []
+    assert pair.sink.blocks.counts(0).free == 2
+    pair.check()
+
+
+def test_the_blocks_of_a_stuck_read_rest_until_every_rank_has_reported_again() -> None:
+    pair = KvPair(sink_tp=2, geometry=heads_geometry())
+    pair.hold()
+    _, ours, pull = pair.start([1])
+    for _ in pair.sink.ranks:
+        pair.sink.run_once()
+    pair.clock.now += STUCK_S + 0.01
+    assert [result.outcome for result in pair.sink.pump()] == [Outcome.STUCK]
+    pair.sink.blocks.release(0, ours)
+    for rank, outcome in ((0, Outcome.STUCK), (0, Outcome.LOST), (0, Outcome.LOST)):
+        assert pair.sink.sink.done(Done(pull.id, rank, outcome), pair.clock.now) is None
+        assert pair.sink.blocks.counts(0).quarantined == 1
+    assert pair.sink.sink.done(Done(pull.id, 1, Outcome.LOST), pair.clock.now) is None
+    assert pair.sink.blocks.counts(0).quarantined == 0
     pair.check()
 
 

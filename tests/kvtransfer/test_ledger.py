@@ -120,7 +120,7 @@ def test_what_enters_quarantine_is_told_once_by_side(rig: Rig) -> None:
     rig.ledger.lease(KEYS[0], "a", released, LEASE_S)
     rig.ledger.release(KEYS[0])
     rig.ledger.post(7, rig.own(2, 0), LEASE_S)
-    rig.ledger.lose(7, LEASE_S)
+    rig.ledger.lose(7)
     assert rig.ledger.take_quarantined() == (3, 2)
     assert rig.ledger.take_quarantined() == (0, 0)
 
@@ -139,13 +139,16 @@ def test_destination_stays_filling_until_the_transport_reports(rig: Rig) -> None
 def test_lost_read_quarantines_its_destination(rig: Rig) -> None:
     refs = rig.own(1, 1)
     rig.ledger.post(7, refs, 0.0)
-    assert rig.ledger.lose(7, 5.0) is True
+    assert rig.ledger.lose(7) is True
     assert rig.states(refs) == {BlockState.FILLING}, "the sequence still has them"
     rig.disown(refs)
     assert rig.states(refs) == {BlockState.QUARANTINED}
     assert rig.ledger.complete(7) is False
-    rig.ledger.tick(5.0 + 2 * LATE_S)
+    rig.ledger.tick(1e9)
+    assert rig.states(refs) == {BlockState.QUARANTINED}, "a cut link may come back at any time"
+    assert rig.ledger.land(7) is True
     assert rig.states(refs) == {BlockState.FREE}
+    assert rig.ledger.land(7) is False
 
 
 def test_quarantined_block_with_valid_content_can_be_hit(rig: Rig) -> None:
@@ -179,6 +182,7 @@ class LedgerLife(RuleBasedStateMachine):
         self.leases: dict[RequestKey, tuple[str, set[BlockRef], float]] = {}
         self.renewed: dict[str, float] = {}
         self.posted: dict[int, list[BlockRef]] = {}
+        self.lost: dict[int, list[BlockRef]] = {}
         self.until: list[tuple[float, BlockRef]] = []
         self.pull_id = 0
 
@@ -236,10 +240,17 @@ class LedgerLife(RuleBasedStateMachine):
         pull_id = data.draw(st.sampled_from(sorted(self.posted)))
         refs = self.posted.pop(pull_id)
         if lost:
-            assert self.rig.ledger.lose(pull_id, self.now)
-            self.until += [(self.now + 2 * LATE_S, ref) for ref in refs]
+            assert self.rig.ledger.lose(pull_id)
+            self.lost[pull_id] = refs
         else:
             assert self.rig.ledger.complete(pull_id)
+
+    @precondition(lambda self: self.lost)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        pull_id = data.draw(st.sampled_from(sorted(self.lost)))
+        del self.lost[pull_id]
+        assert self.rig.ledger.land(pull_id)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, LATE_S, 2 * LATE_S, LEASE_S]))
     def tick(self, seconds: float) -> None:
@@ -262,7 +273,8 @@ class LedgerLife(RuleBasedStateMachine):
 
     def touched(self) -> set[BlockRef]:
         leased = {ref for _, refs, _ in self.leases.values() for ref in refs}
-        return leased | {ref for refs in self.posted.values() for ref in refs} | {ref for _, ref in self.until}
+        read = {ref for refs in (*self.posted.values(), *self.lost.values()) for ref in refs}
+        return leased | read | {ref for _, ref in self.until}
 
     @invariant()
     def agrees(self) -> None:
@@ -272,7 +284,7 @@ class LedgerLife(RuleBasedStateMachine):
         assert ledger.num_leases == len(self.leases)
         assert ledger.num_leased_blocks == sum(len(refs) for _, refs, _ in self.leases.values())
         assert ledger.num_posted == len(self.posted)
-        assert ledger.num_quarantined == len(self.until)
+        assert ledger.num_quarantined == len(self.until) + sum(map(len, self.lost.values()))
         owned = {ref for refs in self.owned for ref in refs}
         for group, size in enumerate(SIZES):
             for block in range(1, size + 1):
@@ -285,6 +297,8 @@ class LedgerLife(RuleBasedStateMachine):
             self.rig.disown(refs)
         for pull_id in self.posted:
             self.rig.ledger.complete(pull_id)
+        for pull_id in self.lost:
+            self.rig.ledger.land(pull_id)
         self.rig.ledger.end_session("a", self.now)
         self.rig.ledger.end_session("b", self.now)
         self.rig.ledger.tick(self.now + 2 * LATE_S)

@@ -83,11 +83,17 @@ def test_a_source_killed_or_frozen_mid_read() -> None:
         sink.submit(source, [1, 2], [3, 4], [1, 1])
         assert sink.done().outcome is Outcome.STUCK
 
-        sink.submit(source, [1, 2], [5, 6], [1, 1])
+        os.kill(source.process.pid, signal.SIGCONT)
+        over = sink.done()
+        assert (over.id, over.outcome) == (1, Outcome.LOST), "given up, and over only now"
+        assert sink.read([3, 4], [11, 12]) == [True, True], "it wrote long after it had been given up"
+
+        os.kill(source.process.pid, signal.SIGSTOP)
+        sink.submit(source, [1, 2], [5, 6], [1, 1], id=2)
         assert not sink.pipe.poll(0.2), "in flight"
         os.kill(source.process.pid, signal.SIGKILL)
         done = sink.done()
-        assert done.outcome is Outcome.LOST
+        assert (done.id, done.outcome) == (2, Outcome.LOST)
         assert done.seconds < limits.stuck_read_s
         assert sink.stop() == 0
 

@@ -173,7 +173,7 @@ def test_they_are_given_up_after_the_allowed_silence_and_the_prompt_is_computed_
     assert counts.free + counts.cached == 16
 
 
-def test_those_that_never_come_are_quarantined_and_freed(scene: Scene) -> None:
+def test_those_that_are_given_up_are_quarantined_until_they_come_after_all(scene: Scene) -> None:
     scene.break_session()
     scene.tick(SILENT_READ_S + 0.01)
     scene.stage.cancel(scene.to_ingress.accepted, KEY, scene.clock.now)
@@ -181,7 +181,10 @@ def test_those_that_never_come_are_quarantined_and_freed(scene: Scene) -> None:
     scene.tick(STUCK_S)
     counts = scene.parts.blocks.counts(0)
     assert (counts.filling, counts.quarantined) == (0, 3)
-    scene.tick(2 * T_S + 0.01)
+    scene.tick(100 * T_S)
+    assert scene.parts.blocks.counts(0).quarantined == 3, "they may be written still"
+    scene.fabric.resume("source/0")
+    scene.tick(0.01)
     assert scene.parts.blocks.counts(0).free == 16
     assert scene.stage.num_open == 0
 

@@ -180,7 +180,8 @@ class Workload(RuleBasedStateMachine):
     def late_read_ends(self) -> None:
         pull_id, lost = self.late_pulls.pop()
         if lost:
-            self.ledger.lose(pull_id, self.now)
+            self.ledger.lose(pull_id)
+            self.ledger.land(pull_id)
         else:
             self.ledger.complete(pull_id)
 
