@@ -1,4 +1,4 @@
-"""What the clients of a chaos run ask: chats that begin alike, short and long, greedy and seeded, one or two samples."""
+"""What the clients of chaos ask: chats that begin alike, short and long, greedy and seeded, one or two samples."""
 
 from __future__ import annotations
 
