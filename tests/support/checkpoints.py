@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.support.families import FAMILIES, VOCAB_SIZE
+from tests.support.families import ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
 from tests.support.fp8_blocks import write_pair
 from tests.support.margins import Margins
 
@@ -70,7 +70,7 @@ def redraw(model: nn.Module) -> None:
     buffers = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            std = 0.1 if "embed" in name else 4 / parameter.shape[-1] ** 0.5
+            std = 0.1 if "embed" in name or name.endswith("shared.weight") else 4 / parameter.shape[-1] ** 0.5
             bias = name.replace("gate.weight", "gate.e_score_correction_bias")
             if name.endswith("mlp.gate.weight") and bias not in buffers:
                 std /= 4  # a softmax over wider scores leaves nothing to choose between
@@ -85,12 +85,13 @@ def redraw(model: nn.Module) -> None:
 @cache
 def transformers_model(family: str, dtype: str = "float32") -> PreTrainedModel:
     """The same weights as `checkpoint`, as transformers computes them."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = checkpoint(family, dtype)
     if family.endswith(FP8):
         folder = _meant(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 @torch.inference_mode()

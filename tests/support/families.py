@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -15,6 +17,8 @@ from transformers import (
     DeepseekV32ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -23,6 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCAB_SIZE = 512
@@ -102,6 +108,49 @@ _WIDE = {
 }
 
 
+_T5: Mapping[str, object] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 64,
+    "d_kv": 24,  # heads are wider than the hidden size holds
+    "d_ff": 160,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 40,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+_BART: Mapping[str, object] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 160,
+    "decoder_ffn_dim": 128,
+    "max_position_embeddings": 200,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+_T5_SMALL: Mapping[str, object] = {  # the published shape, but for the vocabulary
+    **_T5,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_decoder_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
+
+
 def _build(
     model: type[PreTrainedModel], config: type[PreTrainedConfig], settings: Mapping[str, object], **changes: object
 ) -> PreTrainedModel:
@@ -116,7 +165,20 @@ _deepseek_v2 = partial(_build, DeepseekV2ForCausalLM, DeepseekV2Config, _V2)
 _deepseek_v3 = partial(_build, DeepseekV3ForCausalLM, DeepseekV3Config, _DEEPSEEK)
 _deepseek_v32 = partial(_build, DeepseekV32ForCausalLM, DeepseekV32Config, _V32)
 
+_t5 = partial(_build, T5ForConditionalGeneration, T5Config, _T5)
+_bart = partial(_build, BartForConditionalGeneration, BartConfig, _BART)
+_mbart = partial(_build, MBartForConditionalGeneration, MBartConfig, _BART)
+
+ENCODER_DECODERS: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "t5": _t5,
+    "t5-gated": partial(_t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "t5-small": partial(_build, T5ForConditionalGeneration, T5Config, _T5_SMALL),
+    "bart": partial(_bart, scale_embedding=True),
+    "bart-relu": partial(_bart, activation_function="relu", encoder_attention_heads=2),
+    "mbart": partial(_mbart, scale_embedding=True, activation_function="gelu_new"),
+}
 FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
+    **ENCODER_DECODERS,
     "llama": _llama,
     "llama-mha-bias": partial(_llama, num_key_value_heads=4, attention_bias=True, mlp_bias=True),
     "llama3-tied": partial(_llama, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, num_key_value_heads=1),

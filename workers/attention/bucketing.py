@@ -25,28 +25,25 @@ class BucketTable(NamedTuple):
     mask: Tensor | None  # [B, 1, 1, C]: 0 or -inf; None when all are equally long
 
 
-def buckets_by_length(batch: AttentionBatch, sequences: Sequence[int]) -> list[list[int]]:
-    """All of `sequences`, shortest context first, in a few runs of about equal size; none for none."""
-    order = sorted(sequences, key=batch.context_lens.__getitem__)
+def buckets_by_length(lens: Sequence[int], sequences: Sequence[int]) -> list[list[int]]:
+    """All of `sequences`, shortest context of `lens` first, in a few runs of about equal size; none for none."""
+    order = sorted(sequences, key=lens.__getitem__)
     count = min(MAX_BUCKETS, max(1, len(order) // MIN_BUCKET_SEQUENCES), len(order))
     edges = [len(order) * i // max(count, 1) for i in range(count + 1)]
     return [order[edges[i] : edges[i + 1]] for i in range(count)]
 
 
-def bucket_table(
-    batch: AttentionBatch, members: Sequence[int], table: Tensor, block_size: int, dtype: torch.dtype
-) -> BucketTable:
-    """`members` shortest first, not empty; `table` [sequences, blocks] int64."""
-    contexts = [batch.context_lens[sequence] for sequence in members]
+def bucket_table(contexts: Sequence[int], table: Tensor, block_size: int, dtype: torch.dtype) -> BucketTable:
+    """`contexts` [B] shortest first, not empty; `table` [B, blocks] int64."""
     longest = contexts[-1]
-    blocks = table[list(members), : -(-longest // block_size)]
+    blocks = table[:, : -(-longest // block_size)]
     if contexts[0] == longest:
         return BucketTable(longest, blocks, None)
     lengths = torch.tensor(contexts, device=table.device).view(-1, 1)
     # Shorter sequences repeat their own first block: nobody else's bytes are ever multiplied, not even by 0.
     held = torch.arange(blocks.shape[1], device=table.device) * block_size < lengths
     seen = torch.arange(longest, device=table.device) < lengths
-    mask = additive_mask(seen, dtype).view(len(members), 1, 1, -1)
+    mask = additive_mask(seen, dtype).view(len(contexts), 1, 1, -1)
     return BucketTable(longest, torch.where(held, blocks, blocks[:, :1]), mask)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -24,6 +25,40 @@ class GroupMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class FixedGroupMetadata:
+    """A group that was written once and is only read now, in one step. It shares nothing with the growing groups."""
+
+    block_table: Tensor  # [B, max_blocks] int32 or int64, padded with the null block 0
+    lens: list[int]  # [B], each >= 1: tokens that all queries of a sequence see
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderBatch:
+    """Packed encoder inputs, and where a fixed group keeps what decoders read of them. Raises ValueError when the
+    lengths do not fit the slots: an input is never guessed by cutting the tokens into equal parts."""
+
+    lens: list[int]  # [B], each >= 1
+    slot_mapping: Tensor  # [T] int64: block * block_size + offset of each token
+
+    def __post_init__(self) -> None:
+        if min(self.lens, default=0) < 1 or sum(self.lens) != len(self.slot_mapping):
+            raise ValueError(f"encoder lengths {self.lens} for {len(self.slot_mapping)} tokens; give one of each, >= 1")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slot_mapping)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lens)
+
+    @property
+    def starts(self) -> list[int]:
+        """[B]: the first row of each input."""
+        return list(accumulate(self.lens, initial=0))[:-1]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """One step's packed batch. Built by the rank, read by the model; lists are host copies. B and T may be 0."""
 
@@ -33,8 +68,9 @@ class AttentionBatch:
     query_starts: list[int]  # [B + 1]
     context_lens: list[int]  # [B]: visible tokens, this step's included
     positions: Tensor  # [T] int64
-    groups: tuple[GroupMetadata, ...]
+    groups: tuple[GroupMetadata, ...]  # that grow with their sequences
     logits_rows: Tensor  # [N] int64: rows of T
+    fixed: tuple[FixedGroupMetadata, ...] = ()  # groups behind the growing ones
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +110,7 @@ class KvCache:
 class AttentionProblem:
     """What is asked of a backend: fixed for the life of a model."""
 
-    kind: str  # "gqa": causal attention over K/V pages
+    kind: str  # "gqa": causal attention over K/V pages; "encoder_decoder": the same, and attention to encoder inputs
     num_heads: int  # H
     num_kv_heads: int  # K; divides H
     head_dim: int  # D

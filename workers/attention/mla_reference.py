@@ -61,10 +61,14 @@ class ReferenceMla:
         contexts = [self._context(batch, sequence, table.device) for sequence in dense if sequence >= batch.num_decodes]
         num_layers = latents.shape[1]
         rows: list[int] = []
-        dense_runs = buckets_by_length(batch, [sequence for sequence in dense if sequence < batch.num_decodes])
+        dense_runs = buckets_by_length(
+            batch.context_lens, [sequence for sequence in dense if sequence < batch.num_decodes]
+        )
         dense_buckets = [self._bucket(batch, members, table, num_layers, rows) for members in dense_runs]
         num_dense = len(rows)
-        sparse_runs = buckets_by_length(batch, [sequence for sequence in sparse if sequence < batch.num_decodes])
+        sparse_runs = buckets_by_length(
+            batch.context_lens, [sequence for sequence in sparse if sequence < batch.num_decodes]
+        )
         sparse_runs += [[sequence] for sequence in sparse if sequence >= batch.num_decodes]
         sparse_buckets = [self._bucket(batch, members, table, num_layers, rows) for members in sparse_runs]
         return ReferenceMlaStep(
@@ -104,7 +108,8 @@ class ReferenceMla:
             context = batch.context_lens[sequence]
             rows.extend(range(first, end))
             num_visible.extend(range(context - (end - first) + 1, context + 1))
-        longest, blocks, mask = bucket_table(batch, members, table, self.problem.block_size, self.problem.dtype)
+        contexts = [batch.context_lens[sequence] for sequence in members]
+        longest, blocks, mask = bucket_table(contexts, table[members], self.problem.block_size, self.problem.dtype)
         return _Bucket(
             start,
             len(rows),

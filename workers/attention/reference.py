@@ -17,6 +17,7 @@ from torch import Tensor
 
 from workers.attention.bucketing import bucket_table, buckets_by_length, chunk_mask, clear_started
 from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
+from workers.attention.page_gather import PageGather
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class _Bucket:
     end: int
     context: int  # C, of the longest
     rows: Tensor  # [2 * B * K * M] int64: flat page rows of layer 0
-    mask: Tensor | None  # [B, 1, 1, C]: 0 or -inf; None when all are equally long
+    mask: Tensor | None  # [B, 1, 1, C] or, with a bias, [B, K, G, C]: added to the scores; None: all are equally long
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class _Chunk:
     end: int
     context: int  # C
     rows: Tensor | None  # [2 * K * M] int64; None when nothing is cached: the step's own k and v are all there is
-    mask: Tensor | None  # [end - start, C]: 0 or -inf
+    mask: Tensor | None  # [end - start, C] or, with a bias, [K, G, end - start, C]: added to the scores
 
 
 class ReferenceAttention:
@@ -51,42 +52,62 @@ class ReferenceAttention:
     def name(self) -> str:
         return "reference"
 
-    def begin(self, batch: AttentionBatch, group: int, cache: KvCache, region: str) -> ReferenceStep:
+    def begin(
+        self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None = None
+    ) -> ReferenceStep:
+        """`bias` [H, longest context]: added to the scores of a query and the key that stands so far before it."""
         pages = cache.pages(region)
         table = batch.groups[group].block_table.to(torch.int64)
         clear_started(batch, table, pages, self.problem.block_size)
-        runs = buckets_by_length(batch, range(batch.num_decodes))
+        gather = PageGather(pages)
+        runs = buckets_by_length(batch.context_lens, range(batch.num_decodes))
         order = [sequence for members in runs for sequence in members]
-        buckets = self._buckets(batch, runs, table, pages.shape[1])
-        chunks = [self._chunk(batch, b, table, pages) for b in range(batch.num_decodes, batch.num_sequences)]
-        return ReferenceStep(self.problem, pages, batch.groups[group].slot_mapping, order, buckets, chunks)
+        buckets = self._buckets(batch, runs, table, gather, bias)
+        chunks = [self._chunk(batch, b, table, gather, bias) for b in range(batch.num_decodes, batch.num_sequences)]
+        slots = batch.groups[group].slot_mapping
+        return ReferenceStep(self.problem, pages, gather, slots, order, buckets, chunks)
 
-    def _rows(self, blocks: Tensor, num_layers: int) -> Tensor:
-        """Block ids [B, M] -> rows [2 * B * K * M] of layer 0 in pages seen as [blocks * layers * 2 * K, S * D]."""
-        heads = self.problem.num_kv_heads
-        first = (blocks * (num_layers * 2 * heads)).view(1, len(blocks), 1, -1)
-        halves = torch.arange(0, 2 * heads, heads, device=blocks.device).view(2, 1, 1, 1)
-        return (first + halves + torch.arange(heads, device=blocks.device).view(1, 1, heads, 1)).flatten()
-
-    def _buckets(self, batch: AttentionBatch, runs: list[list[int]], table: Tensor, num_layers: int) -> list[_Bucket]:
+    def _buckets(
+        self, batch: AttentionBatch, runs: list[list[int]], table: Tensor, gather: PageGather, bias: Tensor | None
+    ) -> list[_Bucket]:
         buckets: list[_Bucket] = []
         start = 0
         for members in runs:
-            context, blocks, mask = bucket_table(batch, members, table, self.problem.block_size, self.problem.dtype)
+            contexts = [batch.context_lens[sequence] for sequence in members]
+            context, blocks, mask = bucket_table(contexts, table[members], self.problem.block_size, self.problem.dtype)
+            if bias is not None:
+                last = torch.tensor(contexts, device=bias.device).view(-1, 1) - 1
+                mask = self._biased(bias, last, context, mask).movedim(2, 0)
             end = start + len(members)
-            buckets.append(_Bucket(start, end, context, self._rows(blocks, num_layers), mask))
+            buckets.append(_Bucket(start, end, context, gather.rows(blocks), mask))
             start = end
         return buckets
 
-    def _chunk(self, batch: AttentionBatch, sequence: int, table: Tensor, pages: Tensor) -> _Chunk:
+    def _chunk(
+        self, batch: AttentionBatch, sequence: int, table: Tensor, gather: PageGather, bias: Tensor | None
+    ) -> _Chunk:
         start, end = batch.query_starts[sequence : sequence + 2]
         context = batch.context_lens[sequence]
         cached = context - (end - start)
+        mask = None
+        if cached or bias is not None:
+            mask = chunk_mask(cached, context, self.problem.dtype, table.device)
+        if bias is not None and mask is not None:
+            queries = torch.arange(cached, context, device=bias.device).view(-1, 1)
+            mask = mask + self._biased(bias, queries, context, None)
         if cached == 0:
-            return _Chunk(start, end, context, None, None)
+            return _Chunk(start, end, context, None, mask)
         blocks = table[sequence : sequence + 1, : -(-context // self.problem.block_size)]
-        mask = chunk_mask(cached, context, self.problem.dtype, table.device)
-        return _Chunk(start, end, context, self._rows(blocks, pages.shape[1]), mask)
+        return _Chunk(start, end, context, gather.rows(blocks), mask)
+
+    def _biased(self, bias: Tensor, queries: Tensor, context: int, mask: Tensor | None) -> Tensor:
+        """The bias [K, G, N, C] of queries at positions [N, 1] and all keys of a context, `mask` [N, 1, 1, C] added.
+
+        Keys behind a query get that of no distance, which the mask hides.
+        """
+        distance = (queries - torch.arange(context, device=bias.device)).clamp_(min=0)
+        chosen = bias[:, distance].unflatten(0, (self.problem.num_kv_heads, -1))
+        return chosen if mask is None else chosen + mask.view(len(queries), context)
 
 
 class ReferenceStep:
@@ -96,6 +117,7 @@ class ReferenceStep:
         self,
         problem: AttentionProblem,
         pages: Tensor,
+        gather: PageGather,
         slots: Tensor,
         order: list[int],
         buckets: list[_Bucket],
@@ -103,7 +125,7 @@ class ReferenceStep:
     ) -> None:
         self._problem = problem
         self._pages = pages  # [blocks, layers, 2, K, S, D]
-        self._flat = pages.view(-1, problem.block_size * problem.head_dim)
+        self._gather = gather.gather
         self._blocks = slots // problem.block_size
         self._offsets = slots % problem.block_size
         self._order = torch.tensor(order, device=pages.device)
@@ -120,13 +142,6 @@ class ReferenceStep:
         for chunk in self._chunks:
             out[chunk.start : chunk.end] = self._prefill(layer, chunk, q, k, v)
         return out.flatten(1)
-
-    def _gather(self, layer: int, rows: Tensor, num_sequences: int, context: int) -> tuple[Tensor, Tensor]:
-        """K and V of whole contexts, each [B, K, C, D]."""
-        problem = self._problem
-        copies = self._flat.index_select(0, rows + layer * (2 * problem.num_kv_heads))
-        both = copies.view(2, num_sequences, problem.num_kv_heads, -1, problem.head_dim)[:, :, :, :context]
-        return both[0], both[1]
 
     def _decode(self, layer: int, q: Tensor, out: Tensor) -> None:
         problem = self._problem

@@ -37,8 +37,8 @@ class Choice:
 
 
 def _reference_refuses(problem: AttentionProblem, environment: Environment) -> str | None:
-    if problem.kind != "gqa":
-        return f"computes gqa, not {problem.kind}"
+    if problem.kind not in ("gqa", "encoder_decoder"):
+        return f"computes gqa and encoder_decoder, not {problem.kind}"
     if problem.num_heads % problem.num_kv_heads:
         return f"{problem.num_heads} query heads are no multiple of {problem.num_kv_heads} K/V heads"
     return None
@@ -61,6 +61,8 @@ def _hopper_lacks(dtype: torch.dtype, block_size: int, environment: Environment)
 
 
 def _hopper_refuses(problem: AttentionProblem, environment: Environment) -> str | None:
+    if problem.kind != "gqa":
+        return f"computes gqa, not {problem.kind}"
     if problem.head_dim not in (64, 128):
         return f"heads of 64 or 128 features, not {problem.head_dim}"
     return _reference_refuses(problem, environment) or _hopper_lacks(problem.dtype, problem.block_size, environment)

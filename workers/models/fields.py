@@ -47,14 +47,16 @@ class ConfigFields:
     def has(self, key: str) -> bool:
         return self._content.get(key) is not None
 
-    def close(self, unused: Collection[str] = ()) -> None:
+    def close(self, unused: Collection[str] = (), *, has_encoder: bool = False) -> None:
         """Raises CheckpointError for a key that nobody read: it may change what the model computes.
 
         `unused`: keys of this family that change nothing.
         """
         if not self._prefix:
-            for key in ("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"):
-                self.expect(key, False, "the model is a decoder alone")
+            what = "the model has an encoder of its own" if has_encoder else "the model is a decoder alone"
+            self.expect("is_encoder_decoder", has_encoder, what)
+            for key in ("add_cross_attention", "tie_encoder_decoder"):
+                self.expect(key, False, what)
         known = self._known | set(unused) | (set() if self._prefix else _UNUSED)
         for key in sorted(self._content.keys() - known):
             if self._content[key] is not None:

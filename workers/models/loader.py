@@ -17,12 +17,14 @@ from cluster.hashing import HASH_BYTES
 from cluster.log import Log
 from workers.layers.linear import Embedding, Linear
 from workers.models.checkpoint import Checkpoint, read_json
+from workers.models.encoder_decoder import FORCED_KEYS, EncoderDecoderModel, ForcedTokens
 from workers.models.fields import ConfigFields
-from workers.models.model import DTYPES, CausalModel
+from workers.models.model import DTYPES, CausalModel, ModelSpec
 from workers.models.quantization import SCALE_SUFFIX, STORED, BlockFp8, read_quantization
 from workers.models.registry import find_model
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and everybody computes
+_EMBEDDINGS = ("model.embed_tokens.weight", "shared.weight", "model.shared.weight")
 CPU = torch.device("cpu")
 _ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -61,14 +63,22 @@ def load(
         raise CheckpointError(f"load_format = {load_format!r}; use auto or dummy")
     checkpoint = Checkpoint(folder) if load_format == "auto" else None
     resolved = _resolve_dtype(fields, dtype, checkpoint)
+    generation = _generation_config(folder)
+    eos_token_ids = _first(generation, fields, "eos_token_id") or ()
     with torch.device("meta"):
-        model = model_class.from_fields(
-            fields, architecture=architecture, dtype=resolved, eos_token_ids=_eos_token_ids(folder, fields)
-        )
+        if issubclass(model_class, EncoderDecoderModel):
+            forced = ForcedTokens(*(_single(_first(generation, fields, key), fields, key) for key in FORCED_KEYS))
+            model = model_class.from_fields(
+                fields, architecture=architecture, dtype=resolved, eos_token_ids=eos_token_ids, forced=forced
+            )
+        else:
+            model = model_class.from_fields(
+                fields, architecture=architecture, dtype=resolved, eos_token_ids=eos_token_ids
+            )
     if checkpoint is None:
         weights, ignored, identity = _dummy(model, dummy_seed, device), (), _dummy_identity(dummy_seed, device)
     else:
-        weights, ignored = _stored(model, checkpoint, model.spec.dropped_prefixes, quantization)
+        weights, ignored = _stored(model, checkpoint, model.spec, quantization)
         if device != CPU:
             weights = {name: weight.to(device) for name, weight in weights.items()}
         identity = checkpoint.identity()
@@ -93,23 +103,36 @@ def _resolve_dtype(fields: ConfigFields, wanted: str, checkpoint: Checkpoint | N
 
 
 def _embedding_dtype(checkpoint: Checkpoint | None) -> str:
-    stored = None if checkpoint is None else checkpoint.tensors.get("model.embed_tokens.weight")
+    tensors = {} if checkpoint is None else checkpoint.tensors
+    stored = next((tensors[name] for name in _EMBEDDINGS if name in tensors), None)
     return "float32" if stored is None else str(stored.dtype).removeprefix("torch.")
 
 
-def _eos_token_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:
-    """generation_config.json knows chat models' extra end tokens and wins over config.json."""
+def _generation_config(folder: Path) -> ConfigFields | None:
     path = folder / "generation_config.json"
-    generation = ConfigFields(path, read_json(path)).token_ids("eos_token_id") if path.exists() else None
-    return generation if generation is not None else fields.token_ids("eos_token_id") or ()
+    return ConfigFields(path, read_json(path)) if path.exists() else None
+
+
+def _first(generation: ConfigFields | None, fields: ConfigFields, key: str) -> tuple[int, ...] | None:
+    """generation_config.json knows chat models' extra end tokens and wins over config.json."""
+    stated = None if generation is None else generation.token_ids(key)
+    return stated if stated is not None else fields.token_ids(key)
+
+
+def _single(token_ids: tuple[int, ...] | None, fields: ConfigFields, key: str) -> int | None:
+    if token_ids is not None and len(token_ids) != 1:
+        fields.refuse(key, f"one token id is computed, not {list(token_ids)}")
+    return None if token_ids is None else token_ids[0]
 
 
 def _stored(
-    model: nn.Module, checkpoint: Checkpoint, dropped: tuple[str, ...], quantization: BlockFp8 | None
+    model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, quantization: BlockFp8 | None
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     """The parameters by name, and which tensors were left alone."""
     wanted = dict(model.named_parameters())
     stored = checkpoint.tensors
+    left_out = {name: other for name, other in spec.stand_ins if name not in stored}
+    absent = {name: wanted.pop(name) for name in left_out}
     missing = sorted(wanted.keys() - stored.keys())
     if missing:
         raise CheckpointError(
@@ -120,7 +143,9 @@ def _stored(
     extra = sorted(stored.keys() - wanted.keys() - {name + SCALE_SUFFIX for name in quantized})
     # A tied head may be stored although nobody reads it: the embedding is the same matrix.
     ignored = [
-        name for name in extra if name == "lm_head.weight" or name.endswith(_DERIVED) or name.startswith(dropped)
+        name
+        for name in extra
+        if name == "lm_head.weight" or name.endswith(_DERIVED) or name.startswith(spec.dropped_prefixes)
     ]
     unknown = [name for name in extra if name not in set(ignored)]
     if unknown:
@@ -136,6 +161,9 @@ def _stored(
             continue
         _expect_plain(checkpoint, name)
         weights[name] = checkpoint.read(name).to(parameter.dtype)
+    for name, parameter in absent.items():
+        other = left_out[name]
+        weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype) if other is None else weights[other]
     return weights, tuple(ignored)
 
 

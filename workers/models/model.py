@@ -18,6 +18,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSpec:
+    """Of a model whose decoder reads the output of an encoder."""
+
+    max_source_tokens: int
+    decoder_start_token_id: int  # what a decoder prompt begins with, unless it is given whole
+    forced_bos_token_id: int | None  # the decoder's second token, whatever it would have drawn
+    forced_eos_token_id: int | None  # its last one, where the length ends it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """What the rest of a worker needs to know about a model."""
 
@@ -30,6 +40,9 @@ class ModelSpec:
     dtype: str  # of weights and activations: a key of DTYPES
     rope_convention: str  # of cached keys: "interleaved", "half_split", "none"
     dropped_prefixes: tuple[str, ...] = ()  # tensors that checkpoints hold and this model does not compute with
+    # Parameters that checkpoints may leave out, and the stored tensor that stands in for each; None: zeros.
+    stand_ins: tuple[tuple[str, str | None], ...] = ()
+    encoder: EncoderSpec | None = None  # None: a decoder alone
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -34,7 +34,7 @@ def batch(contexts: list[int], new: list[int]) -> AttentionBatch:
 @pytest.mark.parametrize("count", [0, 1, MIN_BUCKET_SEQUENCES, 2 * MIN_BUCKET_SEQUENCES + 1, 100])
 def test_buckets_are_runs_of_the_sorted_sequences(count: int) -> None:
     contexts = torch.randint(1, 50, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-    runs = buckets_by_length(batch(contexts, [1] * count), range(count))
+    runs = buckets_by_length(contexts, range(count))
     flat = [sequence for run in runs for sequence in run]
     assert sorted(flat) == list(range(count))
     assert [contexts[sequence] for sequence in flat] == sorted(contexts)
@@ -44,12 +44,12 @@ def test_buckets_are_runs_of_the_sorted_sequences(count: int) -> None:
 
 def test_shorter_sequences_repeat_their_own_first_block() -> None:
     table = torch.tensor([[7, 0, 0], [3, 4, 5], [8, 9, 6]])
-    context, blocks, mask = bucket_table(batch([2, 9, 9], [1, 1, 1]), [0, 1], table, 4, torch.float32)
+    context, blocks, mask = bucket_table([2, 9], table[:2], 4, torch.float32)
     assert context == 9 and blocks.tolist() == [[7, 7, 7], [3, 4, 5]]
     assert mask is not None and mask.shape == (2, 1, 1, 9)
     assert (mask[0, 0, 0] == 0).tolist() == [True] * 2 + [False] * 7
     assert bool((mask[1] == 0).all()) and mask[0, 0, 0, 2] == float("-inf")
-    assert bucket_table(batch([2, 9, 9], [1, 1, 1]), [1, 2], table, 4, torch.float32).mask is None
+    assert bucket_table([9, 9], table[1:], 4, torch.float32).mask is None
 
 
 def test_tokens_of_a_chunk_see_what_is_cached_and_themselves() -> None:

@@ -32,7 +32,7 @@ def test_an_unknown_wish_is_passed_over_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("problem", "environment", "reason"),
     [
-        (replace(PROBLEM, kind="mla"), CPU, "reference: computes gqa, not mla"),
+        (replace(PROBLEM, kind="mla"), CPU, "reference: computes gqa and encoder_decoder, not mla"),
         (replace(PROBLEM, num_kv_heads=3), CPU, "4 query heads are no multiple of 3 K/V heads"),
         (PROBLEM, Environment("cuda", strict=True), "no fast backend .* heads of 64 or 128 features, not 16"),
     ],

@@ -9,6 +9,7 @@ from cluster.errors import CheckpointError
 from workers.layers.mla import IndexerShape
 from workers.layers.rotary import LinearScaling, Llama3Scaling, YarnScaling
 from workers.models.deepseek_config import DeepseekConfig
+from workers.models.encoder_decoder import EncoderDecoderModel
 from workers.models.fields import ConfigFields
 from workers.models.grouped_query import GqaConfig
 from workers.models.registry import MODELS
@@ -174,7 +175,9 @@ ConfigT = TypeVar("ConfigT", GqaConfig, DeepseekConfig)
 
 
 def read(architecture: str, **changes: object) -> GqaConfig | DeepseekConfig:
-    return MODELS[architecture].read(ConfigFields(PATH, {**PUBLISHED[architecture], **changes}))
+    model_class = MODELS[architecture]
+    assert not issubclass(model_class, EncoderDecoderModel)
+    return model_class.read(ConfigFields(PATH, {**PUBLISHED[architecture], **changes}))
 
 
 def published(architecture: str, kind: type[ConfigT]) -> ConfigT:
@@ -190,7 +193,8 @@ def refusal(architecture: str, **changes: object) -> str:
 
 
 def test_every_architecture_is_here() -> None:
-    assert PUBLISHED.keys() == MODELS.keys()
+    decoders = {name for name, model_class in MODELS.items() if not issubclass(model_class, EncoderDecoderModel)}
+    assert PUBLISHED.keys() == decoders
 
 
 def test_published_values_arrive() -> None:

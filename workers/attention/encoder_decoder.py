@@ -1,0 +1,127 @@
+"""Attention of encoder–decoder models in plain torch: within an encoder's input, and from a decoder to it.
+
+Neither is causal, and neither takes a length from the decoder's own context: what an encoder read has lengths of its
+own, which must be given.
+
+Shapes: T packed tokens, B sequences, H heads (each with its own key and value), D head size, S block size, C tokens
+of the longest encoder input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.attention.bucketing import bucket_table, buckets_by_length
+from workers.attention.interface import (
+    AttentionBatch,
+    AttentionProblem,
+    EncoderBatch,
+    FixedGroupMetadata,
+    KvCache,
+)
+from workers.attention.page_gather import PageGather
+
+
+class EncoderStep:
+    """One packed batch of encoder inputs, all layers. Raises ValueError for a bias that is not the longest's."""
+
+    def __init__(self, batch: EncoderBatch, scale: float, bias: Tensor | None = None) -> None:
+        """`bias` [H, C, C], added to the scaled scores of query and key."""
+        if bias is not None and bias.shape[1:] != (batch.longest, batch.longest):
+            raise ValueError(f"a bias of {tuple(bias.shape)} for inputs of up to {batch.longest} tokens")
+        self._scale = scale
+        self._batch = batch
+        self._bias = bias
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]: every token sees all of its own input and nothing else."""
+        batch, bias = self._batch, self._bias
+        if len(q) != batch.num_tokens:
+            raise ValueError(f"{len(q)} packed tokens for encoder inputs of {batch.lens}")
+        out = torch.empty_like(q)
+        for start, length in zip(batch.starts, batch.lens, strict=True):
+            own = slice(start, start + length)
+            queries, keys, values = (part[own].transpose(0, 1) for part in (q, k, v))
+            seen = None if bias is None else bias[:, :length, :length]
+            part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=self._scale)
+            out[own] = part.transpose(0, 1)
+        return out.flatten(1)
+
+
+class CrossWriter:
+    """Keeps the keys and values that decoder layers make of encoder states, in the blocks of a fixed group."""
+
+    def __init__(self, batch: EncoderBatch, cache: KvCache, region: str) -> None:
+        self._pages = cache.pages(region)  # [blocks, layers, 2, H, S, D]
+        size = self._pages.shape[-2]
+        self._blocks, self._offsets = batch.slot_mapping // size, batch.slot_mapping % size
+        # What an earlier owner left behind an input's end is gathered under the mask, and a NaN survives every mask.
+        ends = torch.tensor([start + n - 1 for start, n in zip(batch.starts, batch.lens, strict=True) if n % size])
+        if len(ends):
+            self._pages.index_fill_(0, self._blocks[ends.to(self._blocks.device)], 0)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [T, H, D] of one decoder layer."""
+        keys, values = self._pages[:, layer].unbind(1)
+        keys[self._blocks, :, self._offsets] = k
+        values[self._blocks, :, self._offsets] = v
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Sequences with one query each, attended by one call; a longer chunk of one sequence is a bucket of its own."""
+
+    rows: Tensor  # of T, one per query
+    num_sequences: int
+    context: int
+    gathered: Tensor  # see PageGather.rows
+    mask: Tensor | None
+
+
+class CrossStep:
+    """One step of decoder queries over a fixed group, all layers. Nothing is written.
+
+    Raises ValueError where the lengths of the encoder inputs are not given: they cannot be guessed.
+    """
+
+    def __init__(
+        self, problem: AttentionProblem, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str
+    ) -> None:
+        if len(fixed.lens) != batch.num_sequences or min(fixed.lens, default=1) < 1:
+            raise ValueError(
+                f"encoder lengths {fixed.lens} for {batch.num_sequences} sequences; give one of each, >= 1"
+            )
+        self._scale = problem.scale
+        self._pages = PageGather(cache.pages(region))
+        table = fixed.block_table.to(torch.int64)
+        runs = buckets_by_length(fixed.lens, range(batch.num_decodes))
+        runs += [[sequence] for sequence in range(batch.num_decodes, batch.num_sequences)]
+        self._buckets = [self._bucket(problem, batch, fixed, table, members) for members in runs]
+
+    def _bucket(
+        self,
+        problem: AttentionProblem,
+        batch: AttentionBatch,
+        fixed: FixedGroupMetadata,
+        table: Tensor,
+        members: list[int],
+    ) -> _Bucket:
+        lens = [fixed.lens[sequence] for sequence in members]
+        context, blocks, mask = bucket_table(lens, table[members], problem.block_size, problem.dtype)
+        rows = [row for sequence in members for row in range(*batch.query_starts[sequence : sequence + 2])]
+        gathered = self._pages.rows(blocks)
+        return _Bucket(torch.tensor(rows, device=table.device), len(members), context, gathered, mask)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, H, D] -> [T, H * D]: every query sees the whole encoder input of its sequence."""
+        out = torch.empty_like(q)
+        for bucket in self._buckets:
+            keys, values = self._pages.gather(layer, bucket.gathered, bucket.num_sequences, bucket.context)
+            queries = q[bucket.rows].unflatten(0, (bucket.num_sequences, -1)).transpose(1, 2)  # [B, H, n, D]
+            part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bucket.mask, scale=self._scale)
+            out[bucket.rows] = part.transpose(1, 2).flatten(0, 1)
+        return out.flatten(1)

@@ -1,0 +1,102 @@
+"""Attention and feed-forwards of encoder–decoder models, whose checkpoints name their matrices in their own ways.
+
+Shapes: T tokens, S encoder tokens, d hidden, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
+from workers.attention.interface import AttentionStep
+from workers.layers.activation import Activation
+from workers.layers.linear import Linear, Partition
+
+
+class AttentionNames(NamedTuple):
+    """What a checkpoint calls the four matrices."""
+
+    query: str
+    key: str
+    value: str
+    output: str
+
+
+class HeadShape(NamedTuple):
+    hidden_size: int  # d
+    num_heads: int  # H
+    head_dim: int  # D
+    bias: bool  # of all four matrices
+
+
+class HeadedAttention(nn.Module):
+    """Multi-head attention without positions of its own: they come as a bias, or with the embeddings.
+
+    One class for the three places where such a model attends.
+    """
+
+    def __init__(self, names: AttentionNames, shape: HeadShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._names = names
+        self._head_dim = shape.head_dim
+        d, inner = shape.hidden_size, shape.num_heads * shape.head_dim
+        for name in names[:3]:
+            column = Linear(d, inner, partition=Partition.COLUMN, bias=shape.bias, dtype=dtype)
+            self.add_module(name, column)
+        self.add_module(names.output, Linear(inner, d, partition=Partition.ROW, bias=shape.bias, dtype=dtype))
+
+    def encode(self, x: Tensor, step: EncoderStep) -> Tensor:
+        """x [T, d] -> [T, d], within the encoder's inputs."""
+        names = self._names
+        return self._output(step.attend(*(self._heads(name, x) for name in names[:3])))
+
+    def decode(self, layer: int, x: Tensor, step: AttentionStep) -> Tensor:
+        """x [T, d] -> [T, d], causal; keeps the keys and values in `layer` of the cache."""
+        names = self._names
+        return self._output(step.attend(layer, *(self._heads(name, x) for name in names[:3])))
+
+    def read(self, layer: int, x: Tensor, step: CrossStep) -> Tensor:
+        """x [T, d] -> [T, d], from the decoder to what `keep` wrote."""
+        return self._output(step.attend(layer, self._heads(self._names.query, x)))
+
+    def keep(self, layer: int, states: Tensor, writer: CrossWriter) -> None:
+        """Encoder states [S, d] -> keys and values in `layer` of the cache."""
+        writer.write(layer, self._heads(self._names.key, states), self._heads(self._names.value, states))
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x).unflatten(-1, (-1, self._head_dim))
+
+    def _output(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self._names.output)(x)
+
+
+class FeedForward(nn.Module):
+    """Up, activation, down; with two names to go up, the second's output is multiplied by the activated first's."""
+
+    def __init__(
+        self,
+        up_names: tuple[str, ...],
+        down_name: str,
+        sizes: tuple[int, int],
+        activation: Activation,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """`sizes`: d, and the inner one."""
+        super().__init__()
+        d, inner = sizes
+        self._up_names, self._down_name, self._activation = up_names, down_name, activation
+        for name in up_names:
+            self.add_module(name, Linear(d, inner, partition=Partition.COLUMN, bias=bias, dtype=dtype))
+        self.add_module(down_name, Linear(inner, d, partition=Partition.ROW, bias=bias, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, *others = (self.get_submodule(name)(x) for name in self._up_names)
+        inner = self._activation(gate)
+        for other in others:
+            inner = inner * other
+        return self.get_submodule(self._down_name)(inner)

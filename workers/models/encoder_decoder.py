@@ -1,0 +1,201 @@
+"""What T5, BART and mBART share: two stacks, two KV groups, and how the rest of a worker calls them.
+
+Group 0, "self", grows with the decoder's tokens. Group 1, "cross", holds the keys and values that every decoder layer
+makes of the encoder's output: as many tokens as the encoder read, written once.
+
+Shapes: T decoder tokens, S packed encoder tokens, N rows with logits, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
+from workers.attention.encoder_decoder import CrossStep, CrossWriter
+from workers.attention.environment import Environment
+from workers.attention.interface import (
+    AttentionBatch,
+    AttentionProblem,
+    AttentionStep,
+    EncoderBatch,
+    KvCache,
+)
+from workers.attention.reference import ReferenceAttention
+from workers.attention.resolver import Choice, resolve
+from workers.models.fields import ConfigFields
+from workers.models.model import EncoderSpec, ModelSpec
+
+REGION = "kv"
+SELF, CROSS = "self", "cross"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackShape:
+    """What both stacks are sized by."""
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int  # of the decoder
+    head_dim: int
+    num_decoder_layers: int
+    scale: float  # of the decoder's scores
+    max_positions: int  # of either stack
+
+
+class ForcedTokens(NamedTuple):
+    """What config.json or generation_config.json forces into every output; see EncoderSpec."""
+
+    decoder_start_token_id: int | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | None
+
+
+FORCED_KEYS = ForcedTokens._fields
+
+
+class EncoderDecoderModel(nn.Module, ABC):
+    """See `CausalModel`: forward and logits are those of the decoder. Base of the families."""
+
+    def __init__(self, shape: StackShape, spec: ModelSpec) -> None:
+        super().__init__()
+        self._shape = shape
+        self.spec = spec
+        self._caches: Sequence[KvCache] = ()
+        self._problem: AttentionProblem | None = None
+        self._backend: ReferenceAttention | None = None
+
+    # ------------------------------------------------------------------ what a family adds
+
+    @classmethod
+    @abstractmethod
+    def from_fields(
+        cls,
+        fields: ConfigFields,
+        *,
+        architecture: str,
+        dtype: str,
+        eos_token_ids: tuple[int, ...],
+        forced: ForcedTokens,
+    ) -> Self:
+        """See `DecoderForCausalLM.from_fields`."""
+
+    @abstractmethod
+    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+        """[S] -> [S, d], after the last norm."""
+
+    @abstractmethod
+    def _keep(self, states: Tensor, writer: CrossWriter) -> None:
+        """Writes the keys and values of every decoder layer."""
+
+    @abstractmethod
+    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossStep) -> Tensor:
+        """[T] -> [T, d], after the last norm."""
+
+    @abstractmethod
+    def _logits(self, hidden: Tensor) -> Tensor: ...
+
+    def _decoder_bias(self, longest: int) -> Tensor | None:
+        """[H, longest]: see ReferenceAttention.begin."""
+        return None
+
+    # ------------------------------------------------------------------ what everybody calls
+
+    def kv_groups(self, block_size: int) -> tuple[GroupSpec, ...]:
+        region = RegionSpec(
+            name=REGION,
+            num_layers=self._shape.num_decoder_layers,
+            page_format=PageFormat.KV_HEADS_FIRST,
+            dtype=self.spec.dtype,
+            block_size=block_size,
+            kv_heads=self._shape.num_heads,
+            head_dim=self._shape.head_dim,
+        )
+        return (GroupSpec(SELF, block_size, (region,)), GroupSpec(CROSS, block_size, (region,)))
+
+    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
+        own, _ = self._caches = tuple(caches)
+        pages = own.pages(REGION)
+        problem = AttentionProblem(
+            kind="encoder_decoder",
+            num_heads=self._shape.num_heads,
+            num_kv_heads=self._shape.num_heads,
+            head_dim=self._shape.head_dim,
+            block_size=pages.shape[-2],
+            dtype=pages.dtype,
+            scale=self._shape.scale,
+        )
+        choice = resolve(problem, environment or Environment.probe(pages.device))
+        assert choice.chosen == "reference", f"{choice}: nothing else has a cross group"
+        self._problem, self._backend = problem, ReferenceAttention(problem)
+        return choice
+
+    @torch.inference_mode()
+    def encode(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+        """Packed encoder inputs [S] int64 -> the encoder's output [S, d]. Writes nothing.
+
+        Raises ValueError when the lengths do not fit.
+        """
+        if len(input_ids) != batch.num_tokens:
+            raise ValueError(f"{len(input_ids)} encoder tokens for lengths of {batch.lens}")
+        return self._run_encoder(input_ids, batch)
+
+    @torch.inference_mode()
+    def keep(self, states: Tensor, batch: EncoderBatch) -> None:
+        """The encoder's output [S, d], of here or elsewhere -> keys and values of all decoder layers, in the blocks
+        of group 1 that the batch names."""
+        self._keep(states, CrossWriter(batch, self._caches[1], REGION))
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
+        assert not capture_layers, "no draft head reads these models"
+        assert self._problem is not None and self._backend is not None, "bind_kv comes before the first forward"
+        (fixed,) = batch.fixed
+        bias = self._decoder_bias(max(batch.context_lens, default=1))
+        step = self._backend.begin(batch, 0, self._caches[0], REGION, bias)
+        cross = CrossStep(self._problem, batch, fixed, self._caches[1], REGION)
+        return self._run_decoder(input_ids, batch.positions, step, cross)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden)
+
+
+def model_spec(
+    fields: ConfigFields,
+    shape: StackShape,
+    forced: ForcedTokens,
+    *,
+    architecture: str,
+    dtype: str,
+    eos_token_ids: tuple[int, ...],
+    dropped_prefixes: tuple[str, ...],
+    stand_ins: tuple[tuple[str, str | None], ...],
+) -> ModelSpec:
+    """What all families say alike. Raises CheckpointError where nothing says what a decoder begins with."""
+    start = forced.decoder_start_token_id
+    if start is None:
+        fields.refuse("decoder_start_token_id", "a decoder begins with it; add it, as generation_config.json may, too")
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_decoder_layers,
+        max_position_embeddings=shape.max_positions,
+        eos_token_ids=eos_token_ids,
+        dtype=dtype,
+        rope_convention="none",
+        dropped_prefixes=dropped_prefixes,
+        stand_ins=stand_ins,
+        encoder=EncoderSpec(
+            max_source_tokens=shape.max_positions,
+            decoder_start_token_id=start,
+            forced_bos_token_id=forced.forced_bos_token_id,
+            forced_eos_token_id=forced.forced_eos_token_id,
+        ),
+    )
