@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 
 from cluster.config import RouterConfig
-from cluster.errors import DeadlineExceeded, InvalidRequest, NoWorker, RequestError
+from cluster.errors import DeadlineExceeded, InvalidRequest, NoWorker, Refused, RequestError, SessionError
 from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
@@ -34,6 +34,7 @@ class Dispatcher:
         self._give_ups: dict[str, asyncio.TimerHandle] = {}
         self._deadlines: dict[str, float] = {}  # loop time
         self._alarms: dict[str, asyncio.TimerHandle] = {}
+        self._gone: set[str] = set()  # members of which a dial said that they are lost
 
     def flight(self, request_id: str) -> Flight | None:
         return self._flights.get(request_id)
@@ -65,7 +66,17 @@ class Dispatcher:
         return leader.plan if taken and not avoided else None
 
     def place(self, flight: Flight) -> None:
-        """Submits the next attempt, or queues the flight until a worker appears."""
+        """Submits the next attempt, or queues the flight until a worker appears.
+
+        Broken is not dead: a flight under which two workers were lost waits until they are known to be gone, which
+        ends it, or until one of them is heard of again.
+        """
+        if flight.is_suspected:
+            if all(self._is_gone(incarnation) for incarnation in flight.suspects):
+                self.end(flight, flight.poisonous())
+            else:
+                self._queue(flight)
+            return
         led = self._leader_plan(flight)  # the leader's prefill computes the prompt for both
         plan = led or self._navigator.plan(flight, _now())
         if isinstance(plan, NoPlan):
@@ -91,11 +102,15 @@ class Dispatcher:
         )
 
     def _wait_for_worker(self, flight: Flight, unplaced: NoPlan) -> None:
-        request_id = flight.request.request_id
         failure = flight.last_failure
         if unplaced.exhausted and failure is not None and failure.code != pb.DRAINING:  # its successor will come
             self.end(flight, flight.last_error(unplaced))
-        elif request_id not in self._placing:
+        else:
+            self._queue(flight)
+
+    def _queue(self, flight: Flight) -> None:
+        request_id = flight.request.request_id
+        if request_id not in self._placing:
             self._placing[request_id] = flight
             loop = asyncio.get_running_loop()
             self._give_ups[request_id] = loop.call_later(self._config.worker_wait_s, self._give_up, flight)
@@ -111,7 +126,29 @@ class Dispatcher:
         for flight in sorted(self._placing.values(), key=lambda flight: -flight.request.priority):
             self.place(flight)
 
+    def heard_of(self, incarnation: str) -> None:
+        """A worker lives: what was lost on it did not kill it."""
+        self._gone.discard(incarnation)
+        for flight in self._flights.values():
+            flight.suspects.discard(incarnation)
+
+    def unreachable(self, incarnation: str, error: SessionError) -> None:
+        """A dial failed. Nobody listens, or another one does, or it hangs: whoever it was, it is lost."""
+        if isinstance(error, Refused) or "Connection refused" in str(error):
+            self._gone.add(incarnation)
+            self.place_waiting()
+
+    def left(self, incarnation: str) -> None:
+        """No member any more."""
+        self._gone.discard(incarnation)
+
+    def _is_gone(self, incarnation: str) -> bool:
+        return incarnation in self._gone or self._fleet.member(incarnation) is None
+
     def _give_up(self, flight: Flight) -> None:
+        if flight.is_suspected:
+            self.end(flight, flight.poisonous())
+            return
         plan = self._navigator.plan(flight, _now())
         reason = plan.reason if isinstance(plan, NoPlan) else "a worker came too late"
         last = f"; the last attempt: {flight.last_failure.message}" if flight.last_failure else ""

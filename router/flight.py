@@ -95,6 +95,7 @@ class Flight:
         self.error: RequestError | None = None
         self.finish: FinishReason | None = None
         self.route: pb.Route | None = None
+        self.suspects: set[str] = set()  # incarnations whose session broke under it: they may be dead, and of it
         self._deaths: set[str] = set()
         self._num_moved = 0  # attempts that ended because their worker leaves: they do not count
         self._num_taken = 0  # tokens handed to the client
@@ -112,6 +113,11 @@ class Flight:
         """Whether the running attempt follows one that had begun, not one that was turned away."""
         turned_away = (pb.BUSY, pb.DRAINING, pb.NO_WORKER)
         return self.last_failure is not None and (bool(self.emitted) or self.last_failure.code not in turned_away)
+
+    @property
+    def is_suspected(self) -> bool:
+        """Whether so many workers were lost or failed under it that it may be what they die of."""
+        return len(self._deaths | self.suspects) >= MAX_DEATHS
 
     @property
     def key(self) -> RequestKey:
@@ -180,7 +186,7 @@ class Flight:
         return Receipt.REPEATED if tokens.token_ids and not num_new else Receipt.TAKEN
 
     def fail_attempt(self, failure: pb.Failure, max_attempts: int, *, reported: bool) -> bool:
-        """RUNNING -> PLACING, True: try elsewhere. Or -> ENDED, False: it is over.
+        """RUNNING -> PLACING, True: try elsewhere, once it is not suspected. Or -> ENDED, False: it is over.
 
         `reported`: the decode worker lives and said so itself; PEER_LOST then means that two sources died under it.
         """
@@ -199,22 +205,24 @@ class Flight:
         else:
             self._num_moved += failure.code == pb.DRAINING
             if failure.code in _DEADLY:
-                self._deaths.add(decode)
+                (self.suspects if failure.code == pb.PEER_LOST else self._deaths).add(decode)
             (self.shunned if failure.code in _PASSING else self.excluded).add(decode)
             sources_died = reported and failure.code == pb.PEER_LOST
             if sources_died or len(self._deaths) >= MAX_DEATHS:
-                num_workers = MAX_DEATHS if sources_died else len(self._deaths)
-                self.end(
-                    WorkerFailed(
-                        f"request {self.request.request_id} failed on {num_workers} workers and is not tried "
-                        f"again (last: {failure.message}); report its id"
-                    )
-                )
+                self.end(self.poisonous())
             elif self.attempt - self._num_moved >= max_attempts:
                 self.end(self.last_error())
             else:
                 self.state = State.PLACING
         return self.state is State.PLACING
+
+    def poisonous(self) -> WorkerFailed:
+        """What the client is told when workers die of it."""
+        last = self.last_failure.message if self.last_failure else ""
+        return WorkerFailed(
+            f"request {self.request.request_id} failed on {max(MAX_DEATHS, len(self._deaths | self.suspects))} workers "
+            f"and is not tried again (last: {last}); report its id"
+        )
 
     def last_error(self, unplaced: NoPlan | None = None) -> RequestError:
         """What the client is told when no further attempt is made."""

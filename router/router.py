@@ -171,6 +171,7 @@ class Router:
 
     def _unreachable(self, incarnation: str, error: SessionError) -> None:
         self._log.warning("a worker cannot be reached", incarnation=incarnation, reason=str(error))
+        self._post(self._dispatcher.unreachable, incarnation, error)
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
         """Before `start` and after the loop's end there is nobody to tell."""
@@ -191,6 +192,7 @@ class Router:
         for incarnation in left:
             self._dialer.drop(incarnation)
             self._navigator.feed.gone(incarnation)
+            self._dispatcher.left(incarnation)
         self._dispatcher.place_waiting()
 
     def _opened(self, session: Session) -> None:
@@ -199,6 +201,7 @@ class Router:
             if member is not None and self._navigator.uses_blocks:
                 self._navigator.feed.opened(session, member, self._now())
             self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
+            self._dispatcher.heard_of(session.peer.incarnation)
             self._dispatcher.place_waiting()
 
     def _broken(self, session: Session, error: SessionError) -> None:

@@ -112,6 +112,13 @@ def test_a_request_that_kills_two_workers_is_not_tried_on_a_third() -> None:
     one.place(plan_on("a"), "s1")
     assert one.fail_attempt(lost(), MAX_ATTEMPTS, reported=False)
     one.place(plan_on("b"), "s2")
+    assert not one.is_suspected
+    assert one.fail_attempt(lost(pb.INTERNAL), MAX_ATTEMPTS, reported=True)
+    assert one.is_suspected, "until it is known that the first one lives"
+    assert "request r failed on 2 workers" in str(one.poisonous())
+    one.suspects.discard("a")
+    assert not one.is_suspected
+    one.place(plan_on("c"), "s3")
     assert not one.fail_attempt(lost(pb.INTERNAL), MAX_ATTEMPTS, reported=True)
     assert isinstance(one.error, WorkerFailed)
     assert "request r failed on 2 workers" in str(one.error)

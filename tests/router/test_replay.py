@@ -119,6 +119,19 @@ def test_broken_is_not_dead(words: WordsThread, stage: Stage) -> None:
     play(scene)
 
 
+def test_a_request_that_lost_two_workers_which_live_is_not_poisoned(words: WordsThread, stage: Stage) -> None:
+    """As after a freeze of the ingress: all its sessions are broken when it wakes, and it hears of them in turn."""
+    workers = [stage.decode(f"decode-{i}", Say(2), Break()) for i in range(2)]
+
+    async def scene() -> None:
+        async with desk(words, local_prefill="always", max_attempts=10) as at:
+            await at.connect(*workers)
+            ids, last = await gather(at.router, at.request())
+            assert ids == all_tokens(PROMPT, 8) and last.attempt == 4
+
+    play(scene)
+
+
 def test_old_repeated_and_unknown_frames_are_dropped_and_counted(words: WordsThread, stage: Stage) -> None:
     decode = stage.decode("decode-0", Say(2), Repeat(2), Older(), Say(1), Repeat(1), FOREVER, sources=[])
 
