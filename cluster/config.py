@@ -83,6 +83,10 @@ class SchedulerConfig(Section):
 class PoolConfig(Section):
     workers: Count = 1
     """Workers in the pool."""
+    min_workers: Positive = 1
+    """The fewest that autoscaling leaves."""
+    max_workers: Positive | None = None
+    """The most that autoscaling starts; none: the pool is not scaled."""
     roles: tuple[Role, ...] = ()
     """What its workers accept; empty: the stage that the pool is named after."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
@@ -179,8 +183,10 @@ class HttpConfig(Section):
     request_timeout_s: Seconds = 300.0
     """Deadline of a request that names none, and the longest that a request may name."""
     api_keys_file: str | None = None
-    """File on every node of ingress replicas with a line NAME KEY or NAME sha256:HEXDIGITS per client; none: no key is
-    asked for."""
+    """File on every node of ingress replicas with a line NAME KEY or NAME sha256:HEXDIGITS per client, its limits after
+    it (docs/api.md); none: no key is asked for."""
+    api_keys_env: str | None = None
+    """Environment variable of the ingress replicas that holds the same lines, instead of the file."""
     drain_s: Seconds = 300.0
     """How long a stopping replica lets open requests end; not less than `request_timeout_s`."""
 
@@ -211,6 +217,24 @@ class ControllerConfig(Section):
     """Time between two looks at the workers."""
 
 
+class AutoscalingConfig(Section):
+    enabled: bool = False
+    """Scale the pools that name `max_workers`; `workers` is then what they begin with."""
+    ttft_s: Seconds = 1.0
+    """Prompts that wait should be computed within this."""
+    inter_token_s: Seconds = 0.1
+    """Between two tokens of a stream no more than this should pass."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of its time that a worker should compute prompts, and of its places and blocks that streams should fill."""
+    up_after_s: Seconds = 3.0
+    """A pool that is too small for this long grows."""
+    down_after_s: Seconds = 120.0
+    """A pool that is too large for this long shrinks."""
+    switch_roles: bool = False
+    """In a scaled pool with the roles prefill and decode each worker has one of them, as the load asks; they change it
+    without a restart. Otherwise each has both."""
+
+
 class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is written."""
@@ -236,6 +260,7 @@ class SluiceConfig(Section):
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     controller: ControllerConfig = ControllerConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
@@ -305,6 +330,11 @@ class SluiceConfig(Section):
             "429; raise it",
         )
         _demand(
+            self.http.api_keys_file is None or self.http.api_keys_env is None,
+            "http.api_keys_env",
+            "http.api_keys_file is set too; remove one of the two",
+        )
+        _demand(
             self.http.drain_s >= self.http.request_timeout_s,
             "http.drain_s",
             f"{self.http.drain_s} is under http.request_timeout_s = {self.http.request_timeout_s}, "
@@ -323,6 +353,18 @@ class SluiceConfig(Section):
                 f"pools.{name}.roles",
                 f"{', '.join(pool.roles)} names a role twice",
             )
+            most = pool.workers if pool.max_workers is None else pool.max_workers
+            _demand(
+                pool.max_workers is None or pool.min_workers <= pool.workers <= most,
+                f"pools.{name}.workers",
+                f"{pool.workers} is not between min_workers = {pool.min_workers} and max_workers = {most}",
+            )
+        scaled = any(pool.max_workers is not None for pool in self.pools.values())
+        _demand(
+            scaled or not self.autoscaling.enabled,
+            "autoscaling.enabled",
+            "no pool may be scaled; set pools.NAME.max_workers of one",
+        )
         staffed = {role for pool in self.pools.values() if pool.workers for role in pool.roles}
         _demand(Role.DECODE in staffed, "pools", "no pool has a worker with the role decode; add one")
         _demand(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 from uuid import uuid4
 
 from cluster.config import HttpConfig, LimitsConfig
@@ -12,7 +13,8 @@ from cluster.errors import InvalidRequest, RequestTooLong
 from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.request import Grammar, Pooling, SamplingParams
-from deploy.api_keys import ApiKeys
+from deploy.api_keys import ApiKey, ApiKeys
+from deploy.caller import Caller
 from deploy.chat_template import ChatPrompt
 from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
@@ -27,6 +29,7 @@ from deploy.openai_requests import (
     SamplingRequest,
     TokenizeRequest,
 )
+from deploy.quota import Quotas
 from deploy.request_fields import TokenIds
 from deploy.sampling_request import check_ids, sampling_of
 from deploy.served_model import ServedModel
@@ -37,10 +40,12 @@ from deploy.tokenizer import Tokenizer
 from router.flight import RouterRequest
 from router.router import Router
 
+_NOBODY: Final = Caller()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiService:
-    """One ingress replica, without its HTTP. `api_keys` None: no key is asked for."""
+    """One ingress replica, without its HTTP. `api_keys` None: no key is asked for; `quotas` None: no key has limits."""
 
     router: Router
     tokenizer: Tokenizer | None
@@ -50,17 +55,18 @@ class ApiService:
     metrics: Metrics
     log: Log
     api_keys: ApiKeys | None = None
+    quotas: Quotas | None = None
     affinity_header: str | None = None
 
-    async def complete(self, body: CompletionRequest, tally: Tally, *, session: str = "") -> Generation:
+    async def complete(self, body: CompletionRequest, tally: Tally, caller: Caller = _NOBODY) -> Generation:
         self._check_model(body.model)
         prompts = [
             await self._prompt(prompt, "prompt", with_text=body.echo, add_special_tokens=body.add_special_tokens)
             for prompt in body.prompts
         ]
-        return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None, session)
+        return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None, caller)
 
-    async def chat(self, body: ChatRequest, tally: Tally, *, session: str = "") -> Generation:
+    async def chat(self, body: ChatRequest, tally: Tally, caller: Caller = _NOBODY) -> Generation:
         self._check_model(body.model)
         prompt = ChatPrompt(
             messages=body.messages,
@@ -74,9 +80,9 @@ class ApiService:
         grammar = await tokenizer.grammar_of(body, self.model.vocab_size, self.model.eos_token_ids)
         max_tokens = body.max_completion_tokens or body.max_tokens
         prompts = [Prompt(text="", token_ids=tuple(token_ids))]
-        return await self._generation(body, prompts, max_tokens, "messages", tally, grammar, session)
+        return await self._generation(body, prompts, max_tokens, "messages", tally, grammar, caller)
 
-    async def embed(self, body: EmbeddingRequest, tally: Tally) -> Embeddings:
+    async def embed(self, body: EmbeddingRequest, tally: Tally, caller: Caller = _NOBODY) -> Embeddings:
         self._check_model(body.model)
         size = self.model.hidden_size
         if body.dimensions is not None and body.dimensions != size:
@@ -89,7 +95,7 @@ class ApiService:
             for text in body.inputs
         ]
         for prompt in prompts:
-            self._fit(prompt, 1, "input")
+            self._fit(prompt, 1, "input", caller.key)
             tally.prompt(len(prompt.token_ids))
         sampling = SamplingParams(max_tokens=1, pooling=Pooling.MEAN if body.pooling == "mean" else Pooling.LAST)
         requests = [
@@ -99,6 +105,8 @@ class ApiService:
                 sampling=sampling,
                 priority=body.priority,
                 deadline_s=deadline_s,
+                client=caller.key.name,
+                weight=caller.key.limits.weight,
             )
             for prompt in prompts
         ]
@@ -136,7 +144,7 @@ class ApiService:
         param: str,
         tally: Tally,
         grammar: Grammar | None,
-        session: str,
+        caller: Caller,
     ) -> Generation:
         if body.num_samples > self.limits.max_samples:
             name = "n" if body.n == body.num_samples else "best_of"
@@ -153,7 +161,7 @@ class ApiService:
         scores_prompt = False
         for prompt in prompts:
             seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
-            fitting = self._fit(prompt, max_tokens, param)
+            fitting = self._fit(prompt, max_tokens, param, caller.key)
             first = await sampling_of(body, self.model, self.tokenizer, max_tokens=fitting, seed=seed, grammar=grammar)
             scores_prompt = first.num_prompt_logprobs is not None
             leader_id = uuid4().hex
@@ -166,7 +174,9 @@ class ApiService:
                     priority=body.priority,
                     deadline_s=deadline_s,
                     leader_id=leader_id if follows else "",
-                    session=session,
+                    session=caller.session,
+                    client=caller.key.name,
+                    weight=caller.key.limits.weight,
                 )
                 completions.append(
                     Completion(self.router, request, tally, detokenizer=self._detokenizer(body), ending=ending)
@@ -190,7 +200,7 @@ class ApiService:
         text = self.tokenizer.decode(given) if with_text and self.tokenizer is not None else ""
         return Prompt(text=text, token_ids=tuple(given))
 
-    def _fit(self, prompt: Prompt, max_tokens: int | None, param: str) -> int:
+    def _fit(self, prompt: Prompt, max_tokens: int | None, param: str, key: ApiKey) -> int:
         """max_tokens, all that is left where none is asked for."""
         longest, limit = self.model.max_model_len, self.limits.max_prompt_tokens
         num_tokens = len(prompt.token_ids)
@@ -198,6 +208,7 @@ class ApiService:
             raise InvalidRequest(f"{param}: it has no tokens; send some text", param)
         if limit is not None and num_tokens > limit:
             raise RequestTooLong(f"{param}: {num_tokens} tokens are over the limit of {limit}; shorten it", param)
+        key.check(num_tokens, param)
         left = longest - num_tokens
         if left < 1:
             raise RequestTooLong(
@@ -211,7 +222,7 @@ class ApiService:
                 f"ask for at most {left}",
                 "max_tokens",
             )
-        return left if max_tokens is None else max_tokens
+        return key.bound(left if max_tokens is None else max_tokens, asked=max_tokens is not None)
 
     def _deadline_s(self, timeout_s: float | None) -> float:
         longest_s = self.http.request_timeout_s

@@ -9,7 +9,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.api_keys import ApiKeys
+from deploy.api_keys import ApiKey, ApiKeys
 from deploy.openai_errors import body, response
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
@@ -22,7 +22,8 @@ def is_request_id(sent: str) -> bool:
 
 
 class Gate:
-    """Answers 401 and 413 itself. `scope["state"]["request_id"]` is what the client sent, or a new one."""
+    """Answers 401 and 413 itself. `scope["state"]` gets the `request_id` that the client sent, or a new one, and
+    the `api_key` that it showed, or None."""
 
     def __init__(
         self, app: ASGIApp, *, api_keys: ApiKeys | None, max_body_bytes: int, ids_are_echoed: bool = False
@@ -49,7 +50,9 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if scope["path"] not in _OPEN_PATHS and not self._knows(headers.get("authorization", "")):
+        key = self._key_of(headers.get("authorization", ""))
+        scope["state"]["api_key"] = key
+        if self._keys is not None and key is None and scope["path"] not in _OPEN_PATHS:
             refusal = body(401, "the API key is missing or wrong; send the header Authorization: Bearer KEY")
             answer = response(401, refusal, {"www-authenticate": "Bearer"})
             await answer(scope, receive, send_with_id)
@@ -61,11 +64,9 @@ class Gate:
             return
         await self._app(scope, _Replay(whole, receive), send_with_id)
 
-    def _knows(self, authorization: str) -> bool:
-        if self._keys is None:
-            return True
+    def _key_of(self, authorization: str) -> ApiKey | None:
         scheme, _, key = authorization.partition(" ")
-        return scheme.lower() == "bearer" and self._keys.name_of(key.strip()) is not None
+        return self._keys.find(key.strip()) if self._keys is not None and scheme.lower() == "bearer" else None
 
     async def _read(self, headers: Headers, receive: Receive) -> list[Message] | None:
         """The messages of the whole body, or what came before the client left; None: it is too long."""

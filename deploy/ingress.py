@@ -18,11 +18,12 @@ from cluster.membership import Membership
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
-from deploy.api_keys import ApiKeys
+from deploy.api_keys import ENV, ApiKeys
 from deploy.api_service import ApiService
 from deploy.lifeline import Lifeline
 from deploy.openai_api import create_app
 from deploy.prometheus import add_targets
+from deploy.quota import Quotas
 from deploy.route_page import page_of
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class Ingress:
             log,
             block_size=config.kv.block_size,
         )
+        self._quotas = Quotas(metrics)
         await self._router.start()
         self._exporter = Exporter(metrics, config.words, page_of(self._router.route))
         address = await asyncio.to_thread(self._exporter.start)
@@ -77,6 +79,7 @@ class Ingress:
                 metrics=metrics,
                 log=log,
                 api_keys=api_keys,
+                quotas=self._quotas,
                 affinity_header=config.router.affinity_header,
             ),
             ids_are_echoed=True,
@@ -105,6 +108,7 @@ class Ingress:
     def _follow(self, membership: Membership, num_ingresses: int) -> None:
         self._membership = membership
         self._router.set_replicas(num_ingresses)
+        self._quotas.set_replicas(num_ingresses)
         self._router.update_membership(membership)
 
     async def __del__(self) -> None:
@@ -129,9 +133,12 @@ def cluster_secret(config: SluiceConfig) -> bytes:
 
 
 def _read_files(config: SluiceConfig) -> tuple[ServedModel, Tokenizer | None, ApiKeys | None]:
-    keys_file = config.http.api_keys_file
-    return (
-        ServedModel.read(config),
-        Tokenizer.load(config.model.path),
-        None if keys_file is None else ApiKeys.read(keys_file),
-    )
+    return ServedModel.read(config), Tokenizer.load(config.model.path), _api_keys(config)
+
+
+def _api_keys(config: SluiceConfig) -> ApiKeys | None:
+    """Raises ConfigError."""
+    file, variable = config.http.api_keys_file, config.http.api_keys_env
+    if variable is None:
+        return None if file is None else ApiKeys.read(file)
+    return ApiKeys.parse(os.environ.get(variable, "").splitlines(), f"environment variable {variable}", ENV)

@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.errors import RequestError
 from cluster.metrics import CONTENT_TYPE, Outcome
 from deploy.answer_writers import AnswerWriter, ChatWriter, CompletionWriter
+from deploy.api_keys import ApiKey
 from deploy.api_service import ApiService
+from deploy.caller import Caller
 from deploy.completion import Piece
 from deploy.embedding import Embeddings, as_base64
 from deploy.gate import Gate
@@ -78,20 +80,20 @@ def create_app(
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=_STREAMED)
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
-        generation = await service.complete(body, _tally(service, request), session=_session(service, request))
+        generation = await service.complete(body, _tally(service, request), _caller(service, request))
         writer = CompletionWriter(generation, body, service.model, service.tokenizer)
         return await _answer(service, request, writer, stream=body.stream)
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=_STREAMED)
     async def chat(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
-        generation = await service.chat(body, _tally(service, request), session=_session(service, request))
+        generation = await service.chat(body, _tally(service, request), _caller(service, request))
         writer = ChatWriter(generation, body, service.model, service.tokenizer)
         return await _answer(service, request, writer, stream=body.stream)
 
     @app.post("/v1/embeddings", response_model=EmbeddingAnswer)
     async def embeddings(request: Request, body: Annotated[EmbeddingRequest, Body()]) -> Response:
         tally = _tally(service, request)
-        return await _embed(service, request, body, await service.embed(body, tally), tally)
+        return await _embed(service, request, body, await service.embed(body, tally, _caller(service, request)), tally)
 
     @app.post("/tokenize")
     async def tokenize(body: Annotated[TokenizeRequest, Body()]) -> Tokens:
@@ -127,14 +129,18 @@ def create_app(
 
 
 def _tally(service: ApiService, request: Request) -> Tally:
-    """Begins to count the request; whoever ends it finds the tally in its state."""
+    """Begins to count the request; whoever ends it finds the tally in its state. Raises Busy at a limit of its key."""
     request.state.tally = tally = Tally(service.metrics)
+    if service.quotas is not None and request.state.api_key is not None:
+        tally.charge_to(service.quotas.enter(request.state.api_key))
     return tally
 
 
-def _session(service: ApiService, request: Request) -> str:
-    """What the client calls its session, where the configuration names a header for it."""
-    return request.headers.get(service.affinity_header, "") if service.affinity_header else ""
+def _caller(service: ApiService, request: Request) -> Caller:
+    """The client calls its session something where the configuration names a header for it."""
+    session = request.headers.get(service.affinity_header, "") if service.affinity_header else ""
+    key: ApiKey | None = request.state.api_key
+    return Caller(session=session) if key is None else Caller(key=key, session=session)
 
 
 def _card(service: ApiService) -> ModelCard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from cluster.metrics import Metrics, Outcome
+from deploy.quota import Visit
 
 
 class Pace:
@@ -32,11 +33,17 @@ class Tally:
         self.num_tokens = 0
         self._first_at: float | None = None
         self._open = True
+        self._visit: Visit | None = None
         metrics.open_requests.inc()
+
+    def charge_to(self, visit: Visit) -> None:
+        """It counts for an API key, until its end."""
+        self._visit = visit
 
     def prompt(self, num_tokens: int) -> None:
         """A prompt was accepted."""
         self._metrics.prompt_tokens.inc(num_tokens)
+        self._spend(num_tokens)
 
     def tokens(self, num_tokens: int, pace: Pace) -> None:
         """They just arrived, together, for one sequence; the time since its last ones is spread over them."""
@@ -55,16 +62,23 @@ class Tally:
         pace.num_tokens += num_tokens
         self.num_tokens += num_tokens
         self._metrics.generated_tokens.inc(num_tokens)
+        self._spend(num_tokens)
 
     def end(self, outcome: Outcome) -> None:
         """The first call counts."""
         if not self._open:
             return
         self._open = False
+        if self._visit is not None:
+            self._visit.leave()
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(outcome).inc()
         if outcome is Outcome.OK:
             self._metrics.end_to_end.observe(time.monotonic() - self.arrived_at)
+
+    def _spend(self, num_tokens: int) -> None:
+        if self._visit is not None:
+            self._visit.spend(num_tokens)
 
     def ttft_ms(self, pace: Pace | None = None) -> float:
         """From the request's arrival to the first token, of one sequence or of any; 0 while there is none."""

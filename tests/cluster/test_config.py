@@ -15,15 +15,19 @@ MODEL: dict[str, object] = {"model.path": "/models/tiny"}
 
 # The public surface: a key that goes or changes its name breaks somebody's file.
 KEYS = """
+autoscaling.down_after_s autoscaling.enabled autoscaling.inter_token_s autoscaling.switch_roles autoscaling.ttft_s
+autoscaling.up_after_s autoscaling.utilization
 controller.check_s controller.drain_timeout_s controller.ingress_lease_s controller.start_timeout_s
-http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas http.request_timeout_s
+http.api_keys_env http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas
+http.request_timeout_s
 kv.block_size kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
 limits.max_body_bytes limits.max_prompt_tokens limits.max_queued limits.max_requests limits.max_samples
 limits.max_ttft_s
 log.format log.level
 model.dtype model.dummy_seed model.load_format model.max_model_len model.path model.served_name
 name
-pools.*.cpus pools.*.gpus pools.*.num_blocks pools.*.roles pools.*.threads pools.*.workers
+pools.*.cpus pools.*.gpus pools.*.max_workers pools.*.min_workers pools.*.num_blocks pools.*.roles pools.*.threads
+pools.*.workers
 router.affinity_blocks router.affinity_header router.decode_weight router.kept_routes router.local_max_tokens
 router.local_prefill router.max_attempts router.policy router.prefill_weight router.saturated_tokens router.spare
 router.temperature router.worker_wait_s
@@ -96,7 +100,7 @@ def test_settings_are_taken_as_they_are() -> None:
         ("kv.block_sise=3", "kv.block_sise", "did you mean kv.block_size?"),
         ("pools.decode.worker=2", "pools.decode.worker", "did you mean pools.decode.workers?"),
         ("router.max_sequences=3", "router.max_sequences", "did you mean scheduler.max_sequences?"),
-        ("bogus=1", "bogus", "there are controller, http, kv"),
+        ("bogus=1", "bogus", "there are autoscaling, controller, http, kv"),
         ("pools.decod.workers=2", "pools.decod.roles", "pools with roles: prefill, decode"),
         ("pools.decode.workers=-1", "pools.decode.workers", "-1"),
         ("pools.decode.roles=[decode, encoder]", "pools.decode.roles.1", "'encoder'"),
@@ -118,6 +122,7 @@ def test_settings_are_taken_as_they_are() -> None:
         ("transfer.stuck_read_s=1", "transfer.stuck_read_s", "raise it"),
         ("transfer.lease_s=0.1", "transfer.lease_s", "raise it"),
         ("http.max_ongoing_requests=512", "http.max_ongoing_requests", "429"),
+        ("http={api_keys_file: a, api_keys_env: B}", "http.api_keys_env", "remove one"),
         ("http.drain_s=1", "http.drain_s", "cut streams"),
         ("kv.num_blocks=[", "kv.num_blocks", "no YAML value"),
         ("kv.num_blocks", "kv.num_blocks", "path=value"),

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import LimitsConfig
 from cluster.protos import worker_pb2 as pb
-from deploy.api_keys import ApiKeys
+from deploy.api_keys import ApiKeys, KeyLimits
 from deploy.tokenizer import Tokenizer
 from tests.support.api import PROMPT, FrontDoor, complete, error, front_door
 from tests.support.scripted_worker import FOREVER, Action, Fail, Say, ScriptedWorker, Wait
@@ -55,6 +55,47 @@ def test_a_wrong_key_is_401(tokenizer: Tokenizer, worker: ScriptedWorker) -> Non
         client = openai.OpenAI(base_url=f"{door.url}/v1", api_key=right, max_retries=0)
         assert client.completions.create(model="tiny", prompt=PROMPT).choices[0].finish_reason == "length"
         assert httpx.get(f"{door.url}/health").status_code == 200
+
+
+def test_what_is_over_a_limit_of_its_key_is_429_and_says_which(tokenizer: Tokenizer, worker: ScriptedWorker) -> None:
+    limits = {
+        "rare": KeyLimits(requests_per_minute=2),
+        "brief": KeyLimits(tokens_per_minute=12, max_tokens=8, max_prompt_tokens=4),
+        "single": KeyLimits(max_concurrent=1),
+    }
+    keys = ApiKeys({name: sha256(name.encode()).digest() for name in limits}, limits)
+
+    def ask(name: str, **body: object) -> httpx.Response:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, **body}
+        headers = {"authorization": f"Bearer {name}"}
+        return httpx.post(f"{door.url}/v1/completions", json=body, headers=headers, timeout=30)
+
+    with front_door(tokenizer, api_keys=keys) as door:
+        door.connect(worker)
+        assert [ask("rare").status_code for _ in range(2)] == [200, 200]
+        refused = ask("rare")
+        told = error(refused, 429)
+        assert (told["type"], told["code"]) == ("rate_limit_error", "key_requests_per_minute")
+        assert told["message"] == "your key's limit of 2 requests a minute is reached; retry later"
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+
+        assert "over your key's limit of 4" in error(ask("brief", prompt=[1] * 5), 413)["message"]
+        assert "over your key's limit of 8" in error(ask("brief", max_tokens=9), 400)["message"]
+        assert [ask("brief").status_code for _ in range(2)] == [200, 200]  # 11 tokens each: the second owes 10
+        assert error(ask("brief"), 429)["code"] == "key_tokens_per_minute"
+
+        worker.script = [Say(1), Wait(), FOREVER]
+        body = {"model": "tiny", "prompt": PROMPT, "stream": True}
+        headers = {"authorization": "Bearer single"}
+        with httpx.stream("POST", f"{door.url}/v1/completions", json=body, headers=headers, timeout=30) as first:
+            assert first.status_code == 200
+            assert error(ask("single"), 429)["code"] == "key_max_concurrent"
+            worker.go_on()
+            first.read()
+        worker.script = [FOREVER]
+        assert ask("single").status_code == 200
+        assert door.outcomes("busy") == 3
+        assert door.metrics.value("sluice_ingress_rejections_total", {"limit": "key_max_concurrent"}) == 1
 
 
 @pytest.mark.parametrize(

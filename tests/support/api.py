@@ -21,6 +21,7 @@ from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
 from deploy.api_keys import ApiKeys
 from deploy.openai_api import ApiService, create_app
+from deploy.quota import Quotas
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Tokenizer
 from router.router import Router
@@ -100,6 +101,7 @@ def front_door(
             log=log,
             api_keys=api_keys,
             affinity_header=routing.affinity_header,
+            quotas=Quotas(metrics),
         )
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

@@ -1,0 +1,15 @@
+"""Who sends a request, as the routes know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.api_keys import ApiKey
+
+_NO_KEY = ApiKey("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    key: ApiKey = _NO_KEY  # without limits, where no key is asked for
+    session: str = ""  # what it calls the session that the request belongs to; "": none
