@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -153,15 +154,27 @@ class SimulatedCluster:
     # ------------------------------------------------------------ requests
 
     async def replay(self, trace: Sequence[TraceRequest]) -> list[Record]:
-        """All of it; returns when the last request has ended."""
+        """All of it; returns when the last request has ended and the workers have nothing left to do."""
         start = self._loop.time()
         records = [Record(request, start + request.at_ms / 1000) for request in trace]
-        for number, record in enumerate(records):
-            self._loop.call_at(record.at_s + self.setup.cost.front, self._enter, f"r{number}", record)
         self._num_unfinished = len(records)
+        self._arrive(deque(enumerate(records)))
         if records:
             await self._is_over.wait()
+        while any(worker.num_open for worker in self.workers.values()):
+            await asyncio.sleep(self.setup.cost.words)
         return records
+
+    def _arrive(self, coming: deque[tuple[int, Record]]) -> None:
+        """Those whose time has come, in order; then again when the next one comes. Timers of one time have no order."""
+        while coming:
+            number, record = coming[0]
+            due = record.at_s + self.setup.cost.front
+            if due > self._loop.time():
+                self._loop.call_at(due, self._arrive, coming)
+                return
+            coming.popleft()
+            self._enter(f"r{number}", record)
 
     def _enter(self, request_id: str, record: Record) -> None:
         trace = record.request

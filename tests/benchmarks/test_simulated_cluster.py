@@ -1,0 +1,173 @@
+"""Conservation in virtual time: every request ends with its tokens, every block comes back; a seed gives one run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.simulator.cluster import Setup, SimulatedCluster, simulate
+from benchmarks.simulator.step_cost import COSTS
+from benchmarks.simulator.trace import TraceRequest
+from benchmarks.simulator.traffic import Conversations
+from benchmarks.simulator.virtual_time import Stalled, VirtualLoop
+from cluster.config import LimitsConfig, Role, RouterConfig
+from workers.engine.scheduler import SchedulerLimits
+
+Result = TypeVar("Result")
+
+LIMITS = SchedulerLimits(
+    max_batched_tokens=256, max_sequences=8, max_model_len=4096, prefill_reserve=0.2, chunk_tokens=128
+)
+SETUP = Setup(
+    num_workers={Role.PREFILL: 2, Role.DECODE: 2},
+    cost=COSTS["h200-8b"],
+    num_blocks=100,
+    block_size=16,
+    trace_block=32,
+    scheduler=LIMITS,
+)
+TALK = Conversations(
+    sessions_per_s=5,
+    span_s=6,
+    seed=3,
+    num_beginnings=2,
+    beginning_tokens=200,
+    question_tokens=30,
+    answer_tokens=10,
+    pause_s=1.0,
+    max_tokens=900,
+    trace_block=32,
+)
+
+
+def in_virtual_time(scene: Callable[[], Awaitable[Result]]) -> Result:
+    async def run() -> Result:
+        return await scene()
+
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        loop.close()
+
+
+def assert_nothing_is_left(cluster: SimulatedCluster) -> None:
+    for worker in cluster.workers.values():
+        worker.scheduler.check_integrity()
+        counts = worker.blocks.counts(0)
+        assert counts.free + counts.cached == worker.shape.num_blocks, counts
+        assert not worker.num_open and not worker.scheduler.has_work
+
+
+requests = st.builds(
+    lambda at_ms, num_input, num_output, first: TraceRequest(
+        at_ms, num_input, num_output, tuple(range(first, first + num_input // 32))
+    ),
+    st.integers(0, 300),
+    st.integers(1, 900),
+    st.integers(1, 20),
+    st.sampled_from((0, 0, 1000, 2000)),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    trace=st.lists(requests, max_size=25).map(lambda found: sorted(found, key=lambda each: each.at_ms)),
+    policy=st.sampled_from(("kv_aware", "round_robin", "least_loaded")),
+    mode=st.sampled_from(("fallback", "conditional", "always")),
+)
+def test_every_request_ends_and_every_block_comes_back(trace: list[TraceRequest], policy: str, mode: str) -> None:
+    """Pools of 100 blocks, of which a prompt takes up to 57: requests wait for room, and are preempted."""
+    router = RouterConfig.model_validate({"policy": policy, "local_prefill": mode})
+
+    async def scene() -> None:
+        cluster = SimulatedCluster(replace(SETUP, router=router))
+        for record in await cluster.replay(trace):
+            assert record.complete and record.num_tokens == record.request.num_output
+            assert 0 <= record.hit_tokens < record.request.num_input
+            assert record.first_at_s is not None and record.last_at_s is not None
+            assert record.at_s < record.first_at_s <= record.last_at_s
+        assert_nothing_is_left(cluster)
+
+    in_virtual_time(scene)
+
+
+def test_a_run_is_a_function_of_its_trace_and_setup() -> None:
+    trace = TALK.requests()
+    assert simulate(SETUP, trace) == simulate(SETUP, trace)
+    assert simulate(SETUP, trace) != simulate(replace(SETUP, num_blocks=60), trace)
+
+
+def test_going_where_the_prefix_is_hits_more() -> None:
+    trace = TALK.requests()
+    hits = {
+        policy: sum(
+            record.hit_tokens
+            for record in simulate(replace(SETUP, router=RouterConfig.model_validate({"policy": policy})), trace)
+        )
+        for policy in ("kv_aware", "round_robin", "least_loaded")
+    }
+    assert hits["kv_aware"] > 1.1 * hits["round_robin"] and hits["kv_aware"] > 1.1 * hits["least_loaded"], hits
+
+
+def test_what_the_admission_refuses_is_told_apart() -> None:
+    trace = [TraceRequest(0, 600, 5, tuple(range(18 * n, 18 * n + 18))) for n in range(12)]
+    setup = replace(SETUP, limits=LimitsConfig(max_requests=3, max_queued=2))
+    records = simulate(setup, trace)
+    assert [record.refused for record in records] == [False] * 5 + [True] * 7
+    assert [record.complete for record in records] == [True] * 5 + [False] * 7
+
+
+def test_workers_come_and_go_and_nothing_is_lost() -> None:
+    trace = TALK.requests()
+
+    async def scene() -> None:
+        cluster = SimulatedCluster(SETUP)
+        leaving = [next(w for w in cluster.workers.values() if role in w.member.roles) for role in SETUP.num_workers]
+
+        def change() -> None:
+            for role, worker in zip(SETUP.num_workers, leaving, strict=True):
+                cluster.add(role)
+                cluster.remove(worker)
+
+        asyncio.get_running_loop().call_at(2.0, change)
+        records = await cluster.replay(trace)
+        assert all(record.complete for record in records)
+        assert len(cluster.workers) == 4 and not {w.member.incarnation for w in leaving} & cluster.workers.keys()
+        assert_nothing_is_left(cluster)
+
+    in_virtual_time(scene)
+
+
+def test_time_passes_only_where_nothing_is_left_to_do() -> None:
+    seen: list[tuple[str, float]] = []
+
+    async def scene() -> None:
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def see(name: str) -> None:
+            seen.append((name, loop.time()))
+            if name == "a day":
+                over.set()
+
+        loop.call_later(86_400.0, see, "a day")
+        loop.call_later(0.5, lambda: loop.call_soon(see, "at once"))
+        await over.wait()
+
+    in_virtual_time(scene)
+    assert [name for name, _ in seen] == ["at once", "a day"]
+    assert [at for _, at in seen] == pytest.approx([0.5, 86_400.0])
+
+
+def test_a_run_that_cannot_end_says_so() -> None:
+    async def scene() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(Stalled, match="nothing is due any more"):
+        in_virtual_time(scene)
