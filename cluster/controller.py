@@ -23,17 +23,21 @@ from uuid import uuid4
 import ray
 from ray.util import list_named_actors, placement_group_table
 
+from cluster.actor_calls import NAMESPACE, remove_worker
 from cluster.census import Census
 from cluster.config import ControllerConfig, LogConfig, SluiceConfig, WordsConfig
 from cluster.errors import ConfigError
 from cluster.exporter import Export, Exporter
 from cluster.log import Log
-from cluster.membership import Member, Membership
+from cluster.membership import Member, Membership, MemberState
 from cluster.metrics import Metrics
-from cluster.pool import NAMESPACE, ActorPool, remove_worker
+from cluster.pool import ActorPool
+from cluster.reconcile import serves
+from cluster.scaler import Scaler
 from cluster.worker_spec import ActorName, Failure
 
 _SILENT_S = 10.0  # an ingress that has not renewed for so long is not waited for and takes no share of limits
+_SCALE_S = 1.0
 _NOTICE_S = 2.0  # longest wait for ingresses to hear of a draining worker
 
 
@@ -109,10 +113,12 @@ class Controller:
         self._last_renewal = time.monotonic()
         self._metrics = Metrics()
         self._census = Census(self._metrics)
+        self._scaler = Scaler(self._metrics)
         self._exporter: Exporter | None = None
         self._export: Export | None = None
         await self._adopt()
-        self._tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._guard_lease())]
+        loops = (self._publish(), self._guard_lease(), self._scale())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -127,8 +133,15 @@ class Controller:
         moved = self._config is None or self._config.words != parsed.words
         self._config, self._revision = parsed, revision
         self._log.info("configured", version=revision, num_workers=sum(p.workers for p in parsed.pools.values()))
-        for name in (*parsed.pools, *self._pools):
-            self._pool(name).start(parsed)
+        standing = {
+            name: sum(member.state is not MemberState.DRAINING for member in pool.members())
+            for name, pool in self._pools.items()
+        }
+        self._scaler.configure(parsed, standing)
+        sizes = self._scaler.sizes()
+        for name in {**parsed.pools, **self._pools}:
+            self._pool(name).start(parsed, sizes.get(name))
+        self._dirty.set()
         if moved:
             await self._open_exporter(parsed.words)
         return True
@@ -223,6 +236,7 @@ class Controller:
         while True:
             await self._dirty.wait()
             self._dirty.clear()
+            self._keep_stale()
             async with self._published:
                 current = self._current()
                 if current is self._membership:
@@ -233,6 +247,28 @@ class Controller:
             wire = current.to_wire()
             for pool in self._pools.values():
                 pool.push(wire)
+
+    def _keep_stale(self) -> None:
+        """Of two compatibility hashes side by side the old one serves until the new one can: in all roles."""
+        if self._config is None or self._removal is not None:
+            return
+        roles = {role for pool in self._config.pools.values() if pool.workers for role in pool.roles}
+        fresh = [member for name in self._config.pools for member in self._pool(name).fresh()]
+        for pool in self._pools.values():
+            pool.keep_stale(not serves(fresh, roles))
+
+    async def _scale(self) -> None:
+        """Once a second, never per request: asks the workers what they have to do, and resizes their pools."""
+        while True:
+            await asyncio.sleep(_SCALE_S)
+            if not self._scaler.enabled or self._removal is not None:
+                continue
+            names = [name for name in self._scaler.sizes() if name in self._pools]
+            loads = await asyncio.gather(*(self._pools[name].load() for name in names))
+            self._scaler.step(dict(zip(names, loads, strict=True)), time.monotonic(), self._log)
+            if self._removal is None:
+                for name, size in self._scaler.sizes().items():
+                    self._pool(name).resize(size)
 
     async def _noticed(self) -> None:
         """Returns when every living ingress acts by the present membership, or does not answer."""

@@ -244,6 +244,15 @@ class Metrics:
 
         # Life; kept by the controller.
         self.workers = Gauge("sluice_cluster_workers", "Members, by pool and state", ["pool", "state"], registry=r)
+        self.wanted_workers = Gauge(
+            "sluice_cluster_wanted_workers", "Workers that the autoscaler asks for, by pool", ["pool"], registry=r
+        )
+        self.needed_workers = Gauge(
+            "sluice_cluster_needed_workers", "Workers that the load needs, fractions too", ["pool", "stage"], registry=r
+        )
+        self.resizes = Counter(
+            "sluice_cluster_resizes", "Changes by the autoscaler, by pool", ["pool", "direction"], registry=r
+        )
         self.restarts = Counter("sluice_cluster_restarts", "Workers replaced, by pool", ["pool"], registry=r)
 
         # A series that is absent until its first event hides that event from rate(): closed sets start at 0.

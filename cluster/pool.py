@@ -11,6 +11,7 @@ The actor class (`workers.actor.WorkerActor`; passed in, never imported) is cons
     start() -> bytes                        Membership wire of one member, READY; a second call joins the first
     alive() -> None                         never returns: it fails when the process dies
     healthy() -> bool                       false: it has work and does not step
+    load() -> WorkerLoad | None             since the last call; none: it is not ready
     update_members(wire: bytes) -> None     Membership wire; versions not above the last one are dropped
     drain(timeout_s: float) -> None         refuse new requests, return when the open ones have ended or time is up
     stop() -> None                          close everything; the actor is killed afterwards
@@ -26,28 +27,23 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray import PlacementGroupID
 from ray.exceptions import RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.actor_calls import NAMESPACE, call, call_within, only_member, reason_of, remove_worker
+from cluster.autoscaler import PoolLoad, WorkerLoad
 from cluster.config import PoolConfig, SluiceConfig
 from cluster.errors import SluiceError
 from cluster.log import Log
-from cluster.membership import Member, Membership, MemberState
+from cluster.membership import Member, MemberState
 from cluster.placement import WorkerPlacement, place, worker_name
-from cluster.reconcile import Standing, Wanted, backoff_s, decide
+from cluster.reconcile import PoolSize, Standing, Wanted, backoff_s, decide
 from cluster.worker_spec import ActorName, Description, Failure, WorkerSpec, fingerprint
-
-NAMESPACE = "sluice"
 
 _SURGE_WAIT_S = 3.0
 _PROVEN_S = 30.0  # a worker that was ready for so long starts its place's count of failures anew
+_LOAD_S = 1.0  # for a worker to say what it has to do
 _LAST_WORDS_S = 5.0  # for the answer to stop(), and to a drain whose time is up
 
 ActorHandle = Any  # a Ray handle: its methods exist at run time only
@@ -77,6 +73,8 @@ class _Worker:
             state=self.member.state,
             placed=self.placed,
             age_s=now - self.asked_at,
+            roles=self.member.roles,
+            compatibility_hash=self.member.compatibility_hash,
         )
 
 
@@ -117,12 +115,30 @@ class ActorPool:
         ready = {w.index for w in self._workers if w.member.state is MemberState.READY}
         return tuple(failure for index, failure in sorted(self._failures.items()) if index not in ready)
 
-    def start(self, config: SluiceConfig) -> None:
-        """Brings the pool to what `config` says; returns at once. A pool that it does not name is drained."""
+    def fresh(self) -> tuple[Member, ...]:
+        """Those that are as the config wants them."""
+        return tuple(w.member for w in self._workers if w.fingerprint == self._wanted.fingerprint)
+
+    async def load(self) -> PoolLoad:
+        """Asks every ready worker; one that does not answer in time is left out."""
+        ready = [worker for worker in self._workers if worker.member.state is MemberState.READY]
+        loads = await asyncio.gather(*(self._load(worker) for worker in ready))
+        return PoolLoad(
+            workers=tuple(load for load in loads if load is not None),
+            num_pending=max(0, self._wanted.num_workers - len(ready)),
+        )
+
+    def start(self, config: SluiceConfig, size: PoolSize | None = None) -> None:
+        """Brings the pool to what `config` says; returns at once. A pool that it does not name is drained. `size`: its
+        present size, where that is the autoscaler's to say."""
         pool = config.pools.get(self.name)
         self._config = config
+        roles = size.roles if size else (pool.roles,) * pool.workers if pool else ()
         self._wanted = Wanted(
-            num_workers=pool.workers if pool else 0, fingerprint=fingerprint(config, self.name) if pool else ""
+            num_workers=len(roles),
+            fingerprint=fingerprint(config, self.name) if pool else "",
+            roles=roles,
+            keeps_stale=True,
         )
         self._not_before.clear()
         self._failures.clear()
@@ -130,16 +146,24 @@ class ActorPool:
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
 
+    def resize(self, size: PoolSize) -> None:
+        """Another number of workers, or other roles, of the same config; returns at once."""
+        self._want(replace(self._wanted, num_workers=size.num_workers, roles=size.roles))
+
+    def keep_stale(self, keeps_stale: bool) -> None:
+        """Whether workers of other weights stay while their successors cannot serve."""
+        self._want(replace(self._wanted, keeps_stale=keeps_stale))
+
     async def adopt(self, actor_name: ActorName) -> None:
         """Takes over a worker that a former controller started. One that cannot be reached is removed."""
         try:
             actor = await asyncio.to_thread(ray.get_actor, str(actor_name), NAMESPACE)
-            description: Description = await _call_within(_LAST_WORDS_S, actor.describe)
+            description: Description = await call_within(_LAST_WORDS_S, actor.describe)
         except (RayError, ValueError, TimeoutError) as error:
-            self._log.warning("not adopted", worker=str(actor_name), error=_reason(error))
+            self._log.warning("not adopted", worker=str(actor_name), error=reason_of(error))
             await asyncio.to_thread(remove_worker, actor_name)
             return
-        worker = _Worker(actor_name, _only_member(description.member), description.fingerprint)
+        worker = _Worker(actor_name, only_member(description.member), description.fingerprint)
         worker.actor, worker.placed = actor, True
         if worker.member.state is not MemberState.STARTING:
             worker.ready_at = time.monotonic()
@@ -159,8 +183,7 @@ class ActorPool:
 
     async def drain(self) -> None:
         """Every worker ends its requests and goes; returns when the pool is empty, and starts nothing again."""
-        self._wanted = replace(self._wanted, num_workers=0)
-        self._wake.set()
+        self._want(replace(self._wanted, num_workers=0, roles=()))
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
         while self._workers:
@@ -182,7 +205,9 @@ class ActorPool:
                 self._spawn(self._retire(worker))
             for index in actions.start:
                 self._launch(index)
-            if actions.start or actions.drain:
+            for index in actions.switch:
+                self._switch(index)
+            if actions.start or actions.drain or actions.switch:
                 self._changed()
             try:
                 async with asyncio.timeout(self._check_s):
@@ -198,12 +223,25 @@ class ActorPool:
         assert self._config is not None
         incarnation = uuid4().hex
         name = worker_name(self.name, index)
-        roles = self._config.pools[self.name].roles
+        roles = self._wanted.roles[index]
         member = Member(name=name, pool=self.name, incarnation=incarnation, address="", roles=roles)
         worker = _Worker(ActorName(self._app, self.name, index, incarnation[:8]), member, self._wanted.fingerprint)
         self._workers.append(worker)
         self._log.info("starting", worker=name, incarnation=incarnation)
         self._spawn(self._live(worker))
+
+    def _switch(self, index: int) -> None:
+        """The membership tells the worker itself, and the routers."""
+        for worker in self._workers:
+            if worker.index == index and worker.fingerprint == self._wanted.fingerprint:
+                roles = self._wanted.roles[index]
+                self._log.info("switching", worker=worker.member.name, role=",".join(roles))
+                worker.member = replace(worker.member, roles=roles)
+
+    def _want(self, wanted: Wanted) -> None:
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._wake.set()
 
     # ------------------------------------------------------------ one worker
 
@@ -218,7 +256,7 @@ class ActorPool:
             await self._bring_up(worker)
             reason = await self._watch(worker)
         except (RayError, ValueError, TimeoutError) as error:
-            reason, lasting = _reason(error), isinstance(error, SluiceError)
+            reason, lasting = reason_of(error), isinstance(error, SluiceError)
         await self._bury(worker, reason, lasting)
 
     async def _bring_up(self, worker: _Worker) -> None:
@@ -226,18 +264,18 @@ class ActorPool:
         start_timeout_s = self._config.controller.start_timeout_s if self._config else 300.0
         try:
             async with asyncio.timeout(start_timeout_s):
-                await _call(worker.actor.describe)  # answered as soon as the process runs
+                await call(worker.actor.describe)  # answered as soon as the process runs
                 worker.placed = True
                 if worker.member.state is not MemberState.STARTING:
                     return
-                started = _only_member(await _call(worker.actor.start))
+                started = only_member(await call(worker.actor.start))
         except TimeoutError:
             where = "did not get ready" if worker.placed else "found no room in the cluster (nodes, cpus, gpus)"
             raise TimeoutError(
                 f"{worker.member.name} {where} within controller.start_timeout_s = {start_timeout_s:g}"
             ) from None
         if worker.member.state is MemberState.STARTING:  # it may be draining by now
-            worker.member = started
+            worker.member = replace(started, roles=worker.member.roles)
             worker.ready_at = time.monotonic()
             self._log.info(
                 "ready", worker=started.name, incarnation=started.incarnation, address=started.address, pid=started.pid,
@@ -248,16 +286,16 @@ class ActorPool:
 
     async def _watch(self, worker: _Worker) -> str:
         """Returns why the worker is no more, or no longer worth keeping."""
-        ended = asyncio.ensure_future(_call(worker.actor.alive))
+        ended = asyncio.ensure_future(call(worker.actor.alive))
         try:
             while True:
                 await asyncio.wait({ended}, timeout=self._check_s)
                 if ended.done():
                     error = ended.exception()
-                    return _reason(error) if error else "its process ended"
+                    return reason_of(error) if error else "its process ended"
                 step_timeout_s = self._config.words.step_timeout_s if self._config else 5.0
                 try:
-                    if not await _call_within(2 * step_timeout_s, worker.actor.healthy):
+                    if not await call_within(2 * step_timeout_s, worker.actor.healthy):
                         return f"it has work and has not stepped for {step_timeout_s:g} s"
                 except TimeoutError:
                     return f"no answer for {2 * step_timeout_s:g} s"
@@ -272,10 +310,10 @@ class ActorPool:
         if worker.ready_at is not None:
             await self._noticed()
             try:
-                await _call_within(timeout_s + _LAST_WORDS_S, worker.actor.drain, timeout_s)
-                await _call_within(_LAST_WORDS_S, worker.actor.stop)
+                await call_within(timeout_s + _LAST_WORDS_S, worker.actor.drain, timeout_s)
+                await call_within(_LAST_WORDS_S, worker.actor.stop)
             except (RayError, TimeoutError) as error:
-                self._log.warning("not drained", worker=worker.member.name, reason=_reason(error))
+                self._log.warning("not drained", worker=worker.member.name, reason=reason_of(error))
         await asyncio.to_thread(remove_worker, worker.actor_name)
 
     async def _bury(self, worker: _Worker, reason: str, lasting: bool) -> None:
@@ -299,11 +337,17 @@ class ActorPool:
         self._wake.set()
         await asyncio.to_thread(remove_worker, worker.actor_name)
 
+    async def _load(self, worker: _Worker) -> WorkerLoad | None:
+        try:
+            return await call_within(_LOAD_S, worker.actor.load)
+        except (RayError, TimeoutError):
+            return None
+
     async def _tell(self, worker: _Worker, wire: bytes) -> None:
         try:
-            await _call(worker.actor.update_members, wire)
+            await call(worker.actor.update_members, wire)
         except RayError as error:  # its death is the watcher's business
-            self._log.debug("members not delivered", worker=worker.member.name, reason=_reason(error))
+            self._log.debug("members not delivered", worker=worker.member.name, reason=reason_of(error))
 
     def _create(self, worker: _Worker) -> ActorHandle:
         """Blocks for some milliseconds: called in a thread. The actor waits in Ray for its placement group."""
@@ -346,42 +390,9 @@ class ActorPool:
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._log.error("a pool's task failed", exception=error, error=_reason(error))
+            self._log.error("a pool's task failed", exception=error, error=reason_of(error))
 
 
 def _placement(config: SluiceConfig, index: int, pool: str) -> WorkerPlacement:
     alone: dict[str, PoolConfig] = {pool: config.pools[pool].model_copy(update={"workers": index + 1})}
     return place(alone)[index]
-
-
-async def _call(method: Any, *args: object) -> Any:
-    return await method.remote(*args)
-
-
-async def _call_within(timeout_s: float, method: Any, *args: object) -> Any:
-    async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
-        return await method.remote(*args)
-
-
-def _only_member(wire: bytes) -> Member:
-    (member,) = Membership.from_wire(wire).members
-    return member
-
-
-def remove_worker(actor_name: ActorName) -> None:
-    """Kills the actor and frees its place, each if it is there. Blocks: called in a thread."""
-    try:
-        ray.kill(ray.get_actor(str(actor_name), NAMESPACE), no_restart=True)
-    except (RayError, ValueError):  # gone already
-        pass
-    for id_hex, entry in placement_group_table().items():  # names are found in the job's namespace only
-        if entry["name"] == str(actor_name) and entry["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(id_hex)))
-
-
-def _reason(error: BaseException) -> str:
-    """One line: the cause's own words where a call failed in the other process."""
-    cause = getattr(error, "cause", None)
-    shown = cause if isinstance(cause, BaseException) else error
-    lines = str(shown).strip().splitlines() or [""]
-    return f"{type(shown).__name__}: {lines[0]}" if lines[0] else type(shown).__name__

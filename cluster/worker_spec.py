@@ -63,5 +63,6 @@ class ActorName:
 def fingerprint(config: SluiceConfig, pool: str) -> str:
     """Of everything in the config that a worker of `pool` is made of: another one needs another worker."""
     sections = config.model_dump(mode="json", include={"model", "kv", "scheduler", "transfer", "words", "log"})
-    sections["pool"] = config.pools[pool].model_dump(mode="json", exclude={"workers"})
+    policy = {"workers", "min_workers", "max_workers", "roles"}  # changed without a restart
+    sections["pool"] = config.pools[pool].model_dump(mode="json", exclude=policy)
     return hashlib.blake2b(json.dumps(sections, sort_keys=True).encode(), digest_size=8).hexdigest()

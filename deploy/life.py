@@ -6,8 +6,8 @@ from typing import Any
 
 import ray
 
+from cluster.actor_calls import NAMESPACE
 from cluster.controller import Status, controller_name
-from cluster.pool import NAMESPACE
 
 _ANSWER_S = 10.0
 

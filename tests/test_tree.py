@@ -32,7 +32,15 @@ TORCH_FREE = (
     "workers.engine.sequence",
     "workers.engine.step_plan",
 )
-RAY_AWARE = ("cluster/controller.py", "cluster/pool.py", "workers/actor.py", "deploy/", "tests/", "benchmarks/")
+RAY_AWARE = (
+    "cluster/actor_calls.py",
+    "cluster/controller.py",
+    "cluster/pool.py",
+    "workers/actor.py",
+    "deploy/",
+    "tests/",
+    "benchmarks/",
+)
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cluster.autoscaler import WorkerLoad
 from cluster.config import SluiceConfig
 from cluster.errors import ConfigError
 from cluster.membership import Member, Membership, MemberState
@@ -58,7 +59,15 @@ class WorkerActor:
         membership = Membership.from_wire(wire)
         if self._worker is not None and membership.version > self._members_version:
             self._members_version = membership.version
+            me = membership.find(self._spec.incarnation)
+            if me is not None:  # a restarted controller learns the roles from here
+                self._member = replace(self._member, roles=me.roles)
             self._worker.update_members(membership)
+
+    async def load(self) -> WorkerLoad | None:
+        """None: it is not ready."""
+        worker = self._worker
+        return None if worker is None else await asyncio.to_thread(worker.load)
 
     async def drain(self, timeout_s: float) -> None:
         self._member = replace(self._member, state=MemberState.DRAINING)

@@ -13,9 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
+from cluster.autoscaler import WorkerLoad
 from cluster.config import Role
 from cluster.errors import SessionError
 from cluster.exporter import Exporter
@@ -23,6 +25,7 @@ from cluster.heart import StepAge
 from cluster.log import Log
 from cluster.membership import Member, Membership, diff
 from cluster.metrics import Metrics
+from cluster.parts import BLOCKS_TOPIC
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import Dialer, WordsServer, WordsThread
@@ -38,14 +41,13 @@ from workers.grammar_queue import GrammarQueue
 from workers.lender import Lender
 from workers.pairs import Pairs, offered_to, worth_reading
 from workers.prefill import PrefillStage
-from workers.rate import Rate
 from workers.reads import Reads
 from workers.report import counters, load_report
+from workers.workload import Workload
 
 TICK_S = 0.01  # deadlines, retries and waits are looked at this often
 REPORT_S = 0.1  # between two load reports
 PUBLISH_S = 0.05  # between two batches of block events
-BLOCKS_TOPIC = "blocks"
 LAST_FRAMES_S = 0.5  # after a drain whose time was up, for what is handed over
 
 _STAGES = {Role.ENCODE: pb.ENCODE, Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE}
@@ -64,7 +66,7 @@ class Worker:
         self._membership = Membership()
         self._sessions: set[Session] = set()
         self._subscribers: set[Session] = set()  # to block events
-        self._prefill_rate = Rate()
+        self._workload = Workload(self.metrics, settings.scheduler.max_sequences, time.monotonic())
         self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
         self._stopping = threading.Event()
         self._drained = threading.Event()
@@ -136,6 +138,16 @@ class Worker:
         for executor in self._parts.executors:
             executor.stop()
 
+    def load(self) -> WorkerLoad:
+        """What it had to do since the last call. Any thread; raises TimeoutError when the loop hangs."""
+        answer: Future[WorkerLoad] = Future()
+
+        def tell() -> None:
+            answer.set_result(self._workload.tell(self._load(), self._duty.roles, time.monotonic()))
+
+        self._post(tell)
+        return answer.result(self._settings.words.step_timeout_s)
+
     def healthy(self) -> bool:
         """Whether the engine's loop turns and bytes can move."""
         alive = self._engine_thread.is_alive() and not self._stopping.is_set()
@@ -206,23 +218,13 @@ class Worker:
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:
         now = time.monotonic()
-        self._count(outcome, now - started_at)  # before anybody hears of the step
+        self._workload.stepped(self._parts.engine.last_batch, outcome, now - started_at)  # before anybody hears of it
         if outcome.error is not None:
             for sequence in outcome.failed:
                 self._prefill.fail(sequence, outcome.error)
                 self._decode.fail(sequence, outcome.error, now)
         self._prefill.settle(outcome, now)
         self._decode.settle(outcome, now)
-
-    def _count(self, outcome: StepOutcome, step_s: float) -> None:
-        batch = self._parts.engine.last_batch
-        if batch.num_tokens >= 2 * batch.num_sequences:  # prompts, not one token each
-            self._prefill_rate.measured(batch.num_tokens, step_s)
-        self.metrics.step.observe(step_s)
-        self.metrics.batch_size.observe(batch.num_sequences)
-        self.metrics.computed_tokens.inc(batch.num_tokens)
-        self.metrics.sampled_tokens.inc(len(outcome.tokens))
-        self.metrics.preemptions.inc(len(outcome.preempted))
 
     def _drain_inbox(self, wait_s: float) -> None:
         try:
@@ -272,7 +274,7 @@ class Worker:
             self.metrics,
             draining=self._duty.leaving,
             last_event_id=self._block_log.last_id,
-            prefill_tokens_per_s=self._prefill_rate.per_s,
+            prefill_tokens_per_s=self._workload.prefill_tokens_per_s,
         )
 
     def _publish(self, now: float) -> None:

@@ -5,7 +5,10 @@ from cluster.metrics import DropReason, Metrics, Outcome, PullOutcome
 
 # The public surface: dashboards and alerts name these.
 FROZEN = """
+sluice_cluster_needed_workers gauge pool,stage
+sluice_cluster_resizes counter pool,direction
 sluice_cluster_restarts counter pool
+sluice_cluster_wanted_workers gauge pool
 sluice_cluster_workers gauge pool,state
 sluice_engine_batch_sequences histogram
 sluice_engine_computed_tokens counter

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import ray
 
+from cluster.actor_calls import NAMESPACE
 from cluster.config import LogConfig, SluiceConfig
 from cluster.log import Log
 from cluster.membership import Member, Membership, MemberState
-from cluster.pool import NAMESPACE, ActorPool
+from cluster.pool import ActorPool
 from cluster.worker_spec import ActorName, fingerprint
 from deploy.local_cluster import LocalCluster
 from tests.support.idle_actor import IdleActor, idle_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+from cluster.autoscaler import WorkerLoad
 from cluster.config import SluiceConfig
 from cluster.config_file import parse
 from cluster.membership import Member, Membership, MemberState
@@ -25,6 +26,7 @@ class IdleActor:
         self._members = Membership()
         self._finish = asyncio.Event()
         self._healthy = True
+        self._load = WorkerLoad(roles=frozenset())
 
     def _wire(self) -> bytes:
         started = self._state is not MemberState.STARTING
@@ -59,6 +61,9 @@ class IdleActor:
     async def update_members(self, wire: bytes) -> None:
         self._members = max(self._members, Membership.from_wire(wire), key=lambda members: members.version)
 
+    async def load(self) -> WorkerLoad:
+        return self._load
+
     async def drain(self, timeout_s: float) -> None:
         self._state = MemberState.DRAINING
         if self._config.model.path == "/busy":
@@ -71,6 +76,9 @@ class IdleActor:
 
     async def finish(self) -> None:
         self._finish.set()
+
+    async def set_load(self, load: WorkerLoad) -> None:
+        self._load = load
 
     async def sicken(self) -> None:
         self._healthy = False
