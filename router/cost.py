@@ -2,7 +2,8 @@
 
 For decode worker d and source s:
 
-    prefill(s)      `prefill_weight` for each block of the request that s has not cached
+    prefill(s)      `prefill_weight` for each block of the request that s has not cached; what it fetches from another
+                    worker's cache counts as the blocks that it computes in that time
     queue(s)        prompt tokens that wait there, in blocks
     decode(d)       `decode_weight` for each request there, and the blocks that d has to wait for, its pool being full
     transfer(d, s)  the blocks that d lacks, times the seconds that one takes at the measured rate of the pair, times
@@ -38,7 +39,7 @@ def costs_of(offer: Offer, weights: Weights = EQUAL) -> Costs:
     block_size = demand.block_size
 
     num_missing = -(-demand.num_tokens // block_size) - offer.reusable[decodes]
-    left = demand.num_tokens / block_size - offer.reusable * (not demand.computes_all)
+    left = demand.num_tokens / block_size - offer.spared * (not demand.computes_all)
     prefill, queue = np.empty(shape), np.empty(shape)
     prefill[:, :-1] = weights.prefill * left[sources]
     prefill[:, -1] = weights.prefill * left[decodes]
@@ -62,7 +63,7 @@ def total_of(offer: Offer, weights: Weights = EQUAL) -> Floats:
     source = loads.queued_tokens / block_size
     source += weights.prefill * demand.num_tokens / block_size
     if not demand.computes_all:
-        source -= weights.prefill * reusable
+        source -= weights.prefill * offer.spared
     missing = -(-demand.num_tokens // block_size) - reusable.take(decodes)
     load = np.maximum(missing - loads.num_available_blocks.take(decodes), 0.0)
     load += weights.decode * loads.num_requests.take(decodes)

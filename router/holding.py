@@ -8,40 +8,56 @@ speed: it fetches.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
 from typing import Final
 
-from router.plan import Candidate, Holding, Plan
+import numpy as np
+from numpy.typing import NDArray
+
+from router.pairing import Floats, Pairing
+from router.plan import Holding, Plan
 
 ASK_S: Final = 0.005  # an ask finds the holder in the middle of a step, and its answer must be read
+_BUSY_TOKENS: Final = 1e-6  # for each request there: of equal holders the least busy one
+
+
+def spared_blocks(reusable: NDArray[np.int64], block_size: int, pairing: Pairing) -> Floats:
+    """[k]: of each candidate, the blocks that it need not compute, `reusable`, and those that it is spared by fetching
+    from the one that has most, less the blocks that it could compute meanwhile."""
+    spared = reusable.astype(np.float64)
+    most = int(reusable.argmax()) if len(reusable) else 0
+    if not len(reusable) or not reusable[most]:
+        return spared
+    num_blocks = reusable[most] - spared
+    gain = _tokens_saved(num_blocks, block_size, pairing.fetch_tokens[:, most], pairing.loads.tokens_per_s)
+    gain /= block_size
+    spared += np.maximum(gain, 0.0, out=gain)
+    return spared
 
 
 def with_holding(plan: Plan) -> Plan:
-    """The same plan, with the holder that saves most, where one saves anything."""
+    """The same plan, with the holder that saves most time, where one saves any."""
     choice = plan.choice
     if choice is None or choice.offer.demand.hit_blocks is None or choice.offer.demand.computes_all:
         return plan
-    offer, worker = choice.offer, plan.prefill
-    own = choice.num_prefill_hits
-    best: Holding | None = None
-    best_key = (0.0, -inf)
-    for index in (offer.reusable > own).nonzero()[0].tolist():
-        holder = offer.candidates[index]
-        num_blocks = int(offer.reusable[index])
-        saved_s = time_saved(worker, holder, num_blocks - own, offer.demand.block_size)
-        key = saved_s, -holder.num_requests
-        if saved_s > 0 and key > best_key:
-            best, best_key = Holding(holder, num_blocks), key
-    return plan if best is None else replace(plan, holding=best)
+    offer, own, worker = choice.offer, choice.num_prefill_hits, choice.computing
+    more = (offer.reusable > own).nonzero()[0]
+    if not len(more):
+        return plan
+    loads = offer.loads
+    fetch_tokens = offer.pairing.fetch_tokens[worker].take(more)
+    num_blocks = (offer.reusable.take(more) - own).astype(np.float64)
+    gain = _tokens_saved(num_blocks, offer.demand.block_size, fetch_tokens, loads.tokens_per_s[worker])
+    if not gain.max() > 0.0:
+        return plan
+    holder = int(more[(gain - _BUSY_TOKENS * loads.num_requests.take(more)).argmax()])
+    return replace(plan, holding=Holding(offer.candidates[holder], int(offer.reusable[holder])))
 
 
-def time_saved(worker: Candidate, holder: Candidate, num_blocks: int, block_size: int) -> float:
-    """Seconds by which `worker` has `num_blocks` blocks sooner from `holder` than by computing them; negative where
-    it should compute, inf where its speed is not known."""
-    rate = worker.warm_sources.get(holder.incarnation)
-    if rate is None or holder.compatibility_hash != worker.compatibility_hash:
-        return -inf
-    if not worker.prefill_tokens_per_s:
-        return inf
-    fetch_s = ASK_S + (num_blocks * worker.block_bytes / rate if rate else 0.0)
-    return num_blocks * block_size / worker.prefill_tokens_per_s - fetch_s
+def _tokens_saved(
+    num_blocks: Floats, block_size: int, fetch_tokens: Floats, tokens_per_s: Floats | np.float64
+) -> Floats:
+    """By fetching so many blocks, less what is computed in the time that it takes."""
+    saved = block_size - fetch_tokens
+    saved *= num_blocks
+    saved -= ASK_S * tokens_per_s
+    return saved

@@ -15,7 +15,6 @@ from router.block_feed import BlockFeed
 from router.fleet import Fleet
 from router.flight import Flight
 from router.holder_table import Keys
-from router.holding import with_holding
 from router.offer import Demand
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
@@ -50,8 +49,8 @@ class Navigator:
         self._seen = (-1, -1)  # generations of what the next three are made of
         self._pairing = Pairing(())
         self._seats = np.zeros(0, np.int64)  # of each candidate
-        self._chain_roots: tuple[bytes, ...] = ()
-        self._roots: dict[bytes, bytes] = {}  # of hash chains, by compatibility hash
+        self._models: tuple[bytes, ...] = ()  # compatibility hashes
+        self._roots: dict[bytes, bytes] = {}  # of hash chains without a salt, by compatibility hash
         self._last_keys: tuple[list[bytes], int, Keys] = [], 0, keys_of(b"")
         self.feed = BlockFeed(metrics, log, later)
         self.routes = RouteBook(config.policy, config.kept_routes)
@@ -75,7 +74,7 @@ class Navigator:
     def plan(self, flight: Flight, now: float) -> Plan | NoPlan:
         candidates = self._candidates()
         request = flight.request
-        plan = make_plan(
+        return make_plan(
             candidates,
             self._policy,
             local=self._local,
@@ -91,7 +90,6 @@ class Navigator:
             ),
             pairing=self._pairing,
         )
-        return plan if isinstance(plan, NoPlan) else with_holding(plan)
 
     def num_uncached(self, flight: Flight, now: float) -> int:
         """Tokens of the request that some worker has to compute at least."""
@@ -113,7 +111,7 @@ class Navigator:
             self._metrics.local_plans.labels(plan.local_reason).inc()
         if not self.uses_blocks:
             return
-        keys = self._keys(flight, self.root(plan.decode))
+        keys = self._keys(flight, self.root(plan.decode, flight))
         seats = {self.feed.seat(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
         if len(keys):
             self.feed.predicted.add(seats - {-1}, keys, now)
@@ -134,9 +132,13 @@ class Navigator:
             expected.labels("prefill").inc(choice.num_prefill_hits * self._block_size)
             found.labels("prefill").inc(route.prefill_prefix_hit_tokens)
 
-    def root(self, worker: Candidate) -> bytes:
-        """Of the hash chains of prompts there."""
-        compatibility = worker.compatibility_hash
+    def root(self, worker: Candidate, flight: Flight) -> bytes:
+        """Of the hash chain of the request there."""
+        return self._root(worker.compatibility_hash, flight.request.cache_salt)
+
+    def _root(self, compatibility: bytes, salt: str) -> bytes:
+        if salt:
+            return chain_root(compatibility, salt=salt)
         if compatibility not in self._roots:
             self._roots[compatibility] = chain_root(compatibility)
         return self._roots[compatibility]
@@ -148,7 +150,7 @@ class Navigator:
             self._seen = seen
             self._pairing = Pairing(candidates)
             self._seats = np.array([self.feed.seat(c.incarnation, c.shard) for c in candidates], np.int64)
-            self._chain_roots = tuple({self.root(c): None for c in candidates})
+            self._models = tuple({c.compatibility_hash: None for c in candidates})
         else:
             self._pairing.read(candidates)
         return candidates
@@ -157,8 +159,8 @@ class Navigator:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
         feed = self.feed
         hits = np.zeros(len(candidates), np.int64)
-        for root in self._chain_roots:
-            keys = self._keys(flight, root)
+        for model in self._models:
+            keys = self._keys(flight, self._root(model, flight.request.cache_salt))
             predictions = feed.predicted.find(keys, now)
             num_predicted = max((prediction.last for prediction in predictions), default=0)
             keys = keys[: feed.index.num_worth_reading(keys, num_predicted)]

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router.holding import spared_blocks
 from router.pairing import Floats, Loads, Mask, Pairing, Rates
 from router.plan import Candidate
 
@@ -34,6 +35,9 @@ class Offer:
     ways: Mask
     demand: Demand
     reusable: NDArray[np.int64]  # of each candidate, blocks of the request that it need not compute
+    spared: (
+        Floats  # of each candidate: those, and what it gains by fetching rather than computing; see router/holding.py
+    )
     loads: Loads
     rates: Rates
 
@@ -41,12 +45,14 @@ class Offer:
     def of(cls, candidates: Sequence[Candidate], pairing: Pairing, ways: Mask, demand: Demand) -> Offer:
         """What comes after the last whole block is always computed, and is at least a token."""
         hit_blocks = np.zeros(len(candidates), np.int64) if demand.hit_blocks is None else demand.hit_blocks
+        reusable = np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size)
         return cls(
             candidates=candidates,
             pairing=pairing,
             ways=ways,
             demand=demand,
-            reusable=np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size),
+            reusable=reusable,
+            spared=spared_blocks(reusable, demand.block_size, pairing),
             loads=pairing.loads,
             rates=pairing.rates,
         )
@@ -88,6 +94,12 @@ class Choice:
     @property
     def is_local(self) -> bool:
         return self.column == self.offer.ways.shape[1] - 1
+
+    @property
+    def computing(self) -> int:
+        """Whose index among the candidates is that of the worker that computes the prompt."""
+        pairing = self.offer.pairing
+        return pairing.serving[self.row] if self.is_local else pairing.supplying[self.column]
 
     @property
     def num_decode_hits(self) -> int:

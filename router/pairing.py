@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import inf
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import Role
 from router.plan import Candidate, LocalPrefill
+
+FAR: Final = 1e18  # tokens: more than there are
 
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = NDArray[np.float64]
@@ -55,9 +57,23 @@ class Opening(NamedTuple):
 
 class Pairing:
     """Of one list of candidates. m decode workers stand for rows, n sources for columns; `decodes` and `sources` are
-    their indices in the list, `serving` and `supplying` the same as plain numbers."""
+    their indices in the list, `serving` and `supplying` the same as plain numbers. `fetch_tokens[i, j]`: that
+    candidate i computes while it fetches a block from j, 0 where not measured, `FAR` where j cannot be read; nobody
+    writes into it."""
 
-    __slots__ = ("_openings", "_prefills", "_seen", "decodes", "loads", "rates", "serving", "sources", "supplying")
+    __slots__ = (
+        "_openings",
+        "_prefills",
+        "_reach",
+        "_seen",
+        "decodes",
+        "fetch_tokens",
+        "loads",
+        "rates",
+        "serving",
+        "sources",
+        "supplying",
+    )
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         serving = [i for i, c in enumerate(candidates) if Role.DECODE in c.roles and c.connected]
@@ -72,6 +88,8 @@ class Pairing:
             [nobody_prefills or Role.PREFILL in candidates[index].roles for index in serving], np.bool_
         )
         self.loads = Loads(*np.zeros((len(Loads._fields), len(candidates))))
+        self._reach: Floats = np.full((len(candidates), len(candidates)), inf)  # seconds per byte
+        self.fetch_tokens: Floats = np.full_like(self._reach, FAR)
         self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros(shape))
         self._seen: list[Candidate | None] = [None] * len(candidates)
         self._openings: dict[LocalPrefill, Opening] = {}
@@ -90,6 +108,7 @@ class Pairing:
             room = inf if now.num_available_blocks is None else now.num_available_blocks
             loads[:, index] = now.queued_tokens, now.num_requests, room, now.block_bytes, now.prefill_tokens_per_s
             slower |= before is None or before.prefill_tokens_per_s != now.prefill_tokens_per_s
+            slower |= before is None or before.block_bytes != now.block_bytes
             if before is None or before.warm_sources is not now.warm_sources:
                 other.append(index)
         self._seen = list(candidates)
@@ -99,21 +118,23 @@ class Pairing:
 
     def _read_rates(self, candidates: Sequence[Candidate], other: Collection[int]) -> None:
         """`other`: whose warm sources are not those of before."""
-        readable, s_per_byte = self.rates.readable.copy(), self.rates.s_per_byte.copy()
-        sources = [candidates[index] for index in self.supplying]
-        for row, index in enumerate(self.serving):
-            if index not in other:
-                continue
-            decode = candidates[index]
-            warm, incarnation, compatibility = decode.warm_sources, decode.incarnation, decode.compatibility_hash
+        reach = self._reach
+        for index in other:
+            sink = candidates[index]
+            warm, incarnation, compatibility = sink.warm_sources, sink.incarnation, sink.compatibility_hash
             rates = [
                 warm.get(source.incarnation)
                 if source.incarnation != incarnation and source.compatibility_hash == compatibility
                 else None
-                for source in sources
+                for source in candidates
             ]
-            readable[row] = [rate is not None for rate in rates]
-            s_per_byte[row] = [1 / rate if rate else 0.0 for rate in rates]
+            reach[index] = [inf if rate is None else 1 / rate if rate else 0.0 for rate in rates]
+        loads = self.loads
+        tokens = (loads.block_bytes * loads.tokens_per_s)[:, None] * np.where(np.isfinite(reach), reach, 0.0)
+        self.fetch_tokens = np.where(np.isfinite(reach), tokens, FAR)
+        pairs = reach[self.decodes[:, None], self.sources]
+        readable = np.isfinite(pairs)
+        s_per_byte = np.where(readable, pairs, 0.0)
         self._openings.clear()
         self.rates = Rates(readable, s_per_byte, s_per_byte * self.loads.tokens_per_s[self.sources])
 

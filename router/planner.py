@@ -9,6 +9,7 @@ from math import inf
 import numpy as np
 
 from cluster.config import Role
+from router.holding import with_holding
 from router.offer import Choice, Demand, Offer, Policy
 from router.pairing import Mask, Pairing
 from router.plan import Candidate, LocalPrefill, LocalReason, NoPlan, Plan
@@ -72,7 +73,7 @@ def make_plan(
     offer = Offer.of(candidates, pairing, ways, demand)
     if local.mode == "conditional":
         ways[:, -1] |= rows & (local.short(offer) | local.saturated(offer))
-    return _planned(policy.choose(offer), local, opening.bound, want_spare=want_spare)
+    return with_holding(_planned(policy.choose(offer), local, opening.bound, want_spare=want_spare))
 
 
 def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool) -> Plan:

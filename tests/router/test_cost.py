@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.config import Role, RouterConfig
 from router.cost import Weights, costs_of, total_of
+from router.holding import ASK_S
 from router.offer import Choice, Demand, Offer, Policy
 from router.pairing import Pairing
 from router.plan import Candidate, LocalPrefill, LocalReason, Plan
@@ -70,18 +71,19 @@ def names(plan: Plan) -> tuple[str, str]:
 
 
 def test_the_terms_of_a_cost() -> None:
-    """Ten blocks and five tokens: of them d0 has 4, p1 all that may be hit."""
+    """Ten blocks and five tokens: of them d0 has 4, p1 all that may be hit, which d0 may fetch."""
     rates = {"p0": 1e6, "p1": 0.0}
     candidates = [
-        decode("d0", rates, num_requests=3, num_available_blocks=5, block_bytes=1000),
-        decode("d1", rates, num_requests=1, queued_tokens=64),
+        decode("d0", rates, num_requests=3, num_available_blocks=5, block_bytes=1000, prefill_tokens_per_s=320.0),
+        decode("d1", {"p0": 0.0}, num_requests=1, queued_tokens=64),
         prefill("p0", 32, speed=160.0),
         prefill("p1", 320),
     ]
     wanted = demand(165, [4, 0, 2, 11])
     offer = Offer.of(candidates, Pairing(candidates), np.ones((2, 3), np.bool_), wanted)
     costs = costs_of(offer, Weights(prefill=2.0, decode=0.5))
-    assert costs.prefill == pytest.approx(2 * np.array([[8.3125, 0.3125, 6.3125], [8.3125, 0.3125, 10.3125]]))
+    local = 0.3125 + ASK_S * 20, 10.3125
+    assert costs.prefill == pytest.approx(2 * np.array([[8.3125, 0.3125, local[0]], [8.3125, 0.3125, local[1]]]))
     assert costs.queue.tolist() == [[2, 20, 0], [2, 20, 4]]
     assert costs.decode.tolist() == [[1.5 + 2] * 3, [0.5] * 3]  # d0 lacks 7 blocks and has room for 5
     assert costs.transfer == pytest.approx(np.array([[7 * 1000 / 1e6 * 10, 0, 0], [0, 0, 0]]))
