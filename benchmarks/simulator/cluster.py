@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from benchmarks.simulator.step_cost import StepCost
@@ -47,6 +47,9 @@ class Setup:
     router: RouterConfig = field(default_factory=RouterConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     scheduler: SchedulerLimits = _LIMITS
+
+    def with_router(self, router: RouterConfig) -> Setup:
+        return replace(self, router=router)
 
     @property
     def shape(self) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 
@@ -36,6 +36,9 @@ class Conversations:
     max_tokens: int = 30_000  # of a prompt: a session ends before
     trace_block: int = TRACE_BLOCK
     swing: Callable[[float], float] = field(default=lambda at_s: 1.0)  # at most 1
+
+    def lasting(self, span_s: float) -> Conversations:
+        return replace(self, span_s=span_s)
 
     def requests(self) -> list[TraceRequest]:
         """In order of arrival; none comes after `span_s`."""
