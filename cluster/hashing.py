@@ -24,6 +24,18 @@ def chain_root(
     return digest.digest()
 
 
+def salt_of(owner: str, request: str) -> str:
+    """Of a request's chain: what its client always has, and what it named. "": neither. No two pairs make the same."""
+    return f"{len(owner)}:{owner}{request}" if owner or request else ""
+
+
+def root_of(wire: bytes) -> bytes | None:
+    """Of a frame; None: it has none. Raises ValueError."""
+    if len(wire) not in (0, HASH_BYTES):
+        raise ValueError(f"{len(wire)} bytes are no root of a hash chain; it has {HASH_BYTES}")
+    return wire or None
+
+
 def block_hashes(root: bytes, tokens: Sequence[int], block_size: int, previous: bytes | None = None) -> list[bytes]:
     """Hashes of the full blocks of `tokens`; a partial last block has none.
 
@@ -41,6 +53,16 @@ def iter_block_hashes(
     for start in range(0, len(data) - stride + 1, stride):
         parent = blake2b(parent + data[start : start + stride], digest_size=HASH_BYTES, key=root).digest()
         yield parent
+
+
+def encoder_hashes(root: bytes, num_blocks: int) -> list[bytes]:
+    """Names of the blocks of an encoder's output, the partial last one included: every block depends on the whole
+    input, which the root covers."""
+    person = b"sluice.encoder"
+    return [
+        blake2b(i.to_bytes(8, "little"), digest_size=HASH_BYTES, key=root, person=person).digest()
+        for i in range(num_blocks)
+    ]
 
 
 def split(packed: bytes) -> list[bytes]:

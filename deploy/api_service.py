@@ -105,6 +105,7 @@ class ApiService:
                 sampling=sampling,
                 priority=body.priority,
                 deadline_s=deadline_s,
+                cache_salt=caller.cache_salt(body.cache_salt),
                 client=caller.key.name,
                 weight=caller.key.limits.weight,
             )
@@ -175,6 +176,7 @@ class ApiService:
                     deadline_s=deadline_s,
                     leader_id=leader_id if follows else "",
                     session=caller.session,
+                    cache_salt=caller.cache_salt(body.cache_salt),
                     client=caller.key.name,
                     weight=caller.key.limits.weight,
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.hashing import salt_of
 from deploy.api_keys import ApiKey
 
 _NO_KEY = ApiKey("")
@@ -13,3 +14,7 @@ _NO_KEY = ApiKey("")
 class Caller:
     key: ApiKey = _NO_KEY  # without limits, where no key is asked for
     session: str = ""  # what it calls the session that the request belongs to; "": none
+
+    def cache_salt(self, asked: str | None) -> str:
+        """Of a request that names one, or none. Whoever has a salt of its own cannot leave it."""
+        return salt_of(self.key.limits.cache_salt, asked or "")

@@ -3,7 +3,7 @@
 Every parameter that OpenAI documents is done, accepted because it changes nothing here, or refused by name; any
 other is unknown. Fields of our own: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, bad_words,
 ignore_eos, include_stop_str_in_output, prompt_logprobs, priority, timeout_s, add_special_tokens, return_token_ids
-(the ids beside the text) and return_route (what happened to the request, in `usage.sluice`).
+(the ids beside the text), cache_salt and return_route (what happened to the request, in `usage.sluice`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from deploy.request_fields import (
     BadWords,
     Biases,
     Body,
+    CacheSalt,
     Count,
     Int31,
     JsonObject,
@@ -73,6 +74,7 @@ class SamplingRequest(Body):
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     return_token_ids: bool = False
     return_route: bool = False
+    cache_salt: CacheSalt | None = None
     user: str | None = None  # says who asks, not what
 
     @model_validator(mode="after")
@@ -226,6 +228,7 @@ class EmbeddingRequest(Body):
     add_special_tokens: bool = True
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+    cache_salt: CacheSalt | None = None
     user: str | None = None
 
     @property

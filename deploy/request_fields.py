@@ -170,6 +170,7 @@ BadWords = Annotated[
     ),
 ]
 
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 Int31 = Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]
 Count = Annotated[int, Field(ge=1, lt=MAX_TOKEN_ID)]
 JsonObject = dict[str, Any]

@@ -86,7 +86,7 @@ class Dispatcher:
         assert session is not None, "only connected workers are planned for decode"
         self._stop_waiting(flight)
         key = flight.place(plan, session.id)
-        submit = flight.submit(self._navigator.root(plan.decode), self._block_size, self._remaining_ms(flight))
+        submit = flight.submit(self._navigator.root(plan.decode, flight), self._block_size, self._remaining_ms(flight))
         session.send(pb.Frame(submit=submit), key)
         self._navigator.placed(flight, plan, _now(), led=led is not None)
         if flight.is_replay:

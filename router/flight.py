@@ -47,6 +47,7 @@ class RouterRequest:
     session: str = ""  # what the client calls the session that it belongs to; "": none
     client: str = ""  # whose share of the replica it is part of; "": everybody without a name
     weight: int = 1  # of that share
+    cache_salt: str = ""  # it meets cached blocks of the same salt only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,7 @@ class Flight:
             block_hashes=b"".join(self.hashes(root, block_size)),
             shard=self.plan.decode.shard,
             leader_id=request.leader_id,
+            chain_root=root if request.cache_salt else b"",
         )
 
     def receive(self, session_id: str, tokens: pb.SequenceTokens) -> Receipt:

@@ -89,6 +89,7 @@ class PrefillStage:
                 arrival=sequence_id,
                 priority=ask.priority,
                 hashes=hashing.split(ask.block_hashes),
+                chain_root=hashing.root_of(ask.chain_root),
                 stop_after_first=True,
             )
             if not self._borrower.begin(sequence, ask.holding, now):

@@ -79,6 +79,7 @@ class Request:
             arrival=sequence_id,
             priority=submit.priority,
             hashes=hashing.split(submit.block_hashes),
+            chain_root=hashing.root_of(submit.chain_root),
         )
         stages = [stage for stage in submit.plan.stages if stage.stage == pb.PREFILL]
         sources = tuple(

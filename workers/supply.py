@@ -119,6 +119,7 @@ class Supply:
             deadline_ms=request.remaining_ms(now),
             ask=fetch.ask,
             holding=request.holding,
+            chain_root=sequence.chain_root or b"",
         )
         session.send(pb.Frame(kv_request=frame), request.key)
 

@@ -328,7 +328,7 @@ class Plan(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., local_prefill_allowed: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id")
+    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id", "chain_root")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +339,7 @@ class Submit(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LEADER_ID_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     plan: Plan
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -349,7 +350,8 @@ class Submit(_message.Message):
     block_hashes: bytes
     shard: int
     leader_id: str
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ...) -> None: ...
+    chain_root: bytes
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key", "reason")
@@ -444,7 +446,7 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class KvRequest(_message.Message):
-    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding")
+    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding", "chain_root")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -456,6 +458,7 @@ class KvRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     ASK_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     shard: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -467,7 +470,8 @@ class KvRequest(_message.Message):
     deadline_ms: int
     ask: int
     holding: Holding
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ...) -> None: ...
+    chain_root: bytes
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
 
 class HeldRequest(_message.Message):
     __slots__ = ("key", "shard", "first_block", "block_hashes")

@@ -25,7 +25,7 @@ FIELDS = {
     "ChatLogprobs": "content refusal",
     "ChatMessage": "audio content function_call name refusal role tool_call_id tool_calls",
     "ChatRequest": """
-        add_generation_prompt audio bad_words chat_template_kwargs continue_final_message frequency_penalty
+        add_generation_prompt audio bad_words cache_salt chat_template_kwargs continue_final_message frequency_penalty
         function_call functions ignore_eos include_stop_str_in_output logit_bias logprobs max_completion_tokens
         max_tokens messages metadata min_p min_tokens modalities model n parallel_tool_calls prediction
         presence_penalty priority prompt_cache_key prompt_cache_retention prompt_logprobs reasoning_effort
@@ -37,15 +37,17 @@ FIELDS = {
     "CompletionChoice": "finish_reason index logprobs prompt_logprobs text token_ids",
     "CompletionLogprobs": "text_offset token_logprobs tokens top_logprobs",
     "CompletionRequest": """
-        add_special_tokens bad_words best_of echo frequency_penalty ignore_eos include_stop_str_in_output logit_bias
-        logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt prompt_logprobs
+        add_special_tokens bad_words best_of cache_salt echo frequency_penalty ignore_eos include_stop_str_in_output
+        logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt prompt_logprobs
         repetition_penalty return_route return_token_ids seed stop stop_token_ids stream stream_options suffix
         temperature timeout_s top_k top_p user
     """,
     "DetokenizeRequest": "model tokens",
     "Embedding": "embedding index object",
     "EmbeddingAnswer": "data model object usage",
-    "EmbeddingRequest": "add_special_tokens dimensions encoding_format input model pooling priority timeout_s user",
+    "EmbeddingRequest": """
+        add_special_tokens cache_salt dimensions encoding_format input model pooling priority timeout_s user
+    """,
     "EmbeddingUsage": "prompt_tokens total_tokens",
     "ErrorBody": "error",
     "ErrorDetail": "code message param type",

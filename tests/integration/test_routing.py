@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from cluster.hashing import block_hashes
+from cluster.hashing import block_hashes, chain_root
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import Metrics
@@ -78,11 +78,22 @@ def num_alive(metrics: Metrics) -> int:
 
 
 async def ask(
-    router: Router, prompt: list[int], num_tokens: int, *, leave_after: int = 10**9, request_id: str = ""
+    router: Router,
+    prompt: list[int],
+    num_tokens: int,
+    *,
+    leave_after: int = 10**9,
+    request_id: str = "",
+    cache_salt: str = "",
 ) -> list[TokenDelta]:
     """All deltas, or those before the client left."""
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    request = RouterRequest(request_id=request_id or uuid4().hex, prompt_token_ids=tuple(prompt), sampling=sampling)
+    request = RouterRequest(
+        request_id=request_id or uuid4().hex,
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        cache_salt=cache_salt,
+    )
     deltas: list[TokenDelta] = []
     async with aclosing(router.generate(request)) as stream:
         async for delta in stream:
@@ -114,6 +125,42 @@ async def agree(cluster: PlainCluster, *routers: Router) -> None:
         for router in routers:
             while -1 in (await known(router)).values():
                 await asyncio.sleep(0.02)
+
+
+def test_a_prompt_meets_the_cached_blocks_of_its_salt_only(served: tuple[PlainCluster, asyncio.Runner]) -> None:
+    cluster, runner = served
+    prompt = [Random(7).randrange(1, VOCAB_SIZE) for _ in range(100)]
+
+    async def scene() -> None:
+        await cluster.router.clear_cache()
+        async with replica(cluster) as (router, metrics):
+
+            async def hits(cache_salt: str) -> tuple[int, float]:
+                """Prompt tokens that were found anywhere, and that the router expected to be."""
+                before = expected(metrics)
+                deltas = await ask(router, prompt, 20, cache_salt=cache_salt)
+                answers.add(tuple(tokens(deltas)))
+                route = deltas[-1].route
+                assert route is not None
+                await agree(cluster, router)
+                return route.decode_prefix_hit_tokens + route.prefill_prefix_hit_tokens, expected(metrics) - before
+
+            answers: set[tuple[int, ...]] = set()
+            for cache_salt in ("ann", "bob", ""):
+                assert await hits(cache_salt) == (0, 0.0)
+            for cache_salt in ("bob", "", "ann"):
+                found, foreseen = await hits(cache_salt)
+                assert found >= 96 and foreseen >= 96  # six blocks, of decode alone or of both
+            assert await hits("eve") == (0, 0.0)
+            assert len(answers) == 1 and len(set(answers.pop())) > 5
+
+    runner.run(scene())
+
+
+def expected(metrics: Metrics) -> float:
+    return sum(
+        metrics.value("sluice_router_expected_hit_tokens_total", {"stage": stage}) for stage in ("decode", "prefill")
+    )
 
 
 def test_the_second_turn_goes_where_its_prefix_is(served: tuple[PlainCluster, asyncio.Runner]) -> None:
@@ -183,7 +230,7 @@ def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainClu
                 incarnations = list(await known(fresh))
                 num_blocks = 0
                 for text in texts:
-                    root = other._navigator.root(other._fleet.candidates()[0])
+                    root = chain_root(other._fleet.candidates()[0].compatibility_hash)
                     keys = keys_of(block_hashes(root, text, BLOCK_SIZE))
                     for incarnation in incarnations:
                         held = [holds(router, incarnation, keys) for router in (*routers, fresh)]

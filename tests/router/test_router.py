@@ -225,6 +225,24 @@ def test_too_many_open_requests_are_refused_at_once(words: WordsThread, stage: S
     play(scene)
 
 
+def test_a_salt_has_a_hash_chain_of_its_own(words: WordsThread, stage: Stage) -> None:
+    decode = stage.decode("decode-0")
+
+    async def scene() -> None:
+        async with desk(words, local_prefill="always") as at:
+            await at.connect(decode)
+            for cache_salt in ("", "ann"):
+                await gather(at.router, at.request(cache_salt=cache_salt))
+            plain, salted = decode.submits
+            root = chain_root(b"h" * 16, salt="ann")
+            assert plain.chain_root == b"" and salted.chain_root == root
+            assert split(plain.block_hashes) == block_hashes(chain_root(b"h" * 16), PROMPT, 4)
+            assert split(salted.block_hashes) == block_hashes(root, PROMPT, 4)
+            assert b"ann" not in salted.SerializeToString()
+
+    play(scene)
+
+
 def test_a_request_id_is_used_once_at_a_time(words: WordsThread, stage: Stage) -> None:
     decode = stage.decode("decode-0", Wait(), Stop())
 
