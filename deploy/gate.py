@@ -13,7 +13,7 @@ from deploy.api_keys import ApiKey, ApiKeys
 from deploy.openai_errors import body, response
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})  # for probes and scrapers, which hold no key
+_OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/ready"})  # for probes and scrapers, which hold no key
 
 
 def is_request_id(sent: str) -> bool:

@@ -116,16 +116,26 @@ def create_app(
     @app.get("/health", response_model=Health, responses=_HEALTH)
     async def health() -> Response:
         """Progress: a warm plan exists, and each session it needs is open, which a worker that does not step ends."""
-        ready = service.router.ready()
-        state = Health(status="ok") if ready else Health(status="not ready", reason=service.router.why_not_ready())
-        answer = state.model_dump_json(exclude_none=True)
-        return Response(answer, 200 if ready else 503, media_type="application/json")
+        return _health("" if service.router.ready() else service.router.why_not_ready())
+
+    @app.get("/ready", response_model=Health, responses=_HEALTH)
+    async def ready() -> Response:
+        """Whether this replica would take a request now: healthy, and its queue has room."""
+        full = "the queue of this replica is full" if service.router.is_full else ""
+        return _health(full if service.router.ready() else service.router.why_not_ready())
 
     @app.get("/metrics", response_class=Response, responses=_METRICS)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 
     return app
+
+
+def _health(reason: str) -> Response:
+    """`reason`: why not."""
+    state = Health(status="not ready", reason=reason) if reason else Health(status="ok")
+    answer = state.model_dump_json(exclude_none=True)
+    return Response(answer, 503 if reason else 200, media_type="application/json")
 
 
 def _tally(service: ApiService, request: Request) -> Tally:

@@ -83,6 +83,11 @@ class Admission:
     def max_waiting(self) -> int:
         return -(-self._limits.max_queued // self._num_replicas)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody more may run or wait."""
+        return self._num_running >= self.max_running and len(self._queue) >= self.max_waiting
+
     def set_replicas(self, num_replicas: int, now: float) -> None:
         """Requests beyond a lowered share go on; only new ones are refused."""
         self._num_replicas = max(1, num_replicas)
@@ -91,7 +96,7 @@ class Admission:
     def enter(self, applicant: Applicant, now: float, outlook: Outlook = _NO_OUTLOOK) -> Place:
         """Raises Busy. `outlook`: were it to run now."""
         full = self._num_running >= self.max_running
-        if full and len(self._queue) >= self.max_waiting:
+        if self.is_full:
             waiting = (
                 f" and {len(self._queue)} wait, the limit of which is {self.max_waiting}" if self.max_waiting else ""
             )

@@ -32,6 +32,10 @@ class Entrance:
     def num_open(self) -> int:
         return self._admission.num_open
 
+    @property
+    def is_full(self) -> bool:
+        return self._admission.is_full
+
     def set_replicas(self, num_replicas: int) -> None:
         self._admission.set_replicas(num_replicas, _now())
         self._show()

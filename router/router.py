@@ -114,6 +114,11 @@ class Router:
     def num_open(self) -> int:
         return self._entrance.num_open
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next request would be refused because of those that run and wait."""
+        return self._entrance.is_full
+
     def route(self, request_id: str) -> RouteTold | None:
         """How one of the last requests here was routed. Any thread."""
         return self._navigator.routes.tell(request_id)

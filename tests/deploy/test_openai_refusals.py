@@ -120,10 +120,12 @@ def test_failures_before_the_first_token_have_their_status(
 
 
 def test_no_worker_is_503_and_health_says_so(door: FrontDoor, worker: ScriptedWorker) -> None:
-    assert httpx.get(f"{door.url}/health").json() == {"status": "ok"}
+    for path in ("health", "ready"):
+        assert httpx.get(f"{door.url}/{path}").json() == {"status": "ok"}
     door.connect()
-    sick = httpx.get(f"{door.url}/health")
-    assert sick.status_code == 503 and sick.json()["reason"] == "no decode worker is ready"
+    for path in ("health", "ready"):
+        sick = httpx.get(f"{door.url}/{path}")
+        assert sick.status_code == 503 and sick.json()["reason"] == "no decode worker is ready"
     assert "no decode worker is ready (waited 0.3 s)" in error(complete(door), 503)["message"]
 
 
@@ -141,5 +143,8 @@ def test_a_full_house_is_429_at_once(tokenizer: Tokenizer, worker: ScriptedWorke
             assert first.status_code == 200
             refused = complete(door)
             assert error(refused, 429)["code"] == "queue_full" and int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(f"{door.url}/health").status_code == 200
+            busy = httpx.get(f"{door.url}/ready")
+            assert busy.status_code == 503 and busy.json()["reason"] == "the queue of this replica is full"
             worker.go_on()
             first.read()

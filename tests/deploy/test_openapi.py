@@ -12,7 +12,7 @@ from deploy.openai_api import create_app
 from tests.support.api import FrontDoor
 
 PATHS = """
-/detokenize /health /metrics /tokenize /v1/chat/completions /v1/completions /v1/embeddings /v1/models
+/detokenize /health /metrics /ready /tokenize /v1/chat/completions /v1/completions /v1/embeddings /v1/models
 /v1/models/{name} /v1/requests/{answer_id}/route
 """
 
@@ -119,7 +119,7 @@ def test_the_documented_answers_are_the_given_ones(schema: dict[str, Any]) -> No
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             answers = operation["responses"]
-            assert set(answers) == {"200", "4XX", "5XX"} | ({"503"} if path == "/health" else set()), path
+            assert set(answers) == {"200", "4XX", "5XX"} | ({"503"} if path in ("/health", "/ready") else set()), path
             assert set(answers["200"]["content"]) == content.get(path, {"application/json"}), path
             assert all(set(answer["headers"]) == {"x-request-id"} for answer in answers.values()), path
             for status in ("4XX", "5XX"):
