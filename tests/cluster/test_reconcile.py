@@ -5,8 +5,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.membership import MemberState
-from cluster.reconcile import Actions, Standing, Wanted, backoff_s, decide
+from cluster.config import Role
+from cluster.membership import Member, MemberState
+from cluster.reconcile import Actions, Standing, Wanted, backoff_s, decide, serves
 
 WANTED = Wanted(num_workers=1, fingerprint="new")
 SURGE_S = 3.0
@@ -46,6 +47,41 @@ def test_a_successor_without_room_gets_the_place_of_the_stale_worker() -> None:
     waiting = worker("new", state=MemberState.STARTING, placed=False)
     assert act(old, replace(waiting, age_s=SURGE_S - 0.1)) == Actions()
     assert act(old, replace(waiting, age_s=SURGE_S)) == Actions(drain=("old",))
+
+
+def test_a_stale_worker_of_other_weights_stays_until_the_new_weights_serve_in_all_roles() -> None:
+    old = worker("old", fingerprint="old", compatibility_hash=b"old")
+    new = worker("new", compatibility_hash=b"new")
+    keeping = replace(WANTED, keeps_stale=True)
+    assert act(old, new, wanted=keeping) == Actions()
+    assert act(old, new) == Actions(drain=("old",))
+    assert act(replace(old, compatibility_hash=b"new"), new, wanted=keeping) == Actions(drain=("old",))
+    waiting = worker("new", state=MemberState.STARTING, placed=False, age_s=SURGE_S)  # there is no room for both
+    assert act(old, waiting, wanted=keeping) == Actions(drain=("old",))
+
+
+def test_weights_serve_when_ready_workers_of_one_hash_have_all_roles() -> None:
+    def member(role: Role, compatibility_hash: bytes, state: MemberState = MemberState.READY) -> Member:
+        return Member(
+            name=f"{role}-{compatibility_hash}", pool=role, incarnation=f"{role}{compatibility_hash}", address="",
+            roles=(role,), compatibility_hash=compatibility_hash, state=state,
+        )  # fmt: skip
+
+    roles = {Role.PREFILL, Role.DECODE}
+    prefill, decode = member(Role.PREFILL, b"new"), member(Role.DECODE, b"new")
+    assert serves([prefill, decode], roles)
+    assert not serves([prefill], roles)
+    assert not serves([prefill, member(Role.DECODE, b"old")], roles)
+    assert not serves([prefill, member(Role.DECODE, b"new", MemberState.STARTING)], roles)
+    assert serves([member(Role.DECODE, b"new")], {Role.DECODE})
+
+
+def test_a_worker_takes_the_roles_that_are_wanted_in_its_place_and_is_not_replaced() -> None:
+    wanted = Wanted(num_workers=2, fingerprint="new", roles=((Role.PREFILL,), (Role.DECODE,)))
+    first = worker("a", roles=(Role.DECODE,))
+    second = worker("b", index=1, roles=(Role.DECODE,))
+    assert act(first, second, wanted=wanted) == Actions(switch=(0,))
+    assert act(replace(first, roles=(Role.PREFILL,)), second, wanted=wanted) == Actions()
 
 
 def test_stale_workers_are_replaced_one_at_a_time() -> None:
