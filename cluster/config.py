@@ -11,15 +11,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from cluster.errors import ConfigError
+from cluster.section import Count, Fraction, Port, Positive, Seconds, Section, demand
+from cluster.words_config import WordsConfig
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -29,10 +25,6 @@ class Role(StrEnum):
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -143,31 +135,6 @@ class TransferConfig(Section):
     """Workers beside its sources that a worker is paired with, to fetch prefixes from their caches; 0: none."""
     ucx_tls: str = "auto"
     """UCX_TLS for NIXL; auto leaves the choice to UCX. Two simulated hosts need "tcp,self"."""
-
-
-class WordsConfig(Section):
-    host: str = "127.0.0.1"
-    """Address that workers listen on and announce."""
-    port_min: Port = 20000
-    """First port to try for listening."""
-    port_max: Port = 20999
-    """Last port to try for listening."""
-    heartbeat_s: Seconds = 0.3
-    """Time between heartbeats."""
-    heartbeat_timeout_s: Seconds = 1.5
-    """A peer silent for this long is lost."""
-    step_timeout_s: Seconds = 5.0
-    """A peer with work that has not stepped for this long is unhealthy."""
-    connect_timeout_s: Seconds = 5.0
-    """For one dial with its handshake."""
-    redial_max_s: Seconds = 2.0
-    """Longest pause between two dials of a peer that does not answer."""
-    outbox_max_bytes: Positive = 16 << 20
-    """Bytes waiting to be written to one peer."""
-    outbox_max_request_bytes: Positive = 1 << 20
-    """Bytes of one request waiting to be written; past it that request alone ends."""
-    secret_env: str = "SLUICE_CLUSTER_SECRET"
-    """Environment variable that holds the cluster secret (never the secret itself)."""
 
 
 class HttpConfig(Section):
@@ -281,60 +248,45 @@ class SluiceConfig(Section):
     def _agree(self) -> SluiceConfig:
         """What two keys must agree on. Paths are absolute, so errors need no location of their own."""
         kv, scheduler, transfer, words = self.kv, self.scheduler, self.transfer, self.words
-        _demand(
+        demand(
             kv.num_blocks is None or kv.memory_bytes is None,
             "kv.memory_bytes",
             "kv.num_blocks is set too; remove one of the two",
         )
-        _demand(
+        demand(
             scheduler.chunk_tokens <= scheduler.max_batched_tokens,
             "scheduler.chunk_tokens",
             f"{scheduler.chunk_tokens} is over scheduler.max_batched_tokens = {scheduler.max_batched_tokens}; lower it",
         )
-        _demand(
+        demand(
             scheduler.max_sequences <= scheduler.max_batched_tokens,
             "scheduler.max_sequences",
             f"{scheduler.max_sequences} is over scheduler.max_batched_tokens = {scheduler.max_batched_tokens}: "
             "every sequence needs a token of the step; lower it",
         )
-        _demand(
+        demand(
             transfer.stuck_read_s >= transfer.late_read_s,
             "transfer.stuck_read_s",
             f"{transfer.stuck_read_s} is under transfer.late_read_s = {transfer.late_read_s}; raise it",
         )
-        _demand(
+        demand(
             transfer.lease_s > 2 * words.heartbeat_s,
             "transfer.lease_s",
             f"{transfer.lease_s} leaves no two heartbeats ({words.heartbeat_s} s) to renew a lease; raise it",
         )
-        _demand(
-            words.port_min <= words.port_max,
-            "words.port_max",
-            f"{words.port_max} is under words.port_min = {words.port_min}; raise it",
-        )
-        _demand(
-            words.heartbeat_timeout_s >= 2 * words.heartbeat_s,
-            "words.heartbeat_timeout_s",
-            f"{words.heartbeat_timeout_s} is under two heartbeats ({words.heartbeat_s} s each); raise it",
-        )
-        _demand(
-            words.outbox_max_request_bytes <= words.outbox_max_bytes,
-            "words.outbox_max_request_bytes",
-            f"{words.outbox_max_request_bytes} is over words.outbox_max_bytes = {words.outbox_max_bytes}; lower it",
-        )
-        _demand(
+        demand(
             self.http.max_ongoing_requests > self.limits.max_requests + self.limits.max_queued,
             "http.max_ongoing_requests",
             f"{self.http.max_ongoing_requests} is not over limits.max_requests = {self.limits.max_requests} and "
             f"limits.max_queued = {self.limits.max_queued} together, so Serve would queue silently what we answer with "
             "429; raise it",
         )
-        _demand(
+        demand(
             self.http.api_keys_file is None or self.http.api_keys_env is None,
             "http.api_keys_env",
             "http.api_keys_file is set too; remove one of the two",
         )
-        _demand(
+        demand(
             self.http.drain_s >= self.http.request_timeout_s,
             "http.drain_s",
             f"{self.http.drain_s} is under http.request_timeout_s = {self.http.request_timeout_s}, "
@@ -346,28 +298,28 @@ class SluiceConfig(Section):
     def _check_pools(self) -> None:
         known = "pools with roles: " + (", ".join(name for name, pool in self.pools.items() if pool.roles) or "none")
         for name, pool in self.pools.items():
-            _demand(name.isidentifier(), f"pools.{name}", "a pool's name is letters, digits and _; rename it")
-            _demand(bool(pool.roles), f"pools.{name}.roles", f"name the roles, some of {', '.join(Role)}; {known}")
-            _demand(
+            demand(name.isidentifier(), f"pools.{name}", "a pool's name is letters, digits and _; rename it")
+            demand(bool(pool.roles), f"pools.{name}.roles", f"name the roles, some of {', '.join(Role)}; {known}")
+            demand(
                 len(set(pool.roles)) == len(pool.roles),
                 f"pools.{name}.roles",
                 f"{', '.join(pool.roles)} names a role twice",
             )
             most = pool.workers if pool.max_workers is None else pool.max_workers
-            _demand(
+            demand(
                 pool.max_workers is None or pool.min_workers <= pool.workers <= most,
                 f"pools.{name}.workers",
                 f"{pool.workers} is not between min_workers = {pool.min_workers} and max_workers = {most}",
             )
         scaled = any(pool.max_workers is not None for pool in self.pools.values())
-        _demand(
+        demand(
             scaled or not self.autoscaling.enabled,
             "autoscaling.enabled",
             "no pool may be scaled; set pools.NAME.max_workers of one",
         )
         staffed = {role for pool in self.pools.values() if pool.workers for role in pool.roles}
-        _demand(Role.DECODE in staffed, "pools", "no pool has a worker with the role decode; add one")
-        _demand(
+        demand(Role.DECODE in staffed, "pools", "no pool has a worker with the role decode; add one")
+        demand(
             Role.PREFILL in staffed or self.router.local_prefill == "always",
             "pools",
             "no pool has a worker with the role prefill; add one, or set router.local_prefill=always",
@@ -376,8 +328,3 @@ class SluiceConfig(Section):
     @property
     def served_name(self) -> str:
         return self.model.served_name or self.model.path.rstrip("/").rpartition("/")[2] or self.model.path
-
-
-def _demand(holds: bool, path: str, message: str) -> None:
-    if not holds:
-        raise ConfigError(path, message)

@@ -25,7 +25,7 @@ from ray.util import list_named_actors, placement_group_table
 
 from cluster.actor_calls import NAMESPACE, remove_worker
 from cluster.census import Census
-from cluster.config import ControllerConfig, LogConfig, SluiceConfig, WordsConfig
+from cluster.config import ControllerConfig, LogConfig, SluiceConfig
 from cluster.errors import ConfigError
 from cluster.exporter import Export, Exporter
 from cluster.log import Log
@@ -34,6 +34,7 @@ from cluster.metrics import Metrics
 from cluster.pool import ActorPool
 from cluster.reconcile import serves
 from cluster.scaler import Scaler
+from cluster.words_config import WordsConfig
 from cluster.worker_spec import ActorName, Failure
 
 _SILENT_S = 10.0  # an ingress that has not renewed for so long is not waited for and takes no share of limits

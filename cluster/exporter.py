@@ -11,11 +11,11 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
-from cluster.config import WordsConfig
 from cluster.errors import ConfigError
 from cluster.membership import Membership, MemberState
 from cluster.metrics import Metrics
 from cluster.streams import bracketed
+from cluster.words_config import WordsConfig
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

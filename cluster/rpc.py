@@ -40,6 +40,7 @@ from cluster.streams import (
     open_stream,
     say_why,
 )
+from cluster.tls import add_port, open_channel
 from cluster.words_thread import WordsThread
 
 __all__ = ["Dialer", "Session", "SessionHandler", "WordsServer", "WordsThread"]
@@ -114,7 +115,7 @@ class WordsServer:
             if not is_free(self._host, port):
                 continue
             with suppress(RuntimeError):  # taken since
-                return server.add_insecure_port(f"{bracketed(self._host)}:{port}")
+                return add_port(server, f"{bracketed(self._host)}:{port}", self._words.tls)
         raise ConfigError(
             "words.port_min",
             f"no free port among {len(self._ports)} from {self._ports[0] if self._ports else '-'} on {self._host}; "
@@ -309,7 +310,7 @@ class Dialer:
         link.session = None
         if self._words.step_age().stuck(limit_s := self._words.config.step_timeout_s):
             raise SessionBroken(f"our own engine has work but has not stepped for {limit_s:g} s")
-        async with grpc.aio.insecure_channel(link.address, options=OPTIONS) as channel:
+        async with open_channel(link.address, self._words.tls) as channel:
             stream = open_stream(channel, SESSION_PATH)
             async with asyncio.timeout(self._words.config.connect_timeout_s):
                 session = await self._shake(link, stream)

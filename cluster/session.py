@@ -17,7 +17,6 @@ from uuid import uuid4
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from cluster.config import WordsConfig
 from cluster.errors import SessionBroken, SessionClosed, SessionError, SessionSilent, SessionStuffed
 from cluster.handshake import Agreement
 from cluster.heart import Heart, Liveness
@@ -34,6 +33,7 @@ from cluster.parts import (
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.streams import STREAM_ERRORS, DialedStream, Stream, broken, last_word
+from cluster.words_config import WordsConfig
 
 MAX_OUTBOX_FRAMES: Final = 16_384
 MAX_BULK_OUTBOX_BYTES: Final = 64 << 20

@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Protocol, Self, TypeVar
 
-from cluster.config import WordsConfig
 from cluster.heart import Heart, StepAge, no_engine
+from cluster.tls import Tls
+from cluster.words_config import WordsConfig
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class WordsThread:
 
     def __init__(self, step_age: Callable[[], StepAge] = no_engine, config: WordsConfig | None = None) -> None:
         self.config = config or WordsConfig()
+        self.tls = Tls.read(self.config.tls)
         self.step_age = step_age
         self.heart = Heart(step_age, interval_s=self.config.heartbeat_s)
         self._loop = asyncio.new_event_loop()

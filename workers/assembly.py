@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig, WordsConfig
+from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig
 from cluster.errors import ConfigError
 from cluster.hashing import chain_root
 from cluster.membership import Member, MemberState, Rank
+from cluster.words_config import WordsConfig
 from kvtransfer.connector import Done, Executor, ReadLimits, Sink, Source
 from kvtransfer.layout import KvGeometry, RankLayout, compatibility_hash
 from kvtransfer.ledger import Ledger

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from cluster.config import PoolConfig, Role, Section, SluiceConfig
+from cluster.config import PoolConfig, Role, SluiceConfig
 from cluster.config_file import keys, load, parse
 from cluster.errors import ConfigError
+from cluster.section import Section
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 MODEL: dict[str, object] = {"model.path": "/models/tiny"}
@@ -36,6 +37,7 @@ scheduler.max_sequences scheduler.max_waiting
 transfer.fetch_peers transfer.late_read_s transfer.lease_s transfer.stuck_read_s transfer.transport transfer.ucx_tls
 words.connect_timeout_s words.heartbeat_s words.heartbeat_timeout_s words.host words.outbox_max_bytes
 words.outbox_max_request_bytes words.port_max words.port_min words.redial_max_s words.secret_env words.step_timeout_s
+words.tls.ca_file words.tls.cert_file words.tls.key_file words.tls.server_name
 """
 
 
@@ -116,6 +118,8 @@ def test_settings_are_taken_as_they_are() -> None:
         ("model={}", "model.path", "is missing"),
         ("words.port_min=30000", "words.port_max", "words.port_min = 30000"),
         ("words.heartbeat_timeout_s=0.1", "words.heartbeat_timeout_s", "raise it"),
+        ("words.tls={cert_file: a, ca_file: b}", "words.tls.key_file", "set all three, or none"),
+        ("words.tls.server_name=a", "words.tls.server_name", "set without words.tls.cert_file"),
         ("words.outbox_max_bytes=5", "words.outbox_max_request_bytes", "lower it"),
         ("scheduler.chunk_tokens=5000", "scheduler.chunk_tokens", "lower it"),
         ("scheduler.max_sequences=5000", "scheduler.max_sequences", "lower it"),

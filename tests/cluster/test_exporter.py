@@ -8,11 +8,12 @@ from contextlib import closing
 
 import pytest
 
-from cluster.config import Role, WordsConfig
+from cluster.config import Role
 from cluster.errors import ConfigError
 from cluster.exporter import Exporter, exports_of
 from cluster.membership import Member, Membership, MemberState
 from cluster.metrics import Metrics, PullOutcome
+from cluster.words_config import WordsConfig
 from tests.support.scrape import scrape
 
 

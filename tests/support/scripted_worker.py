@@ -18,13 +18,14 @@ from typing import Protocol
 from uuid import uuid4
 from zlib import crc32
 
-from cluster.config import Role, WordsConfig
+from cluster.config import Role
 from cluster.errors import SessionError
 from cluster.membership import Member, Membership, MemberState
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import WordsServer
 from cluster.session import Session
+from cluster.words_config import WordsConfig
 from cluster.words_thread import WordsThread
 from tests.support.words import SECRET
 from workers.block_log import BlockLog

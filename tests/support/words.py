@@ -19,13 +19,13 @@ from uuid import uuid4
 
 import grpc
 
-from cluster.config import WordsConfig
 from cluster.errors import SessionError
 from cluster.handshake import Agreement, DialerHandshake, ListenerHandshake
 from cluster.protos import SESSION_PATH
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import Dialer, Session, WordsServer, WordsThread
+from cluster.words_config import WordsConfig
 
 SECRET = b"a cluster secret for tests"
 DEADLINE_S = 20.0
