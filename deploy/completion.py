@@ -165,14 +165,19 @@ class Completion:
             chunks=route.chunks,
             blocks=route.blocks,
             bytes=route.bytes,
-            transfer_s=route.transfer_s,
+            skipped_blocks=route.skipped_blocks,
+            fetched_from=route.fetched.holder.name or None,
+            fetched_blocks=route.fetched.blocks,
+            fetched_bytes=route.fetched.bytes,
+            fetch_ms=1000 * route.fetched.seconds,
+            transfer_ms=1000 * route.transfer_s,
             gb_per_s=route.bytes / route.transfer_s / 1e9 if route.transfer_s > 0 else 0.0,
             local_prefill=route.local_prefill,
             recomputed_tokens=route.recomputed_tokens,
             preemptions=route.preemptions,
             spare_used=bool(route.spare_used),
-            queue_s=route.queue_s,
-            prefill_s=route.prefill_s,
+            queue_ms=1000 * route.queue_s,
+            prefill_ms=1000 * route.prefill_s,
             ttft_ms=self.tally.ttft_ms(self._pace),
             itl_ms=self._pace.itl_ms,
         )
@@ -191,5 +196,8 @@ def _is_local(plan: Plan) -> bool:
 
 
 def _hit_tokens(route: pb.Route) -> int:
-    """Both caches begin at the first token: the longer hit covers the other."""
-    return max(route.decode_prefix_hit_tokens, route.prefill_prefix_hit_tokens)
+    """All caches begin at the first token: the longer hit covers the other. What is fetched goes on from the hit of
+    the worker that computes the prompt."""
+    decode, prefill = route.decode_prefix_hit_tokens, route.prefill_prefix_hit_tokens
+    computing = decode if route.local_prefill else prefill
+    return max(decode, prefill, computing + route.fetched.tokens)

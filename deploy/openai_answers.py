@@ -30,20 +30,30 @@ class RouteReport(BaseModel):
     transport: str
     prompt_tokens: int
     prefix_hit_tokens: int
-    """In the caches of both workers."""
+    """In the caches of both workers, or fetched from that of another."""
     decode_prefix_hit_tokens: int
     prefill_prefix_hit_tokens: int
     chunks: int
+    skipped_blocks: int
+    """Of the prompt, that nobody computed: they were in the cache of the worker that computed the rest, or fetched."""
+    fetched_from: str | None = None
+    """The worker whose cache was asked for blocks; None: none was."""
+    fetched_blocks: int
+    fetched_bytes: int
+    fetch_ms: float
     blocks: int
+    """Moved to the decode worker."""
     bytes: int
-    transfer_s: float
+    transfer_ms: float
+    """With a read to the decode worker in flight."""
     gb_per_s: float
     local_prefill: bool
     recomputed_tokens: int
     preemptions: int
     spare_used: bool
-    queue_s: float
-    prefill_s: float
+    queue_ms: float
+    """Until the prompt was begun, less `fetch_ms`."""
+    prefill_ms: float
     ttft_ms: float
     itl_ms: float | None = None
     """Mean time between tokens; None with a single token."""

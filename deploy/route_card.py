@@ -23,6 +23,8 @@ def render(route: RouteReport, *, ttft_ms: float, itl_ms: float | None) -> Panel
         rows.add_row("prefill", _worker(route.prefill))
     rows.add_row("decode", _worker(route.decode))
     rows.add_row("prompt", f"{_count(route.prompt_tokens, 'token')}, {route.prefix_hit_tokens} of them a prefix hit")
+    if route.fetched_blocks:
+        rows.add_row("fetched", _fetched(route))
     rows.add_row("computed", _computed(route))
     rows.add_row("moved", _moved(route))
     rows.add_row("first token", f"{ttft_ms:.0f} ms after the request")
@@ -95,10 +97,16 @@ def _computed(route: RouteReport) -> str:
     return f"in {_count(route.chunks, 'chunk')}{where}{extra}"
 
 
+def _fetched(route: RouteReport) -> str:
+    """Before the rest was computed."""
+    blocks = _count(route.fetched_blocks, "block")
+    return f"{blocks}, {size(route.fetched_bytes)} from the cache of {route.fetched_from} in {route.fetch_ms:.1f} ms"
+
+
 def _moved(route: RouteReport) -> str:
     if not route.blocks:
         return "nothing"
-    rate = f" in {1e3 * route.transfer_s:.1f} ms, {route.gb_per_s:.2f} GB/s" if route.transfer_s > 0 else ""
+    rate = f" in {route.transfer_ms:.1f} ms, {route.gb_per_s:.2f} GB/s" if route.transfer_ms > 0 else ""
     return f"{_count(route.blocks, 'block')}, {size(route.bytes)} over {route.transport}{rate}"
 
 

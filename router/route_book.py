@@ -53,6 +53,10 @@ class AttemptTold:
     local_reason: str | None
     follows: str | None
     """The request whose plan it took, for they share a prompt."""
+    fetches_from: str | None = None
+    """Whose cache `prefill` was told to fetch the first blocks from."""
+    held_blocks: int = 0
+    """That are there."""
     num_tokens: int
     block_size: int
     num_ways: int
@@ -71,11 +75,16 @@ class OutcomeTold:
     decode_prefix_hit_tokens: int
     prefill_prefix_hit_tokens: int
     recomputed_tokens: int
+    skipped_blocks: int
+    fetched_from: str | None
+    fetched_blocks: int
+    fetched_bytes: int
+    fetch_ms: float
     blocks: int
     bytes: int
-    transfer_s: float
-    queue_s: float
-    prefill_s: float
+    transfer_ms: float
+    queue_ms: float
+    prefill_ms: float
     preemptions: int
     spare_used: bool
 
@@ -155,6 +164,8 @@ def _attempt(number: int, plan: Plan, num_tokens: int, leader: str) -> AttemptTo
         spare=plan.spare.name if plan.spare else None,
         local_reason=plan.local_reason,
         follows=leader or None,
+        fetches_from=plan.holding.holder.name if plan.holding else None,
+        held_blocks=plan.holding.num_blocks if plan.holding else 0,
         num_tokens=num_tokens,
         block_size=choice.offer.demand.block_size if choice else 0,
         num_ways=int(np.count_nonzero(choice.offer.ways)) if choice else 0,
@@ -216,11 +227,16 @@ def _outcome(route: pb.Route) -> OutcomeTold:
         decode_prefix_hit_tokens=route.decode_prefix_hit_tokens,
         prefill_prefix_hit_tokens=route.prefill_prefix_hit_tokens,
         recomputed_tokens=route.recomputed_tokens,
+        skipped_blocks=route.skipped_blocks,
+        fetched_from=route.fetched.holder.name or None,
+        fetched_blocks=route.fetched.blocks,
+        fetched_bytes=route.fetched.bytes,
+        fetch_ms=1000 * route.fetched.seconds,
         blocks=route.blocks,
         bytes=route.bytes,
-        transfer_s=route.transfer_s,
-        queue_s=route.queue_s,
-        prefill_s=route.prefill_s,
+        transfer_ms=1000 * route.transfer_s,
+        queue_ms=1000 * route.queue_s,
+        prefill_ms=1000 * route.prefill_s,
         preemptions=route.preemptions,
         spare_used=bool(route.spare_used),
     )

@@ -189,6 +189,7 @@ class Borrower:
         told = self._fetched.setdefault(sequence.id, pb.Fetched())
         told.holder.CopyFrom(loan.holder)
         told.blocks += num_blocks
+        told.tokens += num_blocks * self._block_size
         told.bytes += loan.num_bytes
         told.seconds += now - fetch.asked_at
         if fetch.blocks_stuck:

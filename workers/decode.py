@@ -60,6 +60,7 @@ class DecodeStage:
         self._attempts: dict[str, RequestKey] = {}  # open request ids
         self._pairs = pairs
         self._borrower = borrower
+        self._block_size = parts.block_size
         self._supply = Supply(parts, pairs, reads, borrower, metrics, limits)
         self._followers = Followers(parts.block_size)
         self._tokens = Tokens(metrics)
@@ -176,23 +177,25 @@ class DecodeStage:
         for request in sorted(pending, key=lambda each: (-each.sequence.priority, each.sequence.arrival)):
             self._try(self._supply.start, request, now)
 
-    def settle(self, outcome: StepOutcome, now: float) -> None:
+    def settle(self, outcome: StepOutcome, began_at: float, now: float) -> None:
         """Tokens of a step go out, finished requests end, preempted ones ask a source again."""
         for row in (*outcome.chunks, *outcome.tokens):
             if (request := self._by_sequence.get(row.seq.id)) is not None:
-                request.stepped(self._metrics, now)
+                request.stepped(self._metrics, began_at)
         for chunk in outcome.chunks:
             self._computed(chunk, now)
         for emitted in outcome.tokens:
             request = self._by_sequence.get(emitted.seq.id)
             if request is None:
                 continue
+            request.emitted_here(now)
             logprobs = () if emitted.logprobs is None else (emitted.logprobs.wire(),)
             self._tokens.add(request, emitted.first_token_index, [emitted.token], logprobs)
             if emitted.finish is not None:
                 self._settle(request, now, finish=emitted.finish)
         for sequence, vector in outcome.vectors:
             if (request := self._by_sequence.get(sequence.id)) is not None:
+                request.emitted_here(now)
                 self._settle(request, now, finish=FinishReason.STOP, embedding=vector)
         for sequence in outcome.preempted:
             request = self._by_sequence.get(sequence.id)
@@ -305,6 +308,7 @@ class DecodeStage:
         fetched = self._borrower.leave(request.sequence)
         if fetched is not None:
             request.route.fetched.CopyFrom(fetched)
+        request.tell_skipped(self._block_size)
         self._scheduler.abort(request.sequence)
         self._followers.gone(request, now)
         if request.route.blocks:

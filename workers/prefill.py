@@ -130,7 +130,7 @@ class PrefillStage:
             error = DeadlineExceeded(f"the deadline of {prompt.key.request_id} passed during prefill")
             self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
-    def settle(self, outcome: StepOutcome, now: float) -> None:
+    def settle(self, outcome: StepOutcome, began_at: float, now: float) -> None:
         """A ticket for every chunk that this step finished; the last one brings the first token, or the embedding."""
         handoffs = {sequence.id: pb.Handoff(embedding=vector) for sequence, vector in outcome.vectors}
         for sampled in outcome.tokens:
@@ -139,6 +139,8 @@ class PrefillStage:
         for chunk in outcome.chunks:
             prompt = self._by_sequence.get(chunk.seq.id)
             if prompt is not None:
+                if prompt.started_at is None:
+                    self._start(prompt, max(began_at, prompt.accepted_at))
                 self._ticket(prompt, chunk, handoffs.get(chunk.seq.id), now)
 
     def fail(self, sequence: Sequence, error: RequestError) -> None:
@@ -164,11 +166,13 @@ class PrefillStage:
             error = Busy(f"the tickets of {key.request_id} did not fit into the outbox of {self._name}")
             self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
+    def _start(self, prompt: Prompt, now: float) -> None:
+        """Its first step began."""
+        prompt.started_at = now
+        self._metrics.queue.labels("prefill").observe(now - prompt.accepted_at)
+        count_prefix_lookup(self._metrics, "prefill", prompt.sequence)
+
     def _ticket(self, prompt: Prompt, chunk: Chunk, handoff: pb.Handoff | None, now: float) -> None:
-        if prompt.started_at is None:
-            prompt.started_at = now
-            self._metrics.queue.labels("prefill").observe(now - prompt.accepted_at)
-            count_prefix_lookup(self._metrics, "prefill", prompt.sequence)
         last, read_off = handoff is not None, chunk.prompt_logprobs
         end = -(-chunk.num_confirmed // self._block_size) if last else chunk.num_confirmed // self._block_size
         if end <= prompt.next_block and not last and read_off is None:
@@ -195,12 +199,13 @@ class PrefillStage:
         prompt.num_chunks += 1
         prompt.next_block = max(prompt.next_block, end)
         if last:
-            ticket.prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
-            ticket.queue_s = prompt.started_at - prompt.accepted_at
-            ticket.compute_s = now - prompt.started_at
+            assert prompt.started_at is not None
             fetched = self._forget(prompt)
             if fetched is not None:
                 ticket.fetched.CopyFrom(fetched)
+            ticket.prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
+            ticket.queue_s = max(0.0, prompt.started_at - prompt.accepted_at - ticket.fetched.seconds)
+            ticket.compute_s = now - prompt.started_at
         prompt.session.send(pb.Frame(ticket=ticket), prompt.key)
 
     def _refuse(self, session: Session, key: RequestKey, ask: int, error: RequestError) -> None:

@@ -55,7 +55,7 @@ class Request:
     not_before: float = 0.0
     num_asks: int = 0
     num_deaths: int = 0  # of sources, under this request
-    has_stepped: bool = False
+    stepped_at: float | None = None  # when its first step here began
     num_replayed: int = 0  # tokens that an earlier attempt emitted
     num_prompt_logprobs: int = 0  # told to the ingress, of prompt tokens 1 …
 
@@ -119,15 +119,34 @@ class Request:
         self.num_prompt_logprobs = max(self.num_prompt_logprobs, first + count - 1)
         return min(known, count)
 
-    def stepped(self, metrics: Metrics, now: float) -> None:
+    @property
+    def has_stepped(self) -> bool:
+        return self.stepped_at is not None
+
+    def stepped(self, metrics: Metrics, began_at: float) -> None:
         """It was in a step of this worker's engine; the first one counts."""
-        if self.has_stepped:
+        if self.stepped_at is not None:
             return
-        self.has_stepped = True
-        metrics.queue.labels("decode").observe(now - self.accepted_at)
+        self.stepped_at = max(began_at, self.accepted_at)
+        metrics.queue.labels("decode").observe(self.stepped_at - self.accepted_at)
         if self.route.local_prefill:  # for the others the reservation counted
             self.route.decode_prefix_hit_tokens = self.sequence.prefix_hit_tokens
             count_prefix_lookup(metrics, "decode", self.sequence)
+
+    def emitted_here(self, now: float) -> None:
+        """A token was drawn here; the first one after a prompt that was computed here ends its prefill."""
+        route = self.route
+        if route.local_prefill and not route.prefill_s and self.stepped_at is not None:
+            route.queue_s = self.stepped_at - self.accepted_at
+            route.prefill_s = now - self.stepped_at
+
+    def tell_skipped(self, block_size: int) -> None:
+        """The last word: what nobody computed."""
+        route = self.route
+        hits = route.decode_prefix_hit_tokens if route.local_prefill else route.prefill_prefix_hit_tokens
+        route.skipped_blocks = hits // block_size + route.fetched.blocks
+        if route.local_prefill:
+            route.queue_s = max(0.0, route.queue_s - route.fetched.seconds)
 
     def wait(self, until: float) -> None:
         self.not_before = until

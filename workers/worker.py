@@ -223,8 +223,8 @@ class Worker:
             for sequence in outcome.failed:
                 self._prefill.fail(sequence, outcome.error)
                 self._decode.fail(sequence, outcome.error, now)
-        self._prefill.settle(outcome, now)
-        self._decode.settle(outcome, now)
+        self._prefill.settle(outcome, started_at, now)
+        self._decode.settle(outcome, started_at, now)
 
     def _drain_inbox(self, wait_s: float) -> None:
         try:

@@ -308,16 +308,18 @@ class Holding(_message.Message):
     def __init__(self, holder: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class Fetched(_message.Message):
-    __slots__ = ("holder", "blocks", "bytes", "seconds")
+    __slots__ = ("holder", "blocks", "bytes", "seconds", "tokens")
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     holder: WorkerRef
     blocks: int
     bytes: int
     seconds: float
-    def __init__(self, holder: _Optional[_Union[WorkerRef, _Mapping]] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    tokens: int
+    def __init__(self, holder: _Optional[_Union[WorkerRef, _Mapping]] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("stages", "local_prefill_allowed")
@@ -404,7 +406,7 @@ class StepTokens(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceTokens, _Mapping]]] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s", "fetched")
+    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s", "fetched", "skipped_blocks")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_PID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -424,6 +426,7 @@ class Route(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     decode: WorkerRef
     decode_pid: int
     prefill: WorkerRef
@@ -443,7 +446,8 @@ class Route(_message.Message):
     queue_s: float
     prefill_s: float
     fetched: Fetched
-    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
+    skipped_blocks: int
+    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., skipped_blocks: _Optional[int] = ...) -> None: ...
 
 class KvRequest(_message.Message):
     __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding", "chain_root")

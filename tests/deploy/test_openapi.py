@@ -62,9 +62,9 @@ FIELDS = {
     "PromptDetails": "cached_tokens",
     "ResponseFormat": "json_schema type",
     "RouteReport": """
-        attempts blocks bytes chunks decode decode_prefix_hit_tokens gb_per_s itl_ms local_prefill plan preemptions
-        prefill prefill_prefix_hit_tokens prefill_s prefix_hit_tokens prompt_tokens queue_s recomputed_tokens
-        request_id spare_used transfer_s transport ttft_ms
+        attempts blocks bytes chunks decode decode_prefix_hit_tokens fetch_ms fetched_blocks fetched_bytes fetched_from
+        gb_per_s itl_ms local_prefill plan preemptions prefill prefill_ms prefill_prefix_hit_tokens prefix_hit_tokens
+        prompt_tokens queue_ms recomputed_tokens request_id skipped_blocks spare_used transfer_ms transport ttft_ms
     """,
     "StreamOptions": "continuous_usage_stats include_obfuscation include_usage",
     "Text": "prompt",

@@ -27,14 +27,19 @@ def report(**changes: object) -> RouteReport:
         "chunks": 3,
         "blocks": 7,
         "bytes": 200_704,
-        "transfer_s": 0.002,
+        "transfer_ms": 2.0,
+        "skipped_blocks": 5,
+        "fetched_from": "decode-1",
+        "fetched_blocks": 3,
+        "fetched_bytes": 86_016,
+        "fetch_ms": 1.5,
         "gb_per_s": 0.1,
         "local_prefill": False,
         "recomputed_tokens": 0,
         "preemptions": 0,
         "spare_used": False,
-        "queue_s": 0.0,
-        "prefill_s": 0.1,
+        "queue_ms": 0.0,
+        "prefill_ms": 100.0,
         "ttft_ms": 40.0,
         "itl_ms": 5.0,
     }
@@ -56,6 +61,7 @@ def test_a_disaggregated_route() -> None:
         "disaggregated: prefill-0 the prompt, decode-0 the answer",
         "prefill-0, pid 4000001, incarnation 0123456789ab",
         "112 tokens, 32 of them a prefix hit",
+        "3 blocks, 86.0 kB from the cache of decode-1 in 1.5 ms",
         "in 3 chunks on prefill-0",
         "7 blocks, 200.7 kB over nixl in 2.0 ms, 0.10 GB/s",
         "123 ms after the request",
@@ -65,7 +71,7 @@ def test_a_disaggregated_route() -> None:
 
 
 def test_an_aggregated_route_moved_nothing() -> None:
-    local = report(plan="aggregated", prefill=None, transport="", blocks=0, bytes=0, transfer_s=0, gb_per_s=0)
+    local = report(plan="aggregated", prefill=None, transport="", blocks=0, bytes=0, transfer_ms=0, gb_per_s=0)
     text = shown(route_card.render(local, ttft_ms=1, itl_ms=None))
     assert "HTTP ──▶ ingress ──▶ decode-0 " in text and "aggregated: decode-0 did it all" in text
     assert "nothing" in text and "a token every" not in text and "prefill-0" not in text

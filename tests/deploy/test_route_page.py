@@ -10,12 +10,22 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from cluster.config import WordsConfig
 from cluster.exporter import Exporter
+from cluster.words_config import WordsConfig
 from deploy.route_page import add_route_page, page_of
 from tests.support.api import PROMPT, front_door
 from tests.support.routing import Stage
 from tests.support.scripted_worker import FOREVER
+
+ATTEMPT = (
+    "attempt block_size candidates decode fetches_from follows held_blocks local_reason num_tokens num_ways prefill "
+    "spare ways"
+)
+OUTCOME = (
+    "blocks bytes decode decode_prefix_hit_tokens fetch_ms fetched_blocks fetched_bytes fetched_from local_prefill "
+    "preemptions prefill prefill_ms prefill_prefix_hit_tokens queue_ms recomputed_tokens skipped_blocks spare_used "
+    "transfer_ms"
+)
 
 
 @pytest.fixture
@@ -40,6 +50,7 @@ def test_any_replica_tells_how_a_request_was_routed(stage: Stage) -> None:
             attempt["ways"][0][f"{term}_blocks"] for term in ("prefill", "queue", "decode", "transfer")
         )
         assert told["outcome"]["decode"] == attempt["decode"]
+        assert " ".join(sorted(attempt)) == ATTEMPT and " ".join(sorted(told["outcome"])) == OUTCOME
 
         exporter = Exporter(door.metrics, WordsConfig(), page_of(door.router.route))
         address = exporter.start()

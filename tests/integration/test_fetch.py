@@ -110,6 +110,8 @@ def test_what_is_fetched_and_what_is_computed_instead(chaos: Chaos) -> None:
         assert route.prefill.name == "prefill-1" and route.prefill_prefix_hit_tokens == 0
         assert route.blocks == -(-len(text) // BLOCK_SIZE)  # those that prefill-1 fetched included
         assert route.fetched.bytes == route.bytes // route.blocks * wanted and route.fetched.seconds > 0
+        assert route.skipped_blocks == wanted and route.fetched.tokens == wanted * BLOCK_SIZE
+        assert route.prefill_s > 0 and route.queue_s >= 0
         computed = await chaos.cluster.total("sluice_engine_computed_tokens_total", "prefill-1") - computed
         assert computed == len(text) - wanted * BLOCK_SIZE
         assert await chaos.cluster.total("sluice_transfer_fetched_tokens_total") == wanted * BLOCK_SIZE
@@ -119,6 +121,7 @@ def test_what_is_fetched_and_what_is_computed_instead(chaos: Chaos) -> None:
         # Now it has them itself.
         route = await asker.ask(text, "prefill-1", "decode-0", "decode-1", wanted)
         assert not route.HasField("fetched") and route.prefill_prefix_hit_tokens == wanted * BLOCK_SIZE
+        assert route.skipped_blocks == wanted
 
         # A decode worker that computes the prompt itself, from a prefill worker; it has five blocks of it.
         await asker.ask(other[: 5 * BLOCK_SIZE + 1], "prefill-0", "decode-1")
@@ -126,6 +129,7 @@ def test_what_is_fetched_and_what_is_computed_instead(chaos: Chaos) -> None:
         route = await asker.ask(other, "decode-1", "decode-1", "prefill-1")
         assert route.local_prefill and route.decode_prefix_hit_tokens == 5 * BLOCK_SIZE
         assert (route.fetched.holder.name, route.fetched.blocks) == ("prefill-1", WHOLE - 5)
+        assert route.skipped_blocks == WHOLE and route.prefill_s > 0 and route.queue_s >= 0
 
         # The holder has less than was said: five blocks of them. Then nothing at all.
         await chaos.cluster.router.clear_cache()
@@ -244,6 +248,12 @@ def test_the_router_has_a_new_worker_fetch_the_conversation(chaos: Chaos) -> Non
         home = first.route.decode.name
         fetched = second.route.fetched
         assert (fetched.holder.name, fetched.blocks) == (home, held)
+        told = cluster.router.route("second-turn")
+        assert told is not None and told.outcome is not None
+        assert (told.attempts[0].fetches_from, told.attempts[0].held_blocks) == (home, held)
+        outcome = told.outcome
+        assert (outcome.fetched_from, outcome.fetched_blocks, outcome.skipped_blocks) == (home, held, held)
+        assert outcome.fetched_bytes == fetched.bytes and outcome.fetch_ms > 0 and outcome.prefill_ms > 0
         computed = await cluster.total("sluice_engine_computed_tokens_total", "prefill-2")
         assert computed == len(again) - held * BLOCK_SIZE
         await cluster.assert_all_free()
