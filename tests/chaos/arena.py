@@ -37,7 +37,8 @@ SETTINGS: Mapping[str, object] = {
     "scheduler.max_waiting": 12,
     "router.worker_wait_s": 60.0,
     "router.temperature": 4.0,  # all ways are gone, also the dearer ones
-    "limits.max_requests": 32,
+    "limits.max_requests": 32,  # of each ingress: nobody tells them of one another
+    "limits.max_queued": 16,
     "transfer.late_read_s": 0.5,
     "transfer.stuck_read_s": 2.0,
     "words.redial_max_s": 0.3,

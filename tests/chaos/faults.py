@@ -18,7 +18,7 @@ from tests.chaos.what import BLINKS, HANGS, KILLS, NEEDS_TWO_HOSTS, State, What
 from tests.support.hanging_worker import HANG
 
 FIND_S = 6.0  # how long a state is waited for; then the fault strikes as things are
-STORM = 80  # requests at once, where some forty may be open
+STORM = 80  # requests at once, where 48 may run and wait
 
 
 @dataclass(frozen=True, slots=True)
