@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test test-gpu lint setup setup-dev proto
+.PHONY: demo test test-gpu chaos soak lint setup setup-dev proto
 
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
@@ -20,6 +20,19 @@ endif
 # On a machine with an H100 or H200, after `pip install -e '.[gpu,test]'` beside a CUDA build of torch.
 test-gpu:
 	@$(PYTHON) -m pytest tests/gpu -n 8 $(ARGS)
+
+# Faults at random moments under load, each request judged token by token: python -m tests.chaos says what the words mean.
+FAULTS ?= 300
+MINUTES ?= 30
+SEED ?= 0
+REPORT ?= .cache/chaos.jsonl
+chaos: setup
+	@mkdir -p $(dir $(REPORT))
+	@$(VENV)/python -m tests.chaos --seed $(SEED) --faults $(FAULTS) --minutes $(MINUTES) --report $(REPORT) $(ARGS)
+
+# Steady load with cancels; whatever grows is found by its slope. The plot goes to docs/images.
+soak: setup
+	@$(VENV)/python -m tests.chaos.soak --minutes $(MINUTES) $(ARGS)
 
 lint: setup-dev
 	$(VENV)/ruff format --check

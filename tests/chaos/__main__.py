@@ -1,10 +1,10 @@
 """Chaos: a cluster under load, faults at random moments, and a report of all that was expected and came.
 
-    python -m tests.chaos --report FILE [--seed 0] [--faults 300] [--minutes 30] [--only KIND …] [--served 32]
+    python -m tests.chaos --report FILE [--seed 0] [--faults 300] [--minutes 30] [--only KIND …] [--served]
 
-First plain worker and ingress processes, on two simulated hosts where this machine allows it; then, with --served, an
-app in Ray Serve, whose controller and ingress replicas are killed so many times. The judge's verdict follows; it can
-be had again with `python -m tests.chaos.judge FILE`. The exit status is the judge's.
+Plain worker and ingress processes, on two simulated hosts where this machine allows it. With --served, an app in Ray
+Serve instead, whose controller is killed. The judge's verdict follows; it can be had again with
+`python -m tests.chaos.judge FILE`. The exit status is the judge's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--minutes", type=float, default=30.0, help="no fault begins later")
-    parser.add_argument("--served", type=int, default=0, help="faults in an app in Ray Serve, beside the others")
+    parser.add_argument("--served", action="store_true", help="kill the controller of an app in Ray Serve")
     parser.add_argument("--only", nargs="+", type=What, default=list(What), metavar="KIND", help=", ".join(What))
     parser.add_argument("--at-least", type=int, default=0, help="for the judge: faults of each kind")
     parser.add_argument("--states", type=int, default=1, help="for the judge: states of each kind")
@@ -42,15 +42,16 @@ def _run(options: argparse.Namespace) -> int:
     from tests.chaos.record import Report
 
     campaign = Campaign(
-        seed=options.seed,
-        num_faults=options.faults,
-        minutes=options.minutes,
-        num_served=options.served,
-        kinds=tuple(options.only),
+        seed=options.seed, num_faults=options.faults, minutes=options.minutes, kinds=tuple(options.only)
     )
     report = Report(options.report)
     try:
-        asyncio.run(run(campaign, report, lambda told: print(told, flush=True)))
+        if options.served:
+            from tests.chaos.served import run_served
+
+            run_served(campaign, report, _say)
+        else:
+            asyncio.run(run(campaign, report, _say))
     finally:
         report.close()
     return judge.tell(
@@ -60,6 +61,10 @@ def _run(options: argparse.Namespace) -> int:
         times=options.times,
         json_path=options.json,
     )
+
+
+def _say(told: str) -> None:
+    print(told, flush=True)
 
 
 if __name__ == "__main__":

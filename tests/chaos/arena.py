@@ -219,7 +219,7 @@ class Arena:
         deadline = time.monotonic() + REST_S
         while True:
             loads = await self.cluster.router.load()
-            held = any(_held(answer.load) for answer in loads.values())
+            held = any(is_held(answer.load) for answer in loads.values())
             if (not held and len(loads) == len(self.cluster.workers)) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.02)
@@ -229,25 +229,7 @@ class Arena:
                 assert worker.member is not None
                 answer = answers.get(worker.member.incarnation)
                 if answer is not None:
-                    self._write_rest(name, answer.load, cleared)
-
-    def _write_rest(self, name: str, load: pb.LoadReport, cleared: bool) -> None:
-        groups = load.groups
-        self.write(
-            Rest(
-                at_s=self.now(),
-                worker=name,
-                cleared=cleared,
-                num_blocks=sum(group.num_blocks for group in groups),
-                free=sum(group.free for group in groups),
-                filling=sum(group.filling for group in groups),
-                ready=sum(group.ready for group in groups),
-                cached=sum(group.cached for group in groups),
-                quarantined=sum(group.quarantined for group in groups),
-                leases=load.num_leases,
-                num_requests=load.num_waiting + load.num_running + load.num_pulling,
-            )
-        )
+                    self.write(rest_of(name, answer.load, self.now(), cleared=cleared))
 
     def stop(self) -> None:
         self.watch.stop()
@@ -260,7 +242,24 @@ class Arena:
             reader.join()
 
 
-def _held(load: pb.LoadReport) -> bool:
+def rest_of(worker: str, load: pb.LoadReport, at_s: float, *, cleared: bool) -> Rest:
+    groups = load.groups
+    return Rest(
+        at_s=at_s,
+        worker=worker,
+        cleared=cleared,
+        num_blocks=sum(group.num_blocks for group in groups),
+        free=sum(group.free for group in groups),
+        filling=sum(group.filling for group in groups),
+        ready=sum(group.ready for group in groups),
+        cached=sum(group.cached for group in groups),
+        quarantined=sum(group.quarantined for group in groups),
+        leases=load.num_leases,
+        num_requests=load.num_waiting + load.num_running + load.num_pulling,
+    )
+
+
+def is_held(load: pb.LoadReport) -> bool:
     return bool(load.num_leases) or any(g.filling or g.ready or g.quarantined for g in load.groups)
 
 

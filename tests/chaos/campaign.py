@@ -26,7 +26,6 @@ class Campaign:
     seed: int = 0
     num_faults: int
     minutes: float  # no fault begins later
-    num_served: int = 0  # faults in an app in Serve, afterwards
     num_questions: int = 96
     num_crowds: int = 2
     num_clients: int = 4  # of each ingress

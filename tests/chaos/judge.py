@@ -36,7 +36,13 @@ from tests.chaos.record import (
 )
 from tests.chaos.verdict import Kind, Times, Verdict, show, summary
 
-KILLED_IDLE_S, KILLED_LOADED_S, SILENT_S = 0.1, 0.5, 2.0  # the design's; p99 for the killed, the worst for the silent
+KILLED_IDLE_S, KILLED_LOADED_S, SILENT_S, ADOPTED_S = (
+    0.1,
+    0.5,
+    2.0,
+    10.0,
+)  # the design's; p99 for the killed, the worst for the silent
+CONTROLLER = "kill controller"
 STEP_GRACE_S = 1.0  # from the step timeout to the heartbeat that tells of it, and its reader
 
 
@@ -242,6 +248,8 @@ class Judge:
         )
         if self._judges_times:
             self._judge_notice(what, idle, loaded)
+            if what == CONTROLLER and kind.healed is not None and kind.healed.worst_s > ADOPTED_S:
+                self._verdict.found("slow", f"{what}: adopted again after {kind.healed.worst_s:.1f} s")
         return kind
 
     def _noticed(self, fault: Fault) -> list[float]:
@@ -275,7 +283,8 @@ class Judge:
 
 
 def _must_be_noticed(what: str) -> bool:
-    return what.startswith(("kill", "hang")) or "longer" in what
+    """Nobody has a session to the controller: Ray restarts it."""
+    return what != CONTROLLER and (what.startswith(("kill", "hang")) or "longer" in what)
 
 
 def _in_storm(told: Told, ended: Ended, storms: Sequence[Told]) -> bool:

@@ -139,6 +139,10 @@ class ServedApp:
                 tasks.create_task(stream.run(self.client, self.app.url, {**body, "prompt": list(stream.prompt)}))
             yield streams
 
+    async def ask(self, *, clear: bool = False) -> dict[str, pb.AdminResponse]:
+        """Load and counters of every worker, by incarnation; with `clear` after its cache was emptied."""
+        return await (self._router.clear_cache() if clear else self._router.load())
+
     async def assert_all_free(self) -> None:
         await assert_all_free(self._router, len(self.members()))
 
