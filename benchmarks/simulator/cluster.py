@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
+from benchmarks.simulator.fetching import Fetching
 from benchmarks.simulator.step_cost import StepCost
 from benchmarks.simulator.trace import TRACE_BLOCK, TraceRequest
-from benchmarks.simulator.virtual_time import VirtualLoop
+from benchmarks.simulator.virtual_time import run
 from benchmarks.simulator.worker import Shape, SimulatedWorker
 from cluster.config import LimitsConfig, LogConfig, Role, RouterConfig
 from cluster.errors import Busy
@@ -65,7 +66,8 @@ class Record:
     first_at_s: float | None = None
     last_at_s: float | None = None
     num_tokens: int = 0
-    hit_tokens: int = 0  # of the prompt, that were not computed
+    hit_tokens: int = 0  # of the prompt, that were cached where it was computed
+    fetched_tokens: int = 0  # and of it, that were fetched from another cache
     refused: bool = False
 
     @property
@@ -85,12 +87,13 @@ class Record:
 
 
 class SimulatedCluster:
-    """Inside a running VirtualLoop."""
+    """Inside a run in virtual time."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.workers: dict[str, SimulatedWorker] = {}  # by incarnation, those that live
         self._loop = asyncio.get_running_loop()
+        self._fetchings: dict[str, Fetching] = {}
         self._members: dict[str, Member] = {}
         self._version = 0
         self._num_started = 0
@@ -125,7 +128,7 @@ class SimulatedCluster:
             compatibility_hash=_COMPATIBILITY,
             state=MemberState.READY,
         )
-        worker = SimulatedWorker(member, self.setup.shape, self.workers, self, self._loop)
+        worker = SimulatedWorker(member, self.setup.shape, self.workers, self._fetchings, self, self._loop)
         self.workers[member.incarnation] = worker
         self._members[member.incarnation] = member
         self._announce()
@@ -146,7 +149,7 @@ class SimulatedCluster:
             self._loop.call_later(1.0, self._remove_when_idle, worker)
             return
         incarnation = worker.member.incarnation
-        del self.workers[incarnation], self._members[incarnation]
+        del self.workers[incarnation], self._fetchings[incarnation], self._members[incarnation]
         self._announce()
         self._navigator.feed.gone(incarnation)
 
@@ -227,6 +230,7 @@ class SimulatedCluster:
             record.hit_tokens = (
                 flight.route.decode_prefix_hit_tokens if local else flight.route.prefill_prefix_hit_tokens
             )
+            record.fetched_tokens = flight.route.fetched.blocks * self.setup.block_size
             del self._open[tokens.key.request_id]
             self._dispatcher.settle(flight, "it has ended")
             self._entrance.leave(place)
@@ -244,8 +248,4 @@ def simulate(setup: Setup, trace: Sequence[TraceRequest]) -> list[Record]:
     async def scene() -> list[Record]:
         return await SimulatedCluster(setup).replay(trace)
 
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(scene())
-    finally:
-        loop.close()
+    return run(scene())

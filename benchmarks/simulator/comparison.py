@@ -98,7 +98,7 @@ def _figures(outcomes: Sequence[Outcome]) -> list[Figure]:
     for each in outcomes:
         of = f"{each.policy}, {each.rate:.0f}/s"
         figures += [
-            Figure(f"hit rate, {of}", each.hit_rate, ""),
+            Figure(f"hit rate, {of}", each.hit_rate, "", note=f"{each.fetch_rate:.2f} more were fetched"),
             Figure(f"TTFT p50, {of}", 1e3 * each.ttft_p50, "ms", note=f"p99 {1e3 * each.ttft_p99:.0f}"),
             Figure(
                 f"goodput, {of}",

@@ -28,7 +28,8 @@ class Outcome:
     rate: float  # requests/s that arrived
     num_requests: int
     num_refused: int
-    hit_rate: float  # of prompt tokens: not computed, as they were cached
+    hit_rate: float  # of prompt tokens: not computed, as they were cached there
+    fetch_rate: float  # nor computed, as they were fetched from another cache
     ttft_p50: float
     ttft_p99: float
     gap_p50: float
@@ -49,6 +50,7 @@ class Outcome:
             num_requests=len(counted),
             num_refused=sum(record.refused for record in counted),
             hit_rate=sum(record.hit_tokens for record in done) / num_tokens if num_tokens else 0.0,
+            fetch_rate=sum(record.fetched_tokens for record in done) / num_tokens if num_tokens else 0.0,
             ttft_p50=percentile(first, 0.5),
             ttft_p99=percentile(first, 0.99),
             gap_p50=percentile(gaps, 0.5),

@@ -17,9 +17,9 @@ from functools import partial
 from itertools import count
 from typing import Final, Protocol
 
+from benchmarks.simulator.fetching import Fetching, Link
 from benchmarks.simulator.step_cost import StepCost
 from cluster import hashing
-from cluster.config import Role
 from cluster.membership import Member
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
@@ -75,6 +75,7 @@ class _Request:
     key: RequestKey
     sequence: Sequence
     source: str  # incarnation; that of this worker: the prompt is computed here
+    holding: pb.Holding  # of the worker that computes it
     asked_tokens: int = 0
     num_reads: int = 0  # on their way
     has_last_ticket: bool = False
@@ -90,6 +91,7 @@ class _Prompt:
     sequence: Sequence
     next_block: int
     leased: list[tuple[int, int]]
+    fetched_blocks: int = 0
 
 
 class SimulatedWorker:
@@ -100,6 +102,7 @@ class SimulatedWorker:
         member: Member,
         shape: Shape,
         peers: dict[str, SimulatedWorker],
+        fetchings: dict[str, Fetching],
         router: Ear,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -114,6 +117,17 @@ class SimulatedWorker:
         self._peers = peers
         self._router = router
         self._loop = loop
+        self._link = Link(shape.cost, loop)
+        self._fetching = Fetching(
+            self.scheduler,
+            self.blocks,
+            shape.block_size,
+            self._link,
+            fetchings,
+            self._after_words,
+            self._post,
+        )
+        fetchings[member.incarnation] = self._fetching
         self._log = BlockLog(self.blocks)
         self._rate = Rate()
         self._ids = count(1)
@@ -122,7 +136,6 @@ class SimulatedWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._in_step = False
         self._woken = False
-        self._link_free_at = 0.0
         self._num_pending = 0
         self._has_news = True  # for the next report
 
@@ -145,7 +158,7 @@ class SimulatedWorker:
 
     @property
     def num_open(self) -> int:
-        return len(self._requests) + len(self._prompts)
+        return len(self._requests) + len(self._prompts) + self._fetching.num_open
 
     @property
     def sources(self) -> set[str]:
@@ -176,8 +189,6 @@ class SimulatedWorker:
             return
         self._has_news = bool(self.num_open)
         counts = self.blocks.counts(0)._asdict()
-        sources = [each for each in self._peers.values() if Role.PREFILL in each.member.roles and each is not self]
-        rate = self._cost.bytes_per_s
         self._say(
             pb.Frame(
                 load_report=pb.LoadReport(
@@ -188,8 +199,9 @@ class SimulatedWorker:
                     groups=[pb.GroupLoad(name="self", num_blocks=self.shape.num_blocks, **counts)],
                     draining=self.draining,
                     pairs=[
-                        pb.PairReport(source_incarnation=each.member.incarnation, warm=True, bytes_per_s=rate)
-                        for each in (sources if Role.DECODE in self.member.roles else ())
+                        pb.PairReport(source_incarnation=each, warm=True, bytes_per_s=self._cost.bytes_per_s)
+                        for each in self._peers
+                        if each != self.member.incarnation
                     ],
                     last_event_id=self._log.last_id,
                     block_bytes=self._cost.block_bytes,
@@ -218,16 +230,22 @@ class SimulatedWorker:
             params,
             arrival=number,
             hashes=hashing.split(submit.block_hashes),
+            chain_root=submit.chain_root or None,
         )
         self.scheduler.check(sequence)
-        (source,) = [stage.worker.incarnation for stage in submit.plan.stages if stage.stage == pb.PREFILL]
-        request = self._requests[number] = _Request(key, sequence, source)
+        (stage,) = [stage for stage in submit.plan.stages if stage.stage == pb.PREFILL]
+        source = stage.worker.incarnation
+        request = self._requests[number] = _Request(key, sequence, source, stage.holding)
         request.route.local_prefill = source == self.member.incarnation
         if source == self.member.incarnation:
-            self.scheduler.add(sequence)
+            self._compute(sequence, stage.holding)
         else:
             self._num_pending += 1
             self._pull(request)
+
+    def _compute(self, sequence: Sequence, holding: pb.Holding) -> None:
+        if not self._fetching.begin(sequence, holding):
+            self.scheduler.add(sequence)
 
     def _pull(self, request: _Request) -> None:
         sequence, source = request.sequence, self._peers[request.source]
@@ -244,11 +262,11 @@ class SimulatedWorker:
         """Blocks may be read; the last ticket brings the first token."""
         if num_blocks:
             request.num_reads += 1
-            self._link_free_at = max(self._loop.time(), self._link_free_at) + self._cost.read_s(num_blocks)
-            self._loop.call_at(self._link_free_at, self._post, partial(self._read, request, prompt))
+            self._link.read(num_blocks, self._post, partial(self._read, request, prompt))
         if token is not None:
             request.has_last_ticket = True
             request.route.prefill_prefix_hit_tokens = prompt.sequence.prefix_hit_tokens
+            request.route.fetched.blocks = prompt.fetched_blocks
             finish = self.scheduler.append_token(request.sequence, token)
             self._tell([(request, token, finish)])
             if finish is not None:
@@ -292,10 +310,11 @@ class SimulatedWorker:
             asked.params,
             arrival=number,
             hashes=asked.hashes,
+            chain_root=asked.chain_root,
             stop_after_first=True,
         )
         self._prompts[number] = _Prompt(request, sink, sequence, first_block, [])
-        self.scheduler.add(sequence)
+        self._compute(sequence, request.holding)
 
     def _release(self, prompt: _Prompt) -> None:
         self.blocks.unpin(prompt.leased)
@@ -307,6 +326,7 @@ class SimulatedWorker:
         new = [(0, block) for block in prompt.sequence.block_tables[0][prompt.next_block : end]]
         if not new and token is None:
             return
+        prompt.fetched_blocks += self._fetching.take_fetched(prompt.sequence)
         self.blocks.pin(new)
         prompt.leased += new
         prompt.next_block = max(prompt.next_block, end)
@@ -365,6 +385,7 @@ class SimulatedWorker:
         for request, _, finish in told:
             if request.route.local_prefill:
                 request.route.decode_prefix_hit_tokens = request.sequence.prefix_hit_tokens
+                request.route.fetched.blocks += self._fetching.take_fetched(request.sequence)
             if finish is not None:
                 del self._requests[request.sequence.id]
         if told:

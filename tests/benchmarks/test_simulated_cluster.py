@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -15,11 +13,9 @@ from benchmarks.simulator.cluster import Setup, SimulatedCluster, simulate
 from benchmarks.simulator.step_cost import COSTS
 from benchmarks.simulator.trace import TraceRequest
 from benchmarks.simulator.traffic import Conversations
-from benchmarks.simulator.virtual_time import Stalled, VirtualLoop
+from benchmarks.simulator.virtual_time import Stalled, run
 from cluster.config import LimitsConfig, Role, RouterConfig
 from workers.engine.scheduler import SchedulerLimits
-
-Result = TypeVar("Result")
 
 LIMITS = SchedulerLimits(
     max_batched_tokens=256, max_sequences=8, max_model_len=4096, prefill_reserve=0.2, chunk_tokens=128
@@ -44,17 +40,6 @@ TALK = Conversations(
     max_tokens=900,
     trace_block=32,
 )
-
-
-def in_virtual_time(scene: Callable[[], Awaitable[Result]]) -> Result:
-    async def run() -> Result:
-        return await scene()
-
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(run())
-    finally:
-        loop.close()
 
 
 def assert_nothing_is_left(cluster: SimulatedCluster) -> None:
@@ -90,12 +75,12 @@ def test_every_request_ends_and_every_block_comes_back(trace: list[TraceRequest]
         cluster = SimulatedCluster(replace(SETUP, router=router))
         for record in await cluster.replay(trace):
             assert record.complete and record.num_tokens == record.request.num_output
-            assert 0 <= record.hit_tokens < record.request.num_input
+            assert 0 <= record.hit_tokens + record.fetched_tokens < record.request.num_input
             assert record.first_at_s is not None and record.last_at_s is not None
             assert record.at_s < record.first_at_s <= record.last_at_s
         assert_nothing_is_left(cluster)
 
-    in_virtual_time(scene)
+    run(scene())
 
 
 def test_a_run_is_a_function_of_its_trace_and_setup() -> None:
@@ -104,16 +89,18 @@ def test_a_run_is_a_function_of_its_trace_and_setup() -> None:
     assert simulate(SETUP, trace) != simulate(replace(SETUP, num_blocks=60), trace)
 
 
-def test_going_where_the_prefix_is_hits_more() -> None:
+def test_going_where_the_prefix_is_computes_less() -> None:
     trace = TALK.requests()
-    hits = {
+    spared = {
         policy: sum(
-            record.hit_tokens
+            record.hit_tokens + record.fetched_tokens
             for record in simulate(replace(SETUP, router=RouterConfig.model_validate({"policy": policy})), trace)
         )
         for policy in ("kv_aware", "round_robin", "least_loaded")
     }
-    assert hits["kv_aware"] > 1.1 * hits["round_robin"] and hits["kv_aware"] > 1.1 * hits["least_loaded"], hits
+    assert spared["kv_aware"] > 1.1 * spared["round_robin"] and spared["kv_aware"] > 1.1 * spared["least_loaded"], (
+        spared
+    )
 
 
 def test_what_the_admission_refuses_is_told_apart() -> None:
@@ -142,7 +129,7 @@ def test_workers_come_and_go_and_nothing_is_lost() -> None:
         assert len(cluster.workers) == 4 and not {w.member.incarnation for w in leaving} & cluster.workers.keys()
         assert_nothing_is_left(cluster)
 
-    in_virtual_time(scene)
+    run(scene())
 
 
 def test_time_passes_only_where_nothing_is_left_to_do() -> None:
@@ -160,7 +147,7 @@ def test_time_passes_only_where_nothing_is_left_to_do() -> None:
         loop.call_later(0.5, lambda: loop.call_soon(see, "at once"))
         await over.wait()
 
-    in_virtual_time(scene)
+    run(scene())
     assert [name for name, _ in seen] == ["at once", "a day"]
     assert [at for _, at in seen] == pytest.approx([0.5, 86_400.0])
 
@@ -170,4 +157,13 @@ def test_a_run_that_cannot_end_says_so() -> None:
         await asyncio.get_running_loop().create_future()
 
     with pytest.raises(Stalled, match="nothing is due any more"):
-        in_virtual_time(scene)
+        run(scene())
+
+
+def test_what_a_callback_raises_ends_the_run() -> None:
+    async def scene() -> None:
+        asyncio.get_running_loop().call_later(1.0, [].pop)
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(IndexError):
+        run(scene())
