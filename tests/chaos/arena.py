@@ -17,7 +17,7 @@ from cluster.errors import SessionError
 from cluster.membership import Membership
 from cluster.protos import worker_pb2 as pb
 from tests.chaos.answers import FAMILY
-from tests.chaos.crowd import CrowdProcess, Members, Pace
+from tests.chaos.crowd import CANCELS, CrowdProcess, Members, Pace
 from tests.chaos.questions import Question
 from tests.chaos.record import Asked, Death, Ended, Got, Line, Notice, Report, Rest
 from tests.support.checkpoints import checkpoint
@@ -120,7 +120,7 @@ class Arena:
         for crowd in self.crowds.values():
             crowd.send(Members(wire))
 
-    async def start_crowd(self, name: str) -> None:
+    async def start_crowd(self, name: str, *, cancels: float = CANCELS) -> None:
         self._num_crowds += 1
 
         def hear(line: Line) -> None:
@@ -128,7 +128,7 @@ class Arena:
             at_s = getattr(line, "at_s", None)
             self.write(line if at_s is None else line.model_copy(update={"at_s": at_s - self.began_at}))
 
-        crowd = CrowdProcess(self.cluster.config, name, self._asked, self._num_crowds, hear)
+        crowd = CrowdProcess(self.cluster.config, name, self._asked, self._num_crowds, hear, cancels=cancels)
         await asyncio.to_thread(crowd.start, self.membership())
         self.crowds[name] = crowd
 
@@ -265,16 +265,22 @@ def is_held(load: pb.LoadReport) -> bool:
 
 @asynccontextmanager
 async def arena(
-    report: Report, asked: list[Question], settings: Mapping[str, object], *, num_crowds: int, two_hosts: bool
+    report: Report,
+    asked: list[Question],
+    settings: Mapping[str, object],
+    *,
+    num_crowds: int,
+    two_hosts: bool,
+    cancels: float = CANCELS,
 ) -> AsyncIterator[Arena]:
     """On two hosts, bytes go over TCP; the first prefill and the last decode worker live alone on one of them."""
     every = {**SETTINGS, **settings, **({"transfer.ucx_tls": "tcp,self"} if two_hosts else {})}
     if not two_hosts:
-        async with _arena(report, asked, every, num_crowds, None) as made:
+        async with _arena(report, asked, every, num_crowds, None, cancels) as made:
             yield made
         return
     with hosts(2) as (lonely, other):
-        async with _arena(report, asked, every, num_crowds, (lonely, other)) as made:
+        async with _arena(report, asked, every, num_crowds, (lonely, other), cancels) as made:
             yield made
 
 
@@ -285,6 +291,7 @@ async def _arena(
     settings: Mapping[str, object],
     num_crowds: int,
     places: tuple[Host, Host] | None,
+    cancels: float,
 ) -> AsyncIterator[Arena]:
     names = [*(f"prefill-{i}" for i in range(NUM_PREFILL)), *(f"decode-{i}" for i in range(NUM_DECODE))]
     main = serve
@@ -296,7 +303,9 @@ async def _arena(
         try:
             for worker in cluster.workers.values():
                 made.listen(worker)
-            await asyncio.gather(*(made.start_crowd(f"ingress-{index}") for index in range(num_crowds)))
+            await asyncio.gather(
+                *(made.start_crowd(f"ingress-{index}", cancels=cancels) for index in range(num_crowds))
+            )
             yield made
         finally:
             made.stop()

@@ -32,7 +32,7 @@ from tests.chaos.questions import Question
 from tests.chaos.record import Asked, Ended, Got, Line, Notice, Outcome
 from tests.support.plain_cluster import FORKS, SECRET
 
-CANCELS = 0.1  # of the requests: their clients go away
+CANCELS = 0.1  # of the requests: their clients go away; unless another share is asked for
 RETRY_S = 0.2  # after a refusal, as Retry-After asks for
 
 
@@ -59,12 +59,19 @@ class Crowd:
     """In the ingress's process, on its event loop."""
 
     def __init__(
-        self, router: Router, incarnation: str, asked: list[Question], seed: int, tell: Callable[[Line], None]
+        self,
+        router: Router,
+        incarnation: str,
+        asked: list[Question],
+        seed: int,
+        cancels: float,
+        tell: Callable[[Line], None],
     ) -> None:
         self._router = router
         self._incarnation = incarnation
         self._asked = asked
         self._random = Random(seed)
+        self._cancels = cancels
         self._tell = tell
         self._num_clients = 0
         self._clients: set[asyncio.Task[None]] = set()
@@ -93,7 +100,7 @@ class Crowd:
         """All samples of one question, as the API asks for them. Whether none was refused."""
         question = self._random.choice(self._asked)
         leader = uuid4().hex
-        cancels = not storm and self._random.random() < CANCELS
+        cancels = not storm and self._random.random() < self._cancels
         cancel_after = self._random.randrange(question.samplings[0].max_tokens) if cancels else None
         ids = [leader, *(uuid4().hex for _ in question.samplings[1:])]
         sent = [
@@ -177,7 +184,9 @@ class Crowd:
         return False
 
 
-async def _serve(config: SluiceConfig, name: str, asked: list[Question], seed: int, pipe: Connection) -> None:
+async def _serve(
+    config: SluiceConfig, name: str, asked: list[Question], seed: int, cancels: float, pipe: Connection
+) -> None:
     loop = asyncio.get_running_loop()
     words = WordsThread(config=config.words).start()
     incarnation = uuid4().hex
@@ -200,7 +209,7 @@ async def _serve(config: SluiceConfig, name: str, asked: list[Question], seed: i
     router.update_membership(Membership.from_wire(pipe.recv().wire))
     while not router.ready():
         await asyncio.sleep(0.01)
-    crowd = Crowd(router, incarnation, asked, seed, pipe.send)
+    crowd = Crowd(router, incarnation, asked, seed, cancels, pipe.send)
     ended = asyncio.Event()
 
     def obey(command: Command) -> None:
@@ -226,22 +235,29 @@ async def _serve(config: SluiceConfig, name: str, asked: list[Question], seed: i
     words.stop()
 
 
-def _main(config: SluiceConfig, name: str, asked: list[Question], seed: int, pipe: Connection) -> None:
-    asyncio.run(_serve(config, name, asked, seed, pipe))
+def _main(config: SluiceConfig, name: str, asked: list[Question], seed: int, cancels: float, pipe: Connection) -> None:
+    asyncio.run(_serve(config, name, asked, seed, cancels, pipe))
 
 
 class CrowdProcess:
     """The parent's handle; `hear` is called on a thread of its own with each line."""
 
     def __init__(
-        self, config: SluiceConfig, name: str, asked: list[Question], seed: int, hear: Callable[[Line], None]
+        self,
+        config: SluiceConfig,
+        name: str,
+        asked: list[Question],
+        seed: int,
+        hear: Callable[[Line], None],
+        *,
+        cancels: float = CANCELS,
     ) -> None:
         self.name = name
         self.incarnation = ""
         self._hear = hear
         self._pipe, theirs = FORKS.Pipe()
         self.process: ForkServerProcess = FORKS.Process(
-            target=_main, args=(config, name, asked, seed, theirs), daemon=True
+            target=_main, args=(config, name, asked, seed, cancels, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
