@@ -17,6 +17,7 @@ from router.fleet import Fleet
 from router.flight import Flight, RouterRequest, State
 from router.navigator import Navigator
 from router.plan import NoPlan, Plan
+from router.trial import Trial, blamed
 
 
 class Dispatcher:
@@ -34,6 +35,7 @@ class Dispatcher:
         self._give_ups: dict[str, asyncio.TimerHandle] = {}
         self._deadlines: dict[str, float] = {}  # loop time
         self._alarms: dict[str, asyncio.TimerHandle] = {}
+        self._trial = Trial()
         self._gone: set[str] = set()  # members of which a dial said that they are lost
 
     def flight(self, request_id: str) -> Flight | None:
@@ -68,14 +70,10 @@ class Dispatcher:
     def place(self, flight: Flight) -> None:
         """Submits the next attempt, or queues the flight until a worker appears.
 
-        Broken is not dead: a flight under which two workers were lost waits until they are known to be gone, which
-        ends it, or until one of them is heard of again.
+        Broken is not dead: a flight under which two workers were lost waits until they are known to be gone, or until
+        one of them is heard of again. If they are gone, it is refused, or tried alone; see router/trial.py.
         """
-        if flight.is_suspected:
-            if all(self._is_gone(incarnation) for incarnation in flight.suspects):
-                self.end(flight, flight.poisonous())
-            else:
-                self._queue(flight)
+        if flight.is_suspected and not self._may_be_tried(flight):
             return
         led = self._leader_plan(flight)  # the leader's prefill computes the prompt for both
         plan = led or self._navigator.plan(flight, _now())
@@ -100,6 +98,20 @@ class Dispatcher:
             num_prompt_tokens=len(flight.request.prompt_token_ids),
             num_tokens=len(flight.emitted),
         )
+
+    def _may_be_tried(self, flight: Flight) -> bool:
+        """Whether a flight that is suspected may run. If not, it is queued, or has ended."""
+        if flight.on_trial and not flight.is_convicted:
+            return True
+        if not all(self._is_gone(incarnation) for incarnation in flight.suspects):
+            self._queue(flight)
+        elif flight.is_convicted or not flight.in_company:
+            self.end(flight, flight.poisonous())
+        elif self._trial.take(flight):
+            return True
+        else:
+            self._queue(flight)
+        return False
 
     def _wait_for_worker(self, flight: Flight, unplaced: NoPlan) -> None:
         failure = flight.last_failure
@@ -146,6 +158,10 @@ class Dispatcher:
         return incarnation in self._gone or self._fleet.member(incarnation) is None
 
     def _give_up(self, flight: Flight) -> None:
+        if flight.is_suspected and flight.in_company and self._trial.is_on:  # its turn will come
+            self._stop_waiting(flight)
+            self._queue(flight)
+            return
         if flight.is_suspected:
             self.end(flight, flight.poisonous())
             return
@@ -180,6 +196,8 @@ class Dispatcher:
         alarm = self._alarms.pop(flight.request.request_id, None)
         if alarm is not None:
             alarm.cancel()
+        if self._trial.leave(flight):
+            self.place_waiting()
 
     def cancel(self, flight: Flight, reason: str) -> None:
         """Tells the decode worker to stop, if it may still be working on it."""
@@ -190,7 +208,23 @@ class Dispatcher:
             session.send(pb.Frame(cancel=pb.Cancel(key=flight.key.wire(), reason=reason)), flight.key)
         flight.session_id = ""  # what still arrives of it is old
 
-    def attempt_failed(self, flight: Flight, failure: pb.Failure, *, reported: bool = False) -> None:
+    def lost(self, session_id: str, message: str) -> None:
+        """A session broke, and all that ran over it."""
+        lost = [each for each in self.flights() if each.state is State.RUNNING and each.session_id == session_id]
+        suspects = blamed(lost)
+        failure = pb.Failure(code=pb.PEER_LOST, message=message)
+        for flight in lost:
+            self.attempt_failed(flight, failure, blamed=flight in suspects, in_company=len(suspects) > 1)
+
+    def attempt_failed(
+        self,
+        flight: Flight,
+        failure: pb.Failure,
+        *,
+        reported: bool = False,
+        blamed: bool = True,
+        in_company: bool = False,
+    ) -> None:
         code = pb.ErrorCode.Name(failure.code).lower()
         assert flight.plan is not None
         self._metrics.failures.labels(code).inc()
@@ -204,7 +238,8 @@ class Dispatcher:
             reason=failure.message,
             num_tokens=len(flight.emitted),
         )
-        if flight.fail_attempt(failure, self._config.max_attempts, reported=reported):
+        limit = self._config.max_attempts
+        if flight.fail_attempt(failure, limit, reported=reported, blamed=blamed, in_company=in_company):
             self.place(flight)
 
     def retry_elsewhere(self, flight: Flight, code: pb.ErrorCode, message: str) -> None:

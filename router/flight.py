@@ -25,6 +25,7 @@ from router.plan import NoPlan, Plan
 
 MAX_UNREAD_TOKENS = 16_384
 MAX_DEATHS = 2  # of different workers, under one request: it is poisoned
+PROVEN_TOKENS = 32  # that it emits after a death: whatever killed the worker, it was not this request
 
 # Failures after which another worker may do better.
 _ELSEWHERE = frozenset(
@@ -97,8 +98,12 @@ class Flight:
         self.finish: FinishReason | None = None
         self.route: pb.Route | None = None
         self.suspects: set[str] = set()  # incarnations whose session broke under it: they may be dead, and of it
+        self.in_company = False  # the last worker that it lost was lost by others, too
+        self.on_trial = False
+        self.is_convicted = False
         self._deaths: set[str] = set()
-        self._num_moved = 0  # attempts that ended because their worker leaves: they do not count
+        self._died_at = 0  # tokens emitted by then
+        self._num_moved = 0  # attempts that do not count: their worker leaves, or much was emitted since
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
         self._news = asyncio.Event()
@@ -112,8 +117,9 @@ class Flight:
     @property
     def is_replay(self) -> bool:
         """Whether the running attempt follows one that had begun, not one that was turned away."""
-        turned_away = (pb.BUSY, pb.DRAINING, pb.NO_WORKER)
-        return self.last_failure is not None and (bool(self.emitted) or self.last_failure.code not in turned_away)
+        if self.last_failure is None or self.last_failure.code in (pb.BUSY, pb.NO_WORKER):
+            return False
+        return self.last_failure.code != pb.DRAINING or bool(self.emitted)
 
     @property
     def is_suspected(self) -> bool:
@@ -179,6 +185,8 @@ class Flight:
             return Receipt.GAP
         if num_new:
             self._news.set()
+            if (self._deaths or self.suspects) and len(self.emitted) - self._died_at >= PROVEN_TOKENS:
+                self._acquit()
         if tokens.finish == pb.ERROR:
             return Receipt.FAILED
         if tokens.finish != pb.FINISH_UNSPECIFIED:
@@ -187,10 +195,13 @@ class Flight:
             return Receipt.UNREAD
         return Receipt.REPEATED if tokens.token_ids and not num_new else Receipt.TAKEN
 
-    def fail_attempt(self, failure: pb.Failure, max_attempts: int, *, reported: bool) -> bool:
+    def fail_attempt(
+        self, failure: pb.Failure, max_attempts: int, *, reported: bool, blamed: bool = True, in_company: bool = False
+    ) -> bool:
         """RUNNING -> PLACING, True: try elsewhere, once it is not suspected. Or -> ENDED, False: it is over.
 
         `reported`: the decode worker lives and said so itself; PEER_LOST then means that two sources died under it.
+        `blamed`: it may be what a worker died of, or, `in_company`, one of the others that were lost with it.
         """
         assert self.state is State.RUNNING and self.plan is not None, self.state
         self.last_failure = failure
@@ -206,17 +217,26 @@ class Flight:
             self._complete(FinishReason.STOP, None)
         else:
             self._num_moved += failure.code == pb.DRAINING
-            if failure.code in _DEADLY:
+            if failure.code in _DEADLY and blamed:
                 (self.suspects if failure.code == pb.PEER_LOST else self._deaths).add(decode)
-            (self.shunned if failure.code in _PASSING else self.excluded).add(decode)
+                self._died_at, self.in_company = len(self.emitted), in_company
+                self.is_convicted |= self.on_trial
+            passing = failure.code in _PASSING or in_company
+            (self.shunned if passing else self.excluded).add(decode)
             sources_died = reported and failure.code == pb.PEER_LOST
-            if sources_died or len(self._deaths) >= MAX_DEATHS:
+            tried = self.is_convicted or not self.in_company
+            if sources_died or (len(self._deaths) >= MAX_DEATHS and tried):
                 self.end(self.poisonous())
-            elif self.attempt - self._num_moved >= max_attempts:
+            elif self.attempt - self._num_moved >= max_attempts and not self.is_suspected:
                 self.end(self.last_error())
             else:
                 self.state = State.PLACING
         return self.state is State.PLACING
+
+    def begin_trial(self) -> None:
+        """Where it was turned away in company it may go again."""
+        self.on_trial, self.is_convicted = True, False
+        self.excluded.clear()
 
     def poisonous(self) -> WorkerFailed:
         """What the client is told when workers die of it."""
@@ -278,6 +298,12 @@ class Flight:
         self.finish = finish
         self.route = route
         self._news.set()
+
+    def _acquit(self) -> None:
+        self._deaths.clear()
+        self.suspects.clear()
+        self.in_company = self.on_trial = self.is_convicted = False
+        self._num_moved = self.attempt - 1
 
     def _is_stop(self, token: int) -> bool:
         sampling = self.request.sampling

@@ -215,10 +215,7 @@ class Router:
         self._navigator.feed.broken(session)
         self._metrics.sessions.labels("worker").set(len(self._fleet.sessions()))
         self._metrics.broken_sessions.labels(error.reason).inc()
-        message = f"the session to {session.peer.name} broke: {error}"
-        lost = [f for f in self._dispatcher.flights() if f.state is State.RUNNING and f.session_id == session.id]
-        for flight in lost:
-            self._dispatcher.attempt_failed(flight, pb.Failure(code=pb.PEER_LOST, message=message))
+        self._dispatcher.lost(session.id, f"the session to {session.peer.name} broke: {error}")
 
     def _overflowed(self, session: Session, key: RequestKey) -> None:
         """The worker does not read: what was submitted is lost on the way."""
@@ -231,7 +228,7 @@ class Router:
         kind = frame.WhichOneof("kind")
         if kind == "step_tokens":
             for tokens in frame.step_tokens.sequences:
-                self._received(session, tokens)
+                self._received(session, tokens, frame.step_tokens)
         elif kind == "load_report":
             self._fleet.reported(session, frame.load_report)
             self._navigator.feed.reported(session, frame.load_report, self._now())
@@ -254,7 +251,7 @@ class Router:
         except (DecodeError, ValueError) as error:
             session.close(f"bad block events: {error}")
 
-    def _received(self, session: Session, tokens: pb.SequenceTokens) -> None:
+    def _received(self, session: Session, tokens: pb.SequenceTokens, step: pb.StepTokens) -> None:
         flight = self._dispatcher.flight(tokens.key.request_id)
         if flight is None:
             self._drop(DropReason.UNKNOWN_REQUEST)
@@ -265,7 +262,8 @@ class Router:
             case Receipt.REPEATED:
                 self._drop(DropReason.REPEATED_INDEX)
             case Receipt.FAILED:
-                self._dispatcher.attempt_failed(flight, tokens.failure, reported=True)
+                num_failed = sum(each.failure.code == tokens.failure.code for each in step.sequences)
+                self._dispatcher.attempt_failed(flight, tokens.failure, reported=True, in_company=num_failed > 1)
             case Receipt.GAP:
                 sent = f"{len(tokens.token_ids)} tokens from {tokens.first_token_index} on"
                 gap = f"{session.peer.name} left something out: it sent {sent} when {len(flight.emitted)} were known"
