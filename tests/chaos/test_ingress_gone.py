@@ -45,8 +45,10 @@ async def num_open(chaos: Chaos) -> int:
     return sum([busy(await chaos.watch.load(name)) for name in chaos.cluster.workers])
 
 
-def test_killed_at_any_token_its_requests_end_on_all_workers_and_ours_do_not_notice(chaos: Chaos) -> None:
-    """Twenty seeded deaths, each after another number of tokens."""
+def test_killed_at_any_token_its_requests_end_on_all_workers_and_ours_do_not_notice(
+    chaos: Chaos, request: pytest.FixtureRequest
+) -> None:
+    """Seeded deaths, each after another number of tokens: four, with --full twenty."""
 
     async def scene(seed: int, mine: list[tuple[int, ...]]) -> list[Answer]:
         random = Random(seed)
@@ -59,7 +61,7 @@ def test_killed_at_any_token_its_requests_end_on_all_workers_and_ours_do_not_not
             other.signal(signal.SIGKILL)
             return await asyncio.gather(*ours)
 
-    for seed in range(20):
+    for seed in range(20 if request.config.getoption("full") else 4):
         mine = Random(seed).sample(TEXTS, 2)
         for text, answer in zip(mine, chaos.runner.run(scene(seed, mine)), strict=True):
             assert_greedy(text, answer)

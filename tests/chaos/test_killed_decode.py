@@ -1,4 +1,7 @@
-"""SIGKILL of a decode worker in the middle of streams: they go on elsewhere, nothing lost, doubled or resampled."""
+"""SIGKILL of a decode worker in the middle of streams: they go on elsewhere, nothing lost, doubled or resampled.
+
+With --full twenty deaths; `tests.chaos` makes more of them, at moments nobody chose.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tests.support.chaos import GREEDY, Chaos, is_greedy, prompts, running_chaos
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
 
-NUM_RUNS = 20
+NUM_RUNS, NUM_SHORT_RUNS = 20, 5
 TEXTS = prompts(6, 40, 120)
 NUM_TOKENS = 96
 PLAIN = replace(GREEDY, max_tokens=NUM_TOKENS)
@@ -37,14 +40,15 @@ async def stream(
     return tuple(tokens), attempt
 
 
-def test_killed_at_any_token_streams_go_on_elsewhere() -> None:
+def test_killed_at_any_token_streams_go_on_elsewhere(request: pytest.FixtureRequest) -> None:
+    num_runs = NUM_RUNS if request.config.getoption("full") else NUM_SHORT_RUNS
     seeds = [replace(SEEDED, seed=seed) for seed in range(len(TEXTS))]
     with running_chaos(decode=2) as chaos:
         undisturbed = chaos.runner.run(chaos.together(TEXTS, seeds))
         drawn = [tuple(answer.token_ids) for answer in undisturbed]
         assert len({token for tokens in drawn for token in tokens}) >= 100
         num_moved = 0
-        for run in range(NUM_RUNS):
+        for run in range(num_runs):
             random = Random(run)
             chosen = random.sample(range(len(TEXTS)), 4)
             sampled = random.sample(chosen, 2)
@@ -77,7 +81,7 @@ def test_killed_at_any_token_streams_go_on_elsewhere() -> None:
             assert chaos.cluster.metrics.value("sluice_ingress_replays_total") - replays == moved
             num_moved += moved
             chaos.runner.run(chaos.cluster.assert_all_free())
-        assert num_moved > NUM_RUNS, "no bystander was moved"  # on a busy machine a stream may end before its death
+        assert num_moved > num_runs, "no bystander was moved"  # on a busy machine a stream may end before its death
 
 
 def test_a_request_under_which_two_workers_died_is_given_up() -> None:

@@ -1,4 +1,7 @@
-"""SIGKILL of a prefill worker, at every moment of a prompt: its clients notice nothing but time."""
+"""SIGKILL of a prefill worker, at every moment of a prompt: its clients notice nothing but time.
+
+With --full twenty deaths; `tests.chaos` makes more of them, at moments nobody chose.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from tests.support.plain_cluster import Answer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
 
-NUM_RUNS = 20
+NUM_RUNS, NUM_SHORT_RUNS = 20, 6
 TEXTS = prompts(6, 300, 440)
+LATER = prompts(1, 300, 440, seed=8)[0]
 PULLED = "sluice_transfer_pulled_blocks_total"
 
 
@@ -52,14 +56,32 @@ async def kill_at(
     return await asyncio.gather(*tasks)
 
 
+async def kill_with_blocks_missing(chaos: Chaos, victim: str) -> tuple[tuple[int, ...], Answer]:
+    """Freezes the victim in the middle of a prompt, and kills it if it was not too late; else the next prompt."""
+    for text in TEXTS:
+        before = await chaos.watch.counter("decode-0", PULLED)
+        [task] = chaos.ask([text])
+        while await chaos.watch.counter("decode-0", PULLED) == before:
+            await asyncio.sleep(0)
+        chaos.freeze(victim)
+        num_blocks = await chaos.watch.counter("decode-0", PULLED) - before
+        if num_blocks < len(text) // BLOCK_SIZE - 4:  # as many may be on their way
+            await chaos.cluster.kill(victim)
+            return text, await task
+        chaos.thaw(victim)
+        await task
+    raise AssertionError("every prompt was computed before it could be frozen")
+
+
 def went_on(answer: Answer) -> bool:
     return answer.route.spare_used > 0 or answer.route.recomputed_tokens > 0
 
 
-def test_killed_at_any_moment_a_spare_goes_on() -> None:
+def test_killed_at_any_moment_a_spare_goes_on(request: pytest.FixtureRequest) -> None:
+    num_runs = NUM_RUNS if request.config.getoption("full") else NUM_SHORT_RUNS
     hurt: Counter[Moment] = Counter()
     with running_chaos(prefill=2) as chaos:
-        for seed in range(NUM_RUNS):
+        for seed in range(num_runs):
             random = Random(seed)
             moment = list(Moment)[seed % len(Moment)]
             victim = random.choice(chaos.names("prefill"))
@@ -71,7 +93,7 @@ def test_killed_at_any_moment_a_spare_goes_on() -> None:
                 assert answer.attempt == 1, "the decode worker lives: it is not the router's business"
             hurt[moment] += any(went_on(answer) for answer in answers)
             chaos.runner.run(chaos.cluster.assert_all_free())
-    per_moment = [len(range(index, NUM_RUNS, len(Moment))) for index in range(len(Moment))]
+    per_moment = [len(range(index, num_runs, len(Moment))) for index in range(len(Moment))]
     assert hurt[Moment.BEFORE] == per_moment[0]
     assert hurt[Moment.DURING] and hurt[Moment.AFTER]
 
@@ -79,15 +101,14 @@ def test_killed_at_any_moment_a_spare_goes_on() -> None:
 def test_without_a_spare_the_rest_is_computed_by_decode() -> None:
     """From the blocks that arrived, not from the beginning."""
     with running_chaos({"router.local_prefill": "fallback"}) as chaos:
-        text = TEXTS[0]
-        [answer] = chaos.runner.run(kill_at(chaos, Moment.DURING, "prefill-0", [text], Random(0)))
+        text, answer = chaos.runner.run(kill_with_blocks_missing(chaos, "prefill-0"))
         assert_greedy(text, answer)
         assert 0 < answer.route.recomputed_tokens < len(text)
         assert answer.route.blocks * BLOCK_SIZE + answer.route.recomputed_tokens == len(text)
         assert chaos.runner.run(chaos.cluster.total("sluice_engine_local_prefills_total", "decode")) == 1
         chaos.runner.run(chaos.cluster.assert_all_free())
-        [later] = chaos.runner.run(chaos.together([TEXTS[1]]))
-        assert_greedy(TEXTS[1], later)
+        [later] = chaos.runner.run(chaos.together([LATER]))
+        assert_greedy(LATER, later)
         assert later.route.local_prefill, "the fallback is visible"
 
 
