@@ -56,6 +56,8 @@ def _checkpoint(family: str, dtype: str) -> Path:
         torch.manual_seed(0)
         model = FAMILIES[family]().eval()
         redraw(model)
+        if "final_logits_bias" in dict(model.named_buffers()):
+            _spread(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
@@ -74,12 +76,24 @@ def redraw(model: nn.Module) -> None:
             bias = name.replace("gate.weight", "gate.e_score_correction_bias")
             if name.endswith("mlp.gate.weight") and bias not in buffers:
                 std /= 4  # a softmax over wider scores leaves nothing to choose between
+            if name.endswith("ttention.q.weight"):
+                std /= 8  # T5 does not scale its scores; a softmax that picks one key makes a model chaotic
+            elif name.endswith("fc2.weight"):
+                std /= 16  # or what all activated features have in common drowns the rest
             parameter.normal_(0, std)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
     for name, buffer in buffers.items():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(-1.0, 0.3)  # most biased scores are negative, so that masking with 0 would show
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> None:
+    """Has BART's bias of the logits take away what is common to all positions: its text repeats one token else."""
+    tokens = torch.randint(3, VOCAB_SIZE - 1, (2, 16, 24))
+    logits = model(input_ids=tokens[0], decoder_input_ids=tokens[1]).logits
+    model.get_buffer("final_logits_bias").sub_(logits.mean((0, 1)))
 
 
 @cache

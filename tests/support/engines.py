@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluster.hashing import chain_root
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from kvtransfer.layout import KvGeometry, RankLayout
 from kvtransfer.pool import KvPool
@@ -19,8 +20,9 @@ from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
-from workers.engine.sequence import Sequence
+from workers.engine.sequence import NOTHING_FORCED, EncoderInput, ForcedTokens, Sequence
 from workers.engine.step_plan import StepOutcome
+from workers.models.encoder_decoder import EncoderDecoderModel
 from workers.models.loader import LoadedModel
 
 BLOCK_SIZE = 4
@@ -39,7 +41,12 @@ class Generations:
 
 
 def limits(
-    *, max_batched_tokens: int = 64, max_sequences: int = 16, max_model_len: int = 512, chunk_tokens: int = 64
+    *,
+    max_batched_tokens: int = 64,
+    max_sequences: int = 16,
+    max_model_len: int = 512,
+    chunk_tokens: int = 64,
+    max_encoder_tokens: int = 0,
 ) -> SchedulerLimits:
     return SchedulerLimits(
         max_batched_tokens=max_batched_tokens,
@@ -47,7 +54,12 @@ def limits(
         max_model_len=max_model_len,
         prefill_reserve=0.5,
         chunk_tokens=chunk_tokens,
+        max_encoder_tokens=max_encoder_tokens,
     )
+
+
+def encoder_input(tokens: SequenceOf[int]) -> EncoderInput:
+    return EncoderInput(tuple(tokens), chain_root(b"root" * 4, encoder_tokens=tokens))
 
 
 class Driver:
@@ -108,8 +120,10 @@ class Driver:
         *,
         num_prompt: int | None = None,
         stop_after_first: bool = False,
+        encoder_tokens: SequenceOf[int] = (),
+        forced: ForcedTokens = NOTHING_FORCED,
     ) -> Sequence:
-        """One that is not queued yet."""
+        """One that is not queued yet. With encoder tokens, of a model that reads some."""
         self.num_added += 1
         return Sequence(
             self.num_added,
@@ -119,6 +133,8 @@ class Driver:
             params,
             arrival=self.num_added,
             stop_after_first=stop_after_first,
+            encoder_input=encoder_input(encoder_tokens) if encoder_tokens else None,
+            forced=forced,
         )
 
     def step(self) -> StepOutcome | None:
@@ -200,23 +216,33 @@ class LoadedEngine(Driver):
         loaded: LoadedModel,
         *,
         num_blocks: int = 256,
+        num_fixed_blocks: int | None = None,
         block_size: int = 16,
         scheduler_limits: SchedulerLimits | None = None,
     ) -> None:
         groups = loaded.model.kv_groups(block_size)
         geometry = KvGeometry(groups, loaded.model.spec.rope_convention)
-        self.pool = KvPool.allocate(geometry, RankLayout(0, 0, 1), [num_blocks] * len(groups))
+        counts = [num_blocks, *[num_fixed_blocks or num_blocks] * (len(groups) - 1)]
+        self.pool = KvPool.allocate(geometry, RankLayout(0, 0, 1), counts)
         caches = [kv_cache(group, regions) for group, regions in zip(groups, self.pool.regions, strict=True)]
         loaded.model.bind_kv(caches)
-        blocks = BlockManager([GroupCapacity(group.name, num_blocks, block_size) for group in groups])
+        encoder = loaded.model if isinstance(loaded.model, EncoderDecoderModel) else None
+        fixed = encoder is not None
+        blocks = BlockManager(
+            [
+                GroupCapacity(group.name, count, block_size, is_fixed=fixed and index == 1)
+                for index, (group, count) in enumerate(zip(groups, counts, strict=True))
+            ]
+        )
         eos_token_ids = frozenset(loaded.model.spec.eos_token_ids)
         scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
-        runner = ModelRunner(
+        self.runner = ModelRunner(
             loaded.model,
             caches,
             self.pool.generations,
             [block_size] * len(groups),
             device=CPU,
             eos_token_ids=eos_token_ids,
+            encoder=encoder,
         )
-        super().__init__(Engine(scheduler, runner), scheduler, blocks)
+        super().__init__(Engine(scheduler, self.runner), scheduler, blocks)

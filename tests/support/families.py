@@ -113,8 +113,8 @@ _T5: Mapping[str, object] = {
     "d_model": 64,
     "d_kv": 24,  # heads are wider than the hidden size holds
     "d_ff": 160,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # fewer: the cache of transformers' generate is sized by the encoder
     "num_heads": 4,
     "relative_attention_num_buckets": 16,
     "relative_attention_max_distance": 40,
@@ -125,8 +125,8 @@ _T5: Mapping[str, object] = {
 _BART: Mapping[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 160,

@@ -3,7 +3,8 @@
 In this order: penalties, bias, then what is forbidden. A prohibition that would leave its row no token at all is
 lifted for that row and token, the strongest staying: a grammar's mask first, then the early ends that `min_tokens`
 forbids, then bad words, all of one row at once. So a grammar wins over bad words and min_tokens (it always allows a
-token), and a request whose bad words name the whole vocabulary still goes on.
+token), and a request whose bad words name the whole vocabulary still goes on. A token that the model forces comes
+last, whatever it overrides.
 
 Rows are independent of each other. Shapes: N drawing rows, V vocabulary.
 """
@@ -62,6 +63,7 @@ class Adjustments:
     grammar: GrammarMask | None = None
     early_ends: Entries | None = None
     bad_words: Entries | None = None
+    forced: Entries | None = None  # one per row: nothing else may be drawn there
 
     def apply(self, logits: Tensor) -> Tensor:
         """Adjusted logits [N, V], from logits of any float dtype, which may be overwritten."""
@@ -78,6 +80,10 @@ class Adjustments:
         for entries in (self.early_ends, self.bad_words):
             if entries is not None:
                 _forbid(logits, entries)
+        if self.forced is not None:
+            rows, ids = (_tensor(each, logits) for each in self.forced)
+            logits[rows] = -torch.inf
+            logits[rows, ids] = 0.0
         return logits
 
 
@@ -89,7 +95,8 @@ def adjustments(
     And why rows have none: their grammars raised. Such a row must not be drawn; the others are not touched by it.
     """
     early_ends = mirror.early_ends(slots, positions)
-    if not (mirror.histories or mirror.biases or early_ends):
+    forced = mirror.forced(slots, positions)
+    if not (mirror.histories or mirror.biases or early_ends or forced):
         return None, {}
     by_row = list(enumerate(slots.tolist()))
     histories = [(row, mirror.histories[slot]) for row, slot in by_row if slot in mirror.histories]
@@ -108,6 +115,7 @@ def adjustments(
         grammar=grammar,
         early_ends=Entries.of(early_ends) if early_ends else None,
         bad_words=bad_words if len(bad_words.rows) else None,
+        forced=Entries.of(forced) if forced else None,
     ), failures
 
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T packed tokens, N rows whose logits are wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.attention.interface import AttentionBatch, GroupMetadata
+from workers.attention.interface import AttentionBatch, EncoderBatch, FixedGroupMetadata, GroupMetadata
 from workers.engine.prompt_readings import PromptReadings, readings
 from workers.engine.sampler import Draws
 from workers.engine.sequence_mirror import BlockTableArray, SequenceMirror
-from workers.engine.step_plan import Literal, StepPlan
+from workers.engine.step_plan import EncodeRow, Literal, StepPlan
 
 _Ints = npt.NDArray[np.int64]
 
@@ -83,6 +84,7 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         positions=to_device(positions),
         groups=tuple(_group(table, slots, context_lens, sequence_of, positions, to_device) for table in mirror.tables),
         logits_rows=to_device(query_starts[1:][sampled] - 1),
+        fixed=tuple(_fixed_group(table, slots, to_device) for table in mirror.fixed_tables),
     )
     return StepBatch(
         input_ids=to_device(input_ids),
@@ -106,6 +108,26 @@ def _group(
     slot_mapping = block_table[sequence_of, positions // table.block_size] * table.block_size
     slot_mapping += positions % table.block_size
     return GroupMetadata(to_device(block_table), to_device(slot_mapping))
+
+
+def _fixed_group(table: BlockTableArray, slots: _Ints, to_device: _Mover) -> FixedGroupMetadata:
+    lens = table.extents[slots]
+    width = -(-int(lens.max()) // table.block_size)
+    return FixedGroupMetadata(to_device(table.rows[slots, :width]), lens.tolist())
+
+
+def build_encodes(rows: Sequence[EncodeRow], block_size: int, device: torch.device) -> tuple[Tensor, EncoderBatch]:
+    """The packed encoder inputs [S] int64 of a plan that has some, and where their output goes."""
+    to_device = _Mover(device)
+    lens = [len(row.tokens) for row in rows]
+    input_ids = np.fromiter(chain.from_iterable(row.tokens for row in rows), np.int64, count=sum(lens))
+    slots = [_slots(row, block_size) for row in rows]
+    return to_device(input_ids), EncoderBatch(lens, to_device(np.concatenate(slots)))
+
+
+def _slots(row: EncodeRow, block_size: int) -> _Ints:
+    positions = np.arange(len(row.tokens))
+    return np.array(row.blocks, np.int64)[positions // block_size] * block_size + positions % block_size
 
 
 def _draws(mirror: SequenceMirror, slots: _Ints, positions: _Ints) -> Draws:

@@ -101,7 +101,7 @@ class BlockManager:
         for _ in range(count):
             block, removed = group.take(for_transfer=for_transfer, retired=self._retired)
             if removed is not None:
-                self._events.append(BlockEvent(EventKind.REMOVED, index, removed))
+                self._note(EventKind.REMOVED, index, removed)
             group.enter(block, BlockState.FILLING, self._retired)
             group.refs[block] = 1
             group.generation[block] += 1
@@ -117,7 +117,12 @@ class BlockManager:
         if hash_ is not None and self._enable_prefix_cache and hash_ not in pool.registry:
             pool.registry[hash_] = block
             pool.hash[block] = hash_
-            self._events.append(BlockEvent(EventKind.STORED, group, hash_))
+            self._note(EventKind.STORED, group, hash_)
+
+    def _note(self, kind: EventKind, group: int, hash_: bytes) -> None:
+        """Events are of prefixes, which fixed groups do not hold."""
+        if not self._groups[group].capacity.is_fixed:
+            self._events.append(BlockEvent(kind, group, hash_))
 
     # ------------------------------------------------------------------ references
 
@@ -220,7 +225,7 @@ class BlockManager:
             pool.registry.clear()
             for block in list(pool.cached):
                 pool.enter(block, BlockState.FREE, self._retired)
-            self._events.append(BlockEvent(EventKind.CLEARED, index, b""))
+            self._note(EventKind.CLEARED, index, b"")
 
     # ------------------------------------------------------------------ counts
 
@@ -249,8 +254,8 @@ class BlockManager:
         return list(self._groups[group].registry)
 
     def is_registered(self, hash_: bytes, /) -> bool:
-        """Whether a lookup would find it, in every group."""
-        return all(hash_ in pool.registry for pool in self._groups)
+        """Whether a lookup would find it, in every growing group."""
+        return all(hash_ in pool.registry for pool in self._groups if not pool.capacity.is_fixed)
 
     def check_integrity(self) -> None:
         """Asserts that states, counts and lists agree. O(blocks): for tests and debugging."""

@@ -1,7 +1,8 @@
 """The block tables of sequences over the block manager: admission, growth, victims, what a pull brought.
 
 Groups either grow with a sequence's tokens (all with one block size; hashed, shared) or hold a fixed extent of it
-(`Sequence.extents`; never shared). Engine thread only.
+(`Sequence.extents`): the output of its encoder, which sequences with equal input share, or what is its own alone.
+Engine thread only.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
+from cluster.hashing import encoder_hashes
 from workers.engine.block_manager import BlockManager, BlockState
-from workers.engine.sequence import Sequence
+from workers.engine.sequence import Sequence, SequenceStatus
 
 _SPARE_SHARE = 50  # an admission leaves up to 1/50 of a group to the growth of those that run
 
@@ -32,18 +34,30 @@ class BlockTables:
         The last known token is always computed, for its logits: the hit ends before its block. Where every prompt
         position must be computed, nothing is looked up.
         """
-        spare = [min(num_running, group.num_blocks // _SPARE_SHARE) for group in self._groups]
+        spare = [
+            min(num_running, group.num_blocks // _SPARE_SHARE) if seq.grows(index) else 0
+            for index, group in enumerate(self._groups)
+        ]
         max_hit_blocks = 0 if seq.params.needs_whole_prompt else (len(seq.tokens) - 1) // self.block_size
         return self.occupy(seq, max_hit_blocks, spare=spare, for_transfer=False)
 
     def occupy(self, seq: Sequence, max_hit_blocks: int, *, spare: SequenceOf[int], for_transfer: bool) -> bool:
-        """Gives an empty sequence cached and reserved blocks for all its tokens; `spare` blocks must be left over."""
-        assert not any(seq.block_tables), f"{seq} has blocks"
+        """Gives an empty sequence cached and reserved blocks for all its tokens; `spare` blocks must be left over.
+
+        It may hold the output of its encoder already. One whose output is neither held nor cached gets nothing.
+        """
+        kept = seq.block_tables or [[] for _ in self._indexes]
+        assert not any(table for index, table in enumerate(kept) if seq.grows(index)), f"{seq} has blocks"
         num_tokens = len(seq.tokens)
         if self._blocks.enable_prefix_cache:
             seq.extend_hashes(self._chain_root, num_tokens // self.block_size, self.block_size)
         hits = self._hits(seq, max_hit_blocks)
-        needed = [total - len(hit) for total, hit in zip(self.totals(seq, num_tokens), hits, strict=True)]
+        needed = [
+            total - len(hit) - len(own)
+            for total, hit, own in zip(self.totals(seq, num_tokens), hits, kept, strict=True)
+        ]
+        if seq.encoder_input is not None and any(needed[index] for index in self._indexes if not seq.grows(index)):
+            return False
         for index in self._indexes:  # before touching the hits' age
             if needed[index] + spare[index] > self._blocks.num_available(index):
                 return False
@@ -56,14 +70,28 @@ class BlockTables:
             for index, hit in enumerate(hits):
                 self._blocks.release(index, hit)
             return False
-        seq.block_tables = [hit + fresh for hit, fresh in zip(hits, got, strict=True)]
-        seq.num_ready_blocks = max(map(len, hits))
+        seq.block_tables = [own + hit + fresh for own, hit, fresh in zip(kept, hits, got, strict=True)]
+        seq.num_ready_blocks = max(len(hit) for index, hit in enumerate(hits) if seq.grows(index))
         seq.num_computed = seq.num_confirmed = seq.num_ready_blocks * self.block_size
         seq.num_known = num_tokens
         if seq.num_preemptions == 0:
             seq.prefix_hit_tokens = seq.num_computed
         self._measure(seq)
         return True
+
+    def occupy_output(self, seq: Sequence) -> bool:
+        """Blocks for the output of its encoder and nothing else. False and nothing changed if there is no room."""
+        assert not any(seq.block_tables), f"{seq} has blocks"
+        totals = self.totals(seq, 0)
+        got = self._blocks.reserve([0 if seq.grows(index) else totals[index] for index in self._indexes])
+        if got is None:
+            return False
+        seq.block_tables = got
+        return True
+
+    def has_cached_output(self, seq: Sequence) -> bool:
+        hits = self._hits(seq, 0)
+        return all(hits[index] for index in self._indexes if not seq.grows(index))
 
     def grow(self, seq: Sequence, end: int) -> bool:
         """Room for the first `end` tokens. False and nothing changed if blocks are short."""
@@ -115,6 +143,14 @@ class BlockTables:
                     self._blocks.mark_ready(group, table[index], seq.hashes[index] if hashed else None)
         seq.num_ready_blocks = full
 
+    def fill_output(self, seq: Sequence) -> None:
+        """The output of its encoder is written: it is found from now on, the partial last block, too."""
+        assert seq.encoder_input is not None
+        for group, table in enumerate(seq.block_tables):
+            if not seq.grows(group):
+                for block, hash_ in zip(table, encoder_hashes(seq.encoder_input.root, len(table)), strict=True):
+                    self._blocks.mark_ready(group, block, hash_)
+
     def keep(self, seq: Sequence, num_valid: int) -> None:
         """A pull ended with the KV of the first `num_valid` tokens here: keeps their blocks and gives back the rest.
 
@@ -148,7 +184,8 @@ class BlockTables:
     # ------------------------------------------------------------------ counting
 
     def _hits(self, seq: Sequence, max_blocks: int) -> list[list[int]]:
-        """Per group, the cached blocks of the longest prefix that all growing groups have."""
+        """Per group, the cached blocks: of the longest prefix that all growing groups have, and of the encoder's
+        output where all of it is there and the sequence does not hold it already."""
         hits: list[list[int]] = [[] for _ in self._indexes]
         if self._blocks.enable_prefix_cache:
             growing = [index for index in self._indexes if seq.grows(index)]
@@ -157,6 +194,18 @@ class BlockTables:
                 max_blocks = len(hits[index])
             for index in growing:
                 del hits[index][max_blocks:]
+            if seq.encoder_input is not None and not seq.block_tables:
+                totals = self.totals(seq, 0)
+                fixed = [index for index in self._indexes if not seq.grows(index)]
+                found = {
+                    index: self._blocks.lookup(
+                        index, encoder_hashes(seq.encoder_input.root, totals[index]), totals[index]
+                    )
+                    for index in fixed
+                }
+                if all(len(found[index]) == totals[index] for index in fixed):
+                    for index in fixed:
+                        hits[index] = found[index]
         return hits
 
     def totals(self, seq: Sequence, end: int) -> list[int]:
@@ -190,7 +239,8 @@ class BlockTables:
             for group, table in enumerate(seq.block_tables):
                 mentions.update((group, block) for block in table)
                 for position, block in enumerate(table):
-                    ready = seq.grows(group) and position < seq.num_ready_blocks
+                    output = seq.encoder_input is not None and seq.status is not SequenceStatus.ENCODING
+                    ready = position < seq.num_ready_blocks if seq.grows(group) else output
                     state = BlockState.READY if ready else BlockState.FILLING
                     assert self._blocks.state(group, block) is state, f"{seq}: block {position} of group {group}"
         for (group, block), count in mentions.items():

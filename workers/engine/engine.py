@@ -57,7 +57,7 @@ class Engine:
         self.num_steps += 1
         self.last_batch = BatchSize(len(plan.sequences), num_tokens)
         self.last_step_at = self._clock()
-        return outcome if plan.sequences or outcome.preempted else None
+        return outcome if plan.computes or outcome.preempted else None
 
     def _collect(self, plan: StepPlan, launched: Launched) -> tuple[StepOutcome, int]:
         """Waits for a launched step and settles it: its outcome, and how many tokens it computed."""

@@ -10,17 +10,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from workers.attention.interface import AttentionBatch, KvCache
+from workers.attention.interface import AttentionBatch, EncoderBatch, KvCache
 from workers.engine import sampler
 from workers.engine.adjustments import adjustments
-from workers.engine.batch import StepBatch, build
+from workers.engine.batch import StepBatch, build, build_encodes
 from workers.engine.block_manager import BlockRaise
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
 from workers.engine.pooling import Pooler
 from workers.engine.prompt_readings import PromptRow
 from workers.engine.sequence_mirror import SequenceMirror
-from workers.engine.step_plan import BlockCopy, PromptLogprobs, StepPlan, StepResult
+from workers.engine.step_plan import BlockCopy, EncodeRow, PromptLogprobs, StepPlan, StepResult
 
 _NOT_NUMBERS = "the model's logits are not finite numbers; the checkpoint may need another dtype"
 
@@ -34,6 +34,18 @@ class StepModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, d] -> [N, V]."""
+        ...
+
+
+class EncoderModel(Protocol):
+    """What a rank needs besides, of a model that reads encoder inputs (workers.models.encoder_decoder has it)."""
+
+    def encode(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+        """[S] -> the encoder's output [S, d]."""
+        ...
+
+    def keep(self, states: Tensor, batch: EncoderBatch) -> None:
+        """Writes what decoder steps read of the output into the blocks that the batch names."""
         ...
 
 
@@ -100,7 +112,7 @@ class ModelRunner:
     """Owns the mirror of the sequences. Engine thread only.
 
     caches, generation_tables, block_sizes: one per group. Generations are raised here before the first write into a
-    reused block.
+    reused block. With an encoder the last group is the fixed one.
     """
 
     def __init__(
@@ -113,12 +125,15 @@ class ModelRunner:
         device: torch.device,
         eos_token_ids: frozenset[int] = frozenset(),
         constraints: ConstraintCompiler | None = None,
+        encoder: EncoderModel | None = None,
     ) -> None:
         assert len(caches) == len(generation_tables) == len(block_sizes), "one of each per group"
         self._model = model
         self._caches = list(caches)
         self._generation_tables = list(generation_tables)
-        self._mirror = SequenceMirror(block_sizes, eos_token_ids, constraints)
+        self._mirror = SequenceMirror(block_sizes, eos_token_ids, constraints, num_fixed=encoder is not None)
+        self._encoder = encoder
+        self._block_sizes = list(block_sizes)
         self._pooler = Pooler()
         self._device = device
         self._previous = torch.zeros(0, dtype=torch.int64, device=device)  # by row of the previous plan
@@ -147,6 +162,8 @@ class ModelRunner:
             self._previous,
             torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
+        if plan.encodes:
+            self._encode(plan.encodes)
         if not plan.sequences:
             return self._nothing_drawn(plan)
         batch = build(plan, self._mirror, self._device)
@@ -159,6 +176,13 @@ class ModelRunner:
             vectors = self._pooler.pool(hidden, batch.readings.pooled)
             launched = replace(launched, prompts=prompts, vectors=vectors)
         return launched
+
+    def _encode(self, rows: Sequence[EncodeRow]) -> None:
+        assert self._encoder is not None, f"sequences {[row.id for row in rows]}: no encoder here"
+        ((group, block_size),) = {(row.group, self._block_sizes[row.group]) for row in rows}
+        assert group == len(self._caches) - 1, f"group {group} is not the fixed one"
+        input_ids, batch = build_encodes(rows, block_size, self._device)
+        self._encoder.keep(self._encoder.encode(input_ids, batch), batch)
 
     def _draw(self, plan: StepPlan, batch: StepBatch, hidden: Tensor) -> Launched:
         rows = batch.attention.logits_rows

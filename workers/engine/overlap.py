@@ -44,7 +44,7 @@ class OverlappedEngine(Engine):
             except Exception as error:  # noqa: BLE001 - the step owns whatever a model, a kernel or the device raises
                 launched = error
             self._flights.append(_Flight(plan, launched))
-            if len(self._flights) < 2 and plan.sequences:
+            if len(self._flights) < 2 and plan.computes:
                 return StepOutcome(plan.step)  # nothing is known yet
         if not self._flights:
             return None
@@ -59,4 +59,4 @@ class OverlappedEngine(Engine):
         self.num_steps += 1
         self.last_batch = BatchSize(len(plan.sequences), num_tokens)
         self.last_step_at = self._clock()
-        return outcome if plan.sequences or outcome.preempted or self._flights else None
+        return outcome if plan.computes or outcome.preempted or self._flights else None

@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
-from workers.engine.step_plan import Literal, NewSequence, PreviousRow, ResumedSequence, ScheduledSequence, StepPlan
+from workers.engine.step_plan import (
+    EncodeRow,
+    Literal,
+    NewSequence,
+    PreviousRow,
+    ResumedSequence,
+    ScheduledSequence,
+    StepPlan,
+)
 
 _NO_APPENDS: tuple[tuple[int, ...], ...] = ()
 
@@ -18,15 +26,18 @@ class Launched(NamedTuple):
     step: int
     rows: list[tuple[Sequence, int]]
     preempted: list[Sequence]
+    encoded: list[Sequence]
 
 
 class PlanBuilder:
     """Collects rows under a token budget. Rows keep their order; a victim of preemption loses its row."""
 
-    __slots__ = ("budget", "preempted", "rows", "stalled")
+    __slots__ = ("budget", "encoded", "encoder_budget", "preempted", "rows", "stalled")
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, encoder_budget: int) -> None:
         self.budget = budget
+        self.encoder_budget = encoder_budget
+        self.encoded: list[Sequence] = []
         self.rows: dict[int, tuple[Sequence, int]] = {}
         self.preempted: list[Sequence] = []
         self.stalled = False  # somebody who runs found no blocks
@@ -34,6 +45,10 @@ class PlanBuilder:
     def add(self, seq: Sequence, num_tokens: int) -> None:
         self.rows[seq.id] = (seq, num_tokens)
         self.budget -= num_tokens
+
+    def encode(self, seq: Sequence, num_tokens: int) -> None:
+        self.encoded.append(seq)
+        self.encoder_budget -= num_tokens
 
     def preempt(self, seq: Sequence) -> None:
         entry = self.rows.pop(seq.id, None)
@@ -86,8 +101,16 @@ class PlanBuilder:
             preempted=preempted,
             raises=tuple(raises),
             num_tokens=num_total,
+            encodes=tuple(_encode_row(seq, step) for seq in self.encoded),
         )
-        return plan, Launched(step, launched, self.preempted)
+        return plan, Launched(step, launched, self.preempted, self.encoded)
+
+
+def _encode_row(seq: Sequence, step: int) -> EncodeRow:
+    assert seq.encoder_input is not None
+    ((group, blocks),) = [(group, table) for group, table in enumerate(seq.block_tables) if not seq.grows(group)]
+    seq.last_step = step
+    return EncodeRow(seq.id, seq.encoder_input.tokens, group, tuple(blocks))
 
 
 def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSequence]) -> None:
@@ -96,6 +119,14 @@ def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSeque
     if seq.is_known_to_ranks:
         resumed.append(ResumedSequence(seq.id, tables, history))
     else:
-        new.append(NewSequence(seq.id, seq.num_prompt, seq.params, seq.extents, tables, history))
+        new.append(NewSequence(seq.id, seq.num_prompt, seq.params, seq.extents, tables, history, _forced(seq)))
         seq.is_known_to_ranks = True
     seq.is_table_sent = True
+
+
+def _forced(seq: Sequence) -> tuple[tuple[int, int], ...]:
+    second, last = seq.forced
+    forced = [(1, second)] if second is not None and seq.num_prompt == 1 else []
+    if last is not None:
+        forced.append((seq.forced_end, last))
+    return tuple(forced)

@@ -16,7 +16,7 @@ class PullReservation:
 
     first_block: int  # in the growing groups; everything before it was found in the cache
     hit_tokens: int
-    destination: tuple[tuple[int, ...], ...]  # per group: the blocks from there on (fixed groups: all)
+    destination: tuple[tuple[int, ...], ...]  # per group: the blocks from there on (fixed groups: all that are its own)
     raises: tuple[BlockRaise, ...]  # of the destination; the ranks apply them before the first read
 
 
@@ -48,7 +48,8 @@ class Pulls:
         self._sequences[seq.id] = seq
         first = seq.num_ready_blocks
         destination = tuple(
-            tuple(table[first:] if seq.grows(index) else table) for index, table in enumerate(seq.block_tables)
+            tuple(table[first:] if seq.grows(index) else table if seq.encoder_input is None else ())
+            for index, table in enumerate(seq.block_tables)
         )
         raises = [r for index, new in enumerate(destination) for r in self._blocks.raises_of(index, new)]
         return PullReservation(first, first * self._tables.block_size, destination, tuple(raises))

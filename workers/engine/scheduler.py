@@ -13,6 +13,7 @@ from collections import deque
 from cluster.request import FinishReason
 from workers.engine.block_manager import BlockManager
 from workers.engine.block_tables import BlockTables
+from workers.engine.encodes import Encodes
 from workers.engine.plan_builder import Launched, PlanBuilder
 from workers.engine.pulls import PullReservation, Pulls
 from workers.engine.scheduler_limits import SchedulerLimits
@@ -42,6 +43,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._tables = BlockTables(blocks, chain_root)
         self._pulls = Pulls(blocks, self._tables, limits)
+        self._encodes = Encodes(self._tables)
         self._sequences: dict[int, Sequence] = {}  # everything not finished
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
@@ -75,7 +77,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may have something to do or to clean up."""
-        return bool(self._running or self._waiting or self._lingering)
+        return bool(self._running or self._waiting or self._lingering or self._encodes.num_reading)
 
     # ------------------------------------------------------------------ in and out
 
@@ -103,7 +105,8 @@ class Scheduler:
 
     def abort_plan(self, plan: StepPlan) -> list[Sequence]:
         """Its step failed: ends every sequence that has a row in it. To be settled next, with nothing sampled."""
-        failed = [seq for row in plan.sequences if (seq := self._sequences.get(row.id)) is not None]
+        ids = [row.id for row in (*plan.sequences, *plan.encodes)]
+        failed = [seq for id_ in ids if (seq := self._sequences.get(id_)) is not None]
         for seq in failed:
             self.abort(seq)
         return failed
@@ -118,6 +121,7 @@ class Scheduler:
         if seq.max_total_tokens == 0:
             self.check(seq)
             seq.max_total_tokens = self._limits.max_total_tokens(seq)
+            seq.forced_end = self._limits.last_position(seq)
             self._sequences[seq.id] = seq
 
     def _enqueue(self, seq: Sequence) -> None:
@@ -138,6 +142,7 @@ class Scheduler:
                 self._pulls.remove(seq)
             case _ if seq.is_queued:
                 self._dequeue(seq)
+        self._encodes.forget(seq)
         seq.enter(SequenceStatus.FINISHED)
         seq.finish = reason
         self._sequences.pop(seq.id, None)
@@ -161,6 +166,7 @@ class Scheduler:
             self.check(seq)
         self._limits.check_pull(seq, self._blocks.groups)
         self._accept(seq)
+        assert not self._encodes.lacks(seq), f"{seq}: the output of its encoder comes first"
         if seq.is_unreported:
             return None  # a step in flight may still bring one of its tokens
         if self._blocked is not None and self._blocked.order < seq.order:
@@ -170,6 +176,7 @@ class Scheduler:
             return None
         reservation = self._pulls.reserve(seq)
         if reservation is not None:
+            self._encodes.forget(seq)
             if seq.is_queued:
                 self._dequeue(seq)
             seq.enter(SequenceStatus.PULLING)
@@ -202,7 +209,7 @@ class Scheduler:
         for seq in self._lingering:
             self._tables.drop(seq)
         self._lingering.clear()
-        batch = PlanBuilder(self._limits.max_batched_tokens)
+        batch = PlanBuilder(self._limits.max_batched_tokens, self._limits.max_encoder_tokens)
         self._advance(batch)
         self._admit(batch)
         plan, launched = batch.build(self._step, self._ended, self._blocks.drain_raises())
@@ -273,6 +280,11 @@ class Scheduler:
         while (seq := self._waiting.head()) is not None and batch.budget > 0:
             if claim is not None and claim < seq.order:
                 return
+            if self._encodes.lacks(seq):
+                if not self._encode(seq, batch):
+                    self._blocked = seq
+                    return
+                continue
             room = (
                 not batch.preempted
                 and not batch.stalled
@@ -284,9 +296,21 @@ class Scheduler:
                 self._blocked = seq
                 return
             self._dequeue(seq)
+            self._encodes.forget(seq)
             seq.enter(SequenceStatus.RUNNING)
             self._running.insert(seq)
             batch.add(seq, self._chunk(seq, batch.budget))
+
+    def _encode(self, seq: Sequence, batch: PlanBuilder) -> bool:
+        """Has its encoder input read in this step; no further ahead than there are rows for."""
+        if seq.is_unreported or len(self._running) + self._encodes.num_reading >= self._limits.max_sequences:
+            return False
+        behind = (other for other in reversed(self._waiting) if other.order > seq.order)
+        if not self._encodes.start(seq, batch, behind):
+            return False
+        self._dequeue(seq)
+        seq.enter(SequenceStatus.ENCODING)
+        return True
 
     # ------------------------------------------------------------------ the outcome
 
@@ -328,6 +352,11 @@ class Scheduler:
                 if finish is not None:
                     self._finish(seq, finish)
                     outcome.finished.append(seq)
+        for seq in launched.encoded:
+            if seq.status is SequenceStatus.ENCODING:
+                self._encodes.done(seq)
+                seq.enter(SequenceStatus.WAITING)
+                self._enqueue(seq)
         for seq in launched.preempted:
             seq.is_unreported = False
             if seq.status is SequenceStatus.WAITING:
@@ -343,6 +372,6 @@ class Scheduler:
             assert (seq in waiting) == seq.is_queued, f"{seq}"
             assert (seq in self._pulls) == (seq.status is SequenceStatus.PULLING), f"{seq}"
             assert seq.num_confirmed <= seq.num_computed <= len(seq.tokens) + seq.num_pending, f"{seq}"
-        held = [seq for seq in self._sequences.values() if seq.status is not SequenceStatus.WAITING]
-        self._tables.check_integrity([*held, *self._lingering])
+        self._tables.check_integrity([*self._sequences.values(), *self._lingering])
         self._pulls.check_integrity()
+        self._encodes.check_integrity()

@@ -18,6 +18,7 @@ class SchedulerLimits:
     prefill_reserve: float  # share of every group that reservations of pulls leave alone
     chunk_tokens: int  # known input of one sequence per step
     vocab_size: int | None = None  # token ids of requests are below it; None: not checked
+    max_encoder_tokens: int = 0  # read by the encoder per step, and in one input; 0: the model has no encoder
 
     def __post_init__(self) -> None:
         if min(self.max_batched_tokens, self.max_sequences, self.chunk_tokens) < 1 or self.max_model_len < 2:
@@ -33,12 +34,17 @@ class SchedulerLimits:
             return len(seq.tokens) + 1
         return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len)
 
+    def last_position(self, seq: Sequence) -> int:
+        """Of the token with which its length ends it, whoever draws it."""
+        return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len) - 1
+
     def max_pull_blocks(self, group: GroupCapacity) -> int:
         """What all waiting reservations together may hold of a group."""
         return int((1.0 - self.prefill_reserve) * group.num_blocks + 1e-9)
 
     def check(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
         """Raises for a sequence that could never finish here, however empty the pool: it would starve unseen."""
+        self._check_encoder_input(seq, groups)
         assert len(seq.extents) in (0, len(groups)), f"{seq}: extents {seq.extents} for {len(groups)} groups"
         growing = [group for index, group in enumerate(groups) if seq.grows(index)]
         assert growing and all(g.block_size == groups[0].block_size for g in growing), f"{seq}: growing groups differ"
@@ -62,6 +68,24 @@ class SchedulerLimits:
         # The last token is emitted without KV of its own.
         self._check_pool(seq, groups, self.max_total_tokens(seq) - 1, None)
 
+    def _check_encoder_input(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
+        """Its blocks are `_check_pool`'s to check."""
+        if seq.encoder_input is None:
+            if self.max_encoder_tokens and not seq.extents:
+                raise InvalidRequest("this model reads an encoder input, and none is given; send one", "prompt")
+            return
+        if not self.max_encoder_tokens or not any(group.is_fixed for group in groups):
+            raise InvalidRequest("this model has no encoder; leave the encoder input out", "prompt")
+        length = len(seq.encoder_input.tokens)
+        if length == 0:
+            raise InvalidRequest("the encoder input is empty; send at least one token", "prompt")
+        if length > self.max_encoder_tokens:
+            raise RequestTooLong(
+                f"{length} tokens of encoder input are over max_encoder_tokens={self.max_encoder_tokens}: an input is "
+                "read in one piece; shorten it",
+                "prompt",
+            )
+
     def _check_tokens(self, seq: Sequence) -> None:
         """A token id that the model does not have would fail the step of everybody in it."""
         params = seq.params
@@ -71,6 +95,7 @@ class SchedulerLimits:
             return
         for name, token_ids in (
             ("prompt", seq.tokens),
+            ("prompt", () if seq.encoder_input is None else seq.encoder_input.tokens),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", [token for token, _ in params.logit_bias]),
             ("bad_words", [token for word in params.bad_words for token in word]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from typing import NamedTuple
 
 from cluster.hashing import iter_block_hashes
 from cluster.request import FinishReason, RequestKey, SamplingParams
@@ -20,20 +21,46 @@ class SequenceStatus(Enum):
       │ └─────────────────────────│──── preempted ─────┘  │ │
       ├───────────────────────────│──── admitted ─────────│─┘
       └─────> FINISHED <──────────┴───────────────────────┘
+
+    WAITING ── encoder input is read ──> ENCODING ── its output is here ──> WAITING
     """
 
     WAITING = "waiting"
+    ENCODING = "encoding"
     PULLING = "pulling"
     RUNNING = "running"
     FINISHED = "finished"
 
 
 _NEXT = {
-    SequenceStatus.WAITING: {SequenceStatus.PULLING, SequenceStatus.RUNNING, SequenceStatus.FINISHED},
+    SequenceStatus.WAITING: {
+        SequenceStatus.ENCODING,
+        SequenceStatus.PULLING,
+        SequenceStatus.RUNNING,
+        SequenceStatus.FINISHED,
+    },
+    SequenceStatus.ENCODING: {SequenceStatus.WAITING, SequenceStatus.FINISHED},
     SequenceStatus.PULLING: {SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED},
     SequenceStatus.RUNNING: {SequenceStatus.WAITING, SequenceStatus.FINISHED},
     SequenceStatus.FINISHED: set(),
 }
+
+
+class EncoderInput(NamedTuple):
+    """What the encoder reads for a sequence. Sequences with equal roots share its output."""
+
+    tokens: tuple[int, ...]
+    root: bytes  # of the block hashes of every sequence with this input: covers it (cluster.hashing.chain_root)
+
+
+class ForcedTokens(NamedTuple):
+    """What stands at a place of the output whatever the model would have drawn; None: nothing."""
+
+    second: int | None = None  # behind a prompt of one token
+    last: int | None = None  # where the length ends the stream
+
+
+NOTHING_FORCED = ForcedTokens()
 
 
 class Sequence:
@@ -49,8 +76,11 @@ class Sequence:
         "block_tables",
         "capacity",
         "chain_root",
+        "encoder_input",
         "extents",
         "finish",
+        "forced",
+        "forced_end",
         "fresh",
         "hashes",
         "id",
@@ -92,14 +122,16 @@ class Sequence:
         hashes: Iterable[bytes] = (),
         chain_root: bytes | None = None,
         extents: tuple[int | None, ...] = (),
+        encoder_input: EncoderInput | None = None,
+        forced: ForcedTokens = NOTHING_FORCED,
         stop_after_first: bool = False,
     ) -> None:
         """`id` is unique in the engine, `arrival` rises; larger `priority` comes first.
 
         tokens: prompt + emitted, taken over. hashes: of their full blocks, as far as they are known already.
-        chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA, encoder input).
+        chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA) nor the encoder input's.
         extents: per group, the fixed number of tokens it holds for this sequence, or None where it grows with
-        `tokens`; () means that all groups grow.
+        `tokens`; () means that all groups grow, or with an encoder input that one more holds its output.
         stop_after_first: a source sequence; it ends with LENGTH after one sampled token, the handoff. (A pooled one
         ends with STOP after its prompt, on a source as elsewhere.)
         """
@@ -114,11 +146,14 @@ class Sequence:
         self.priority = priority
         self.order = (-priority, arrival, id)  # smaller is served first
         self.hashes = list(hashes)
-        self.chain_root = chain_root
-        self.extents = extents
+        self.chain_root = chain_root if encoder_input is None else encoder_input.root
+        self.encoder_input = encoder_input
+        self.extents = extents or (() if encoder_input is None else (None, len(encoder_input.tokens)))
+        self.forced = forced
         self.stop_after_first = stop_after_first
         self.status = SequenceStatus.WAITING
         self.finish: FinishReason | None = None
+        self.forced_end = 0  # where `forced.last` stands; set with the next
         self.max_total_tokens = 0  # LENGTH when `tokens` is that long; set when the scheduler accepts it
         self.num_computed = 0
         self.num_confirmed = 0

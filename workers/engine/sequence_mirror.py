@@ -26,10 +26,11 @@ _FIRST_BLOCKS = 16
 class BlockTableArray:
     """Block tables of one group, one row per slot; what lies beyond a row's length is the null block."""
 
-    __slots__ = ("block_size", "lengths", "rows")
+    __slots__ = ("block_size", "extents", "lengths", "rows")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.extents = np.zeros(_FIRST_SLOTS, np.int64)  # tokens that a fixed group holds
         self.rows = np.zeros((_FIRST_SLOTS, _FIRST_BLOCKS), np.int64)
         self.lengths = np.zeros(_FIRST_SLOTS, np.int64)
 
@@ -48,18 +49,25 @@ class BlockTableArray:
     def grow(self, num_slots: int) -> None:
         self.rows = _widen(self.rows, (num_slots, self.rows.shape[1]))
         self.lengths = _widen(self.lengths, (num_slots,))
+        self.extents = _widen(self.extents, (num_slots,))
 
 
 class SequenceMirror:
-    """Follows the deltas of the plans. `tables[g]` and the other arrays are indexed by slot; read only for others."""
+    """Follows the deltas of the plans. `tables[g]` and the other arrays are indexed by slot; read only for others.
+
+    The last `num_fixed` groups do not grow.
+    """
 
     def __init__(
         self,
         block_sizes: Sequence[int],
         eos_token_ids: frozenset[int],
         constraints: ConstraintCompiler | None = None,
+        num_fixed: int = 0,
     ) -> None:
-        self.tables = [BlockTableArray(size) for size in block_sizes]
+        tables = [BlockTableArray(size) for size in block_sizes]
+        num_growing = len(tables) - num_fixed
+        self.tables, self.fixed_tables = tables[:num_growing], tables[num_growing:]
         self.num_prompt = np.zeros(_FIRST_SLOTS, np.int64)
         self.min_tokens = np.zeros(_FIRST_SLOTS, np.int64)
         self.temperature = np.zeros(_FIRST_SLOTS, np.float32)
@@ -72,6 +80,7 @@ class SequenceMirror:
         self.histories: dict[int, History] = {}  # by slot
         self.biases: dict[int, tuple[tuple[int, ...], tuple[float, ...]]] = {}  # by slot: token ids, what is added
         self.readers: dict[int, PromptReader] = {}  # by sequence id
+        self._forced: dict[int, dict[int, int]] = {}  # slot -> position -> what stands there
         self._ending: dict[int, tuple[int, ...]] = {}  # slot -> tokens that end it, if min_tokens forbids them at first
         self._eos_token_ids = eos_token_ids
         self._constraints = constraints
@@ -92,6 +101,7 @@ class SequenceMirror:
             self._ending.pop(slot, None)
             self.histories.pop(slot, None)
             self.biases.pop(slot, None)
+            self._forced.pop(slot, None)
             self.readers.pop(id_, None)
             self._free.append(slot)
         for id_ in plan.preempted:
@@ -126,8 +136,22 @@ class SequenceMirror:
         early = np.flatnonzero(positions - self.num_prompt[slots] < self.min_tokens[slots])
         return tuple((int(i), self._ending[int(slots[i])]) for i in early if int(slots[i]) in self._ending)
 
+    def forced(
+        self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(index, the one token id) of the draws that nothing is drawn for."""
+        if not self._forced:
+            return ()
+        found = (
+            (i, self._forced[slot].get(position))
+            for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True))
+            if slot in self._forced
+        )
+        return tuple((i, (token,)) for i, token in found if token is not None)
+
     def _add(self, new: NewSequence) -> None:
-        assert all(extent is None for extent in new.extents), f"sequence {new.id}: groups of fixed extent come later"
+        extents = [extent for extent in new.extents if extent is not None]
+        assert len(extents) == len(self.fixed_tables), f"sequence {new.id}: {new.extents}"
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -147,10 +171,14 @@ class SequenceMirror:
             ending = tuple(sorted({*params.stop_token_ids, *eos}))
             if ending:
                 self._ending[slot] = ending
+        for table, extent in zip(self.fixed_tables, extents, strict=True):
+            table.extents[slot] = extent
         self._append(slot, new.block_tables)
         self._add_extras(slot, new, params)
 
     def _add_extras(self, slot: int, new: NewSequence, params: SamplingParams) -> None:
+        if new.forced:
+            self._forced[slot] = dict(new.forced)
         tokens: list[int] = []
         if params.needs_history:
             history = self.histories[slot] = History(params, new.num_prompt, self._constraints)
@@ -165,17 +193,17 @@ class SequenceMirror:
             self.readers[new.id] = PromptReader(new.num_prompt, tokens, params.num_prompt_logprobs, params.pooling)
 
     def _append(self, slot: int, blocks: Sequence[Sequence[int]]) -> None:
-        for table, more in zip(self.tables, blocks, strict=True):
+        for table, more in zip((*self.tables, *self.fixed_tables), blocks, strict=True):
             table.append(slot, more)
 
     def _clear(self, slot: int) -> None:
-        for table in self.tables:
+        for table in (*self.tables, *self.fixed_tables):
             table.clear(slot)
 
     def _grow(self) -> None:
         old = len(self.num_prompt)
         size = 2 * old
-        for table in self.tables:
+        for table in (*self.tables, *self.fixed_tables):
             table.grow(size)
         for name in (
             "num_prompt",

@@ -38,6 +38,15 @@ class ScheduledSequence(NamedTuple):
     appends: tuple[tuple[int, ...], ...]  # per group, blocks added to the table; () if none
 
 
+class EncodeRow(NamedTuple):
+    """An encoder input to read before the rows of the step, and the blocks of a fixed group that keep its output."""
+
+    id: int
+    tokens: tuple[int, ...]
+    group: int
+    blocks: tuple[int, ...]
+
+
 class NewSequence(NamedTuple):
     """First sight of a sequence; the ranks keep all of it until it is finished."""
 
@@ -47,6 +56,7 @@ class NewSequence(NamedTuple):
     extents: tuple[int | None, ...]  # see Sequence
     block_tables: tuple[tuple[int, ...], ...]  # per group, this step's appends included
     history: tuple[int, ...] = ()  # all known tokens, where params.needs_history; later ones come as literals
+    forced: tuple[tuple[int, int], ...] = ()  # (position, token): what stands there, whatever would be drawn
 
 
 class ResumedSequence(NamedTuple):
@@ -69,7 +79,7 @@ class BlockCopy(NamedTuple):
 class StepPlan:
     """A delta against what every rank holds. Ranks apply it in this order:
 
-    raises, copies, finished, preempted, new and resumed, then the rows of `sequences` with their appends.
+    raises, copies, finished, preempted, new and resumed, encodes, then the rows of `sequences` with their appends.
     A plan without rows is legal: it still carries the rest.
     """
 
@@ -82,6 +92,12 @@ class StepPlan:
     raises: tuple[BlockRaise, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     num_tokens: int = 0
+    encodes: tuple[EncodeRow, ...] = ()
+
+    @property
+    def computes(self) -> bool:
+        """Whether the device has something to do."""
+        return bool(self.sequences or self.encodes)
 
 
 class PromptLogprobs(NamedTuple):
