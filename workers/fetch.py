@@ -35,6 +35,7 @@ class Fetch:
     lost_at: float = 0.0
     in_flight: set[int] = field(default_factory=set)  # ids of pulls whose end we wait for
     under_it: bool = False  # the source died or failed while it computed this prompt: the prompt is a suspect
+    parked: bool = False  # until it is its turn to ask another source
     blocks_stuck: bool = False  # destination blocks that may still be written
     _missing: list[dict[int, int]] = field(default_factory=list)  # [group] destination block -> its position
     _reading_since: float | None = None
@@ -47,6 +48,11 @@ class Fetch:
     @property
     def complete(self) -> bool:
         return self.last_ticket and not any(self._missing)
+
+    @property
+    def awaits_source(self) -> bool:
+        """Whether a source computes the prompt, as far as is known."""
+        return self.session is not None and not self.last_ticket and not self.source_lost
 
     def valid_blocks(self) -> int:
         """Length of the prefix, in blocks, that is here in every group."""

@@ -44,6 +44,7 @@ class Supply:
         self._metrics = metrics
         self._limits = limits
         self._lingering = Lingering()
+        self._suspect: Request | None = None  # a source died while it computed this prompt; another computes it now
 
     @property
     def num_lingering(self) -> int:
@@ -65,6 +66,9 @@ class Supply:
                 raise NoWorker("no prefill worker is within reach; start one")
             else:
                 request.wait(now + RETRY_S)
+            return
+        if self._waits_its_turn(request):
+            request.wait(now + RETRY_S)
             return
         fetch = self._fetch(request, now)
         if fetch is not None:
@@ -164,6 +168,9 @@ class Supply:
         Raises RequestError."""
         fetch = request.fetch
         assert fetch is not None
+        if fetch.parked:
+            self._ask_another(request, fetch, now)
+            return
         if fetch.is_silent(now):
             fetch.give_up_reads()
             self.advance(request, now)
@@ -197,8 +204,26 @@ class Supply:
             raise error
         if fetch.blocks_stuck:
             self._requeue(request, fetch, now)
-            return
+        else:
+            self._ask_another(request, fetch, now)
+
+    def _waits_its_turn(self, request: Request) -> bool:
+        """Of the prompts under which a source died, one is with a source at a time: if that dies, too, it is known of
+        what, and the others are not blamed."""
+        other = self._suspect
+        if not request.num_deaths or other is request:
+            return False
+        at_source = other is not None and other.fetch is not None and other.fetch.awaits_source
+        if not at_source:
+            self._suspect = request
+        return at_source
+
+    def _ask_another(self, request: Request, fetch: Fetch, now: float) -> None:
         session = self._pairs.pick(request.sources, fetch.tried)
+        fetch.parked = session is not None and self._waits_its_turn(request)
+        if fetch.parked:
+            fetch.source_lost = ""
+            return
         if session is not None:
             self._metrics.spares_used.inc()
             request.route.spare_used += 1

@@ -67,9 +67,17 @@ def test_a_step_that_raises_ends_its_own_sequences_only(chaos: Chaos) -> None:
 
 
 def test_a_prompt_that_kills_two_workers_is_not_given_to_a_third() -> None:
-    with running_chaos(prefill=3, decode=2, main=faulty_worker.serve) as chaos:
-        with pytest.raises(WorkerFailed, match="poison"):
-            chaos.runner.run(chaos.cluster.ask([*TEXTS[1], *faulty_worker.DIES], GREEDY, "poison"))
+    with running_chaos(prefill=3, decode=1, main=faulty_worker.serve) as chaos:
+
+        async def crowd() -> list[Answer]:
+            """Others whose prompts are with the same sources, and the one that kills them."""
+            bystanders = chaos.ask(TEXTS * 2)
+            with pytest.raises(WorkerFailed, match="poison"):
+                await chaos.cluster.ask([*TEXTS[1], *faulty_worker.DIES], GREEDY, "poison")
+            return await asyncio.gather(*bystanders)
+
+        for text, answer in zip(TEXTS * 2, chaos.runner.run(crowd()), strict=True):
+            assert_greedy(text, answer)
         chaos.runner.run(chaos.cluster.until(lambda: len(chaos.dead()) == 2, "two deaths"))
         dead = chaos.dead()
         assert all(name.startswith("prefill") for name in dead)
