@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from cluster.config import LimitsConfig
+from cluster.hashing import chain_root, salt_of
 from cluster.protos import worker_pb2 as pb
 from deploy.api_keys import ApiKeys, KeyLimits
 from deploy.tokenizer import Tokenizer
@@ -96,6 +97,24 @@ def test_what_is_over_a_limit_of_its_key_is_429_and_says_which(tokenizer: Tokeni
         assert ask("single").status_code == 200
         assert door.outcomes("busy") == 3
         assert door.metrics.value("sluice_ingress_rejections_total", {"limit": "key_max_concurrent"}) == 1
+
+
+def test_a_salt_of_the_key_and_one_of_the_request_make_one(tokenizer: Tokenizer, worker: ScriptedWorker) -> None:
+    keys = ApiKeys(
+        {name: sha256(name.encode()).digest() for name in ("ann", "bob")}, {"ann": KeyLimits(cache_salt="hers")}
+    )
+    with front_door(tokenizer, api_keys=keys) as door:
+        door.connect(worker)
+        roots: list[bytes] = []
+        for name, body in (("ann", {}), ("ann", {"cache_salt": "x"}), ("bob", {"cache_salt": "x"}), ("bob", {})):
+            body = {"model": "tiny", "prompt": PROMPT, **body}
+            headers = {"authorization": f"Bearer {name}"}
+            assert httpx.post(f"{door.url}/v1/completions", json=body, headers=headers).status_code == 200
+            roots.append(worker.submits[-1].chain_root)
+        salts = (salt_of("hers", ""), salt_of("hers", "x"), salt_of("", "x"))
+        assert roots == [*(chain_root(worker.compatibility_hash, salt=salt) for salt in salts), b""]
+        refused = httpx.post(f"{door.url}/v1/completions", json={**body, "cache_salt": ""}, headers=headers)
+        assert "cache_salt" in error(refused, 400)["message"]
 
 
 @pytest.mark.parametrize(
