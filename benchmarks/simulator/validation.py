@@ -1,0 +1,204 @@
+"""The simulator against a real cluster of this machine, on one trace.
+
+    python -m benchmarks.simulator validate [--span 40] [--sessions-per-s 1] [--policies …] [--json FILE]
+
+Two prefill and two decode workers as plain processes over gRPC and NIXL, a Llama of 6 M parameters in fp32 with random
+weights, the router in this process. First the costs are measured: of steps in this process alone (benchmarks/simulator/
+calibration.py), of words and reads by short requests through the idle cluster. Then the trace is sent to the cluster,
+and run in virtual time with these costs. What is compared was not used to find them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks import checkpoint
+from benchmarks.neighbours import Neighbours
+from benchmarks.report import Figure, Report, Setting, progress, publish
+from benchmarks.simulator import calibration
+from benchmarks.simulator.cluster import Record, Setup, simulate
+from benchmarks.simulator.comparison import POLICIES
+from benchmarks.simulator.outcome import Objective, Outcome
+from benchmarks.simulator.step_cost import StepCost
+from benchmarks.simulator.trace import TraceRequest
+from benchmarks.simulator.traffic import Conversations
+from cluster.config import KvConfig, Role, RouterConfig
+from cluster.request import SamplingParams
+from tests.support.plain_cluster import PlainCluster, plain_cluster
+from workers.engine.scheduler import SchedulerLimits
+
+BLOCK = 16
+NUM_BLOCKS = 400
+VOCAB = checkpoint.SMALL.vocab_size
+LIMITS = SchedulerLimits(
+    max_batched_tokens=2048,
+    max_sequences=64,
+    max_model_len=checkpoint.SMALL.max_position_embeddings,
+    prefill_reserve=KvConfig().prefill_reserve,
+    chunk_tokens=512,
+)
+CHAT = Conversations(
+    sessions_per_s=1,
+    span_s=40,
+    seed=5,
+    num_beginnings=8,
+    beginning_tokens=300,
+    question_tokens=60,
+    answer_tokens=20,
+    pause_s=3,
+    max_tokens=1200,
+    trace_block=BLOCK,
+)
+OBJECTIVE = Objective(ttft_s=0.5, gap_s=0.1)
+_NUM_SHORT = 30
+_FRAMES = 4  # before the first token: submit, ask, ticket, tokens
+_READ_BLOCKS = 40
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--span", type=float, default=CHAT.span_s, help="seconds of the trace")
+    parser.add_argument("--sessions-per-s", type=float, default=CHAT.sessions_per_s)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["kv_aware", "round_robin"])
+    parser.add_argument("--json", type=Path)
+
+
+def run(options: argparse.Namespace) -> None:
+    setting = Setting.here()
+    trace = replace(CHAT, sessions_per_s=options.sessions_per_s).lasting(options.span).requests()
+    figures: list[Figure] = []
+    details: dict[str, object] = {}
+    neighbours = Neighbours()
+    with tempfile.TemporaryDirectory() as name:
+        folder = checkpoint.write(Path(name))
+        progress("steps …")
+        steps = calibration.measure(folder, BLOCK)
+        coefficients, error = steps.fit()
+        figures.append(Figure("error of a step, median", 100 * error, "%", note="of the fit to the measured steps"))
+        for policy in options.policies:
+            progress(f"{policy} …")
+            cost, real = asyncio.run(_serve(folder, policy, steps.block_bytes, list(coefficients), trace))
+            simulated = simulate(_setup(cost, policy), trace)
+            details[policy] = {"cost": asdict(cost)}
+            figures += _compared(policy, real, simulated)
+    foreign = f"neighbours kept {neighbours.num_cores():.1f} cores"
+    what = f"the simulator against 2 + 2 real workers, {len(trace)} requests; {foreign}"
+    arguments = {"span": options.span, "sessions_per_s": options.sessions_per_s}
+    publish(Report("simulator-validation", what, arguments, figures, setting, details), options.json)
+
+
+def _setup(cost: StepCost, policy: str) -> Setup:
+    return Setup(
+        num_workers={Role.PREFILL: 2, Role.DECODE: 2},
+        cost=cost,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK,
+        trace_block=BLOCK,
+        vocab_size=VOCAB,
+        router=RouterConfig.model_validate({"policy": policy}),
+        scheduler=LIMITS,
+    )
+
+
+def _compared(policy: str, real: Sequence[Record], simulated: Sequence[Record]) -> list[Figure]:
+    span_s = real[-1].at_s + 1
+    measured, expected = (Outcome.of(policy, each, OBJECTIVE, from_s=0, to_s=span_s) for each in (real, simulated))
+    rows = (
+        ("hit rate", 1.0, "", measured.hit_rate, expected.hit_rate),
+        ("hit or fetched", 1.0, "", measured.hit_rate + measured.fetch_rate, expected.hit_rate + expected.fetch_rate),
+        ("TTFT p50", 1e3, "ms", measured.ttft_p50, expected.ttft_p50),
+        ("TTFT p99", 1e3, "ms", measured.ttft_p99, expected.ttft_p99),
+        ("between tokens p50", 1e3, "ms", measured.gap_p50, expected.gap_p50),
+    )
+    return [
+        Figure(
+            f"{name}, {policy}",
+            factor * simulated_value,
+            unit,
+            factor * real_value,
+            note=f"bound: the real one; error {simulated_value / real_value - 1:+.0%}" if real_value else "",
+        )
+        for name, factor, unit, real_value, simulated_value in rows
+    ]
+
+
+# ---------------------------------------------------------------- the real cluster
+
+
+async def _serve(
+    folder: Path, policy: str, block_bytes: int, coefficients: Sequence[float], trace: Sequence[TraceRequest]
+) -> tuple[StepCost, list[Record]]:
+    settings: Mapping[str, object] = {
+        "model.path": str(folder),
+        "model.load_format": "dummy",
+        "kv.block_size": BLOCK,
+        "kv.num_blocks": NUM_BLOCKS,
+        "scheduler.max_batched_tokens": LIMITS.max_batched_tokens,
+        "scheduler.max_sequences": LIMITS.max_sequences,
+        "scheduler.chunk_tokens": LIMITS.chunk_tokens,
+        "router.policy": policy,
+        "transfer.late_read_s": 5.0,
+        "transfer.stuck_read_s": 15.0,
+    }
+    async with plain_cluster(settings, prefill=2, decode=2) as cluster:
+        cost = await _costs(cluster, block_bytes, coefficients)
+        await cluster.router.clear_cache()
+        started = time.monotonic()
+        records = [Record(request, request.at_ms / 1000) for request in trace]
+        async with asyncio.TaskGroup() as tasks:
+            for number, record in enumerate(records):
+                tasks.create_task(_send(cluster, f"r{number}", record, started))
+        return cost, records
+
+
+async def _send(cluster: PlainCluster, request_id: str, record: Record, started: float) -> None:
+    await asyncio.sleep(max(0.0, started + record.at_s - time.monotonic()))
+    request = record.request
+    sampling = SamplingParams(max_tokens=request.num_output, ignore_eos=True)
+    async for tokens, answer in cluster.stream(request.prompt(VOCAB, BLOCK), sampling, request_id):
+        now = time.monotonic() - started
+        if tokens and record.first_at_s is None:
+            record.first_at_s = now
+        if answer is not None:
+            route = answer.route
+            record.last_at_s, record.num_tokens = now, len(answer.token_ids)
+            record.hit_tokens = (
+                route.decode_prefix_hit_tokens if route.local_prefill else route.prefill_prefix_hit_tokens
+            )
+            record.fetched_tokens = route.fetched.blocks * BLOCK
+
+
+async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence[float]) -> StepCost:
+    """Words and reads from prompts through the idle cluster, one after the other: of a block, and of some."""
+    fixed, prompt_token, attention, sequence, context_token = coefficients
+    reads: dict[int, list[float]] = {1: [], _READ_BLOCKS: []}
+    firsts: list[float] = []
+    for number in range(2 * _NUM_SHORT):
+        num_blocks = _READ_BLOCKS if number % 2 else 1
+        trace = TraceRequest(0, num_blocks * BLOCK, 1, tuple(range(1000 * number, 1000 * number + num_blocks)))
+        sent = time.monotonic()
+        async for tokens, answer in cluster.stream(trace.prompt(VOCAB, BLOCK), SamplingParams(max_tokens=2)):
+            if tokens and num_blocks == 1 and answer is None:
+                firsts.append(time.monotonic() - sent)
+            if answer is not None:
+                reads[num_blocks].append(answer.route.transfer_s)
+    short, long = (statistics.median(reads[number]) for number in (1, _READ_BLOCKS))
+    cost = StepCost(
+        fixed=fixed,
+        prompt_token=prompt_token,
+        attention=attention,
+        sequence=sequence,
+        context_token=context_token,
+        read=short,
+        bytes_per_s=block_bytes * (_READ_BLOCKS - 1) / max(1e-6, long - short),
+        block_bytes=block_bytes,
+        words=0.0,
+    )
+    step_s = fixed + BLOCK * (prompt_token + attention * BLOCK / 2)
+    return replace(cost, words=max(0.0, (statistics.median(firsts) - step_s) / _FRAMES))
