@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         report.close()
     return judge.tell(
-        options.report,
+        (options.report,),
         at_least=options.at_least,
         num_states=options.states,
         times=options.times,

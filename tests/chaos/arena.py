@@ -180,6 +180,8 @@ class Arena:
             self.open.gone(name)
             return
         worker = self.cluster.workers.pop(name)
+        assert worker.member is not None
+        self.watch.forget(worker.member.incarnation)
         await asyncio.to_thread(worker.process.join)
         await asyncio.to_thread(self._readers.pop(name).join)
         worker.pipe.close()

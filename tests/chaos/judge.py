@@ -1,6 +1,6 @@
 """Judges the report of a chaos run. It was not there: what it says follows from the lines alone.
 
-    python -m tests.chaos.judge REPORT [--at-least 15] [--states 3] [--times judge|tell] [--json FILE]
+    python -m tests.chaos.judge REPORT … [--at-least 15] [--states 3] [--times judge|tell] [--json FILE]
 
 Nothing may be lost, doubled, resampled or wrong, whatever died; nothing may be held when nobody asks; nobody may die
 of something else. `--at-least` asks for so many faults of each kind that kills, freezes or cuts, in `--states`
@@ -306,31 +306,34 @@ def _next_token_s(fault: Fault, told: Told) -> float | None:
     return next((got.at_s - fault.at_s for got in told.got if got.at_s >= fault.at_s), None)
 
 
-def tell(report: Path, *, at_least: int, num_states: int, times: str, json_path: Path | None) -> int:
+def tell(reports: Sequence[Path], *, at_least: int, num_states: int, times: str, json_path: Path | None) -> int:
     """Judges and prints; an exit status."""
-    try:
-        verdict = Judge(at_least=at_least, num_states=num_states, judges_times=times == "judge").judge(read(report))
-    except UnreadableReport as error:
-        print(error)
-        return 2
-    show(verdict)
+    verdicts: list[Verdict] = []
+    for report in reports:
+        judge = Judge(at_least=at_least, num_states=num_states, judges_times=times == "judge")
+        try:
+            verdicts.append(judge.judge(read(report)))
+        except UnreadableReport as error:
+            print(error)
+            return 2
+        show(verdicts[-1])
     if json_path is not None:
-        json_path.write_text(json.dumps(summary(verdict), indent=2) + "\n")
-    return 0 if verdict.good else 1
+        json_path.write_text(json.dumps({"runs": [summary(verdict) for verdict in verdicts]}, indent=2) + "\n")
+    return 0 if all(verdict.good for verdict in verdicts) else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT")
     parser.add_argument("--at-least", type=int, default=0, help="faults of each kind")
     parser.add_argument("--states", type=int, default=1, help="in so many states each")
     parser.add_argument("--times", choices=("judge", "tell"), default="judge")
-    parser.add_argument("--json", type=Path, help="write the summary here, too")
+    parser.add_argument("--json", type=Path, help="write the summaries here, too")
     options = parser.parse_args()
     return tell(
-        options.report,
+        options.reports,
         at_least=options.at_least,
         num_states=options.states,
         times=options.times,

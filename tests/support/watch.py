@@ -67,6 +67,10 @@ class Watch:
             raise AssertionError(f"{name}: not within {DEADLINE_S:g} s: {what}; {load}") from None
         return load
 
+    def forget(self, incarnation: str) -> None:
+        """It is dead: nobody asks it any more."""
+        self._dialer.drop(incarnation)
+
     def _workers(self) -> list[WorkerProcess]:
         return list(self._cluster.workers.values())
 
