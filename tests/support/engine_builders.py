@@ -9,12 +9,16 @@ from cluster.hashing import chain_root
 from cluster.request import RequestKey, SamplingParams
 from workers.engine.block_manager import BlockManager, BlockState, GroupCapacity
 from workers.engine.scheduler import Scheduler, SchedulerLimits
-from workers.engine.sequence import Sequence
+from workers.engine.sequence import EncoderInput, Sequence
 from workers.engine.step_plan import Literal, ScheduledSequence, StepOutcome, StepPlan, StepResult
 
 ROOT = chain_root(b"engine tests")
 EOS = 0
 VOCABULARY = 50
+
+
+def encoder_input(tokens: tuple[int, ...]) -> EncoderInput:
+    return EncoderInput(tokens, chain_root(b"engine tests", encoder_tokens=tokens))
 
 
 def history(previous: int, token: int) -> int:
@@ -59,6 +63,9 @@ class RankDouble:
         self.group = group
         self.block_size = blocks.groups[group].block_size
         self.memory: dict[int, list[int]] = {}
+        self.outputs: dict[int, tuple[int, ...]] = {}  # block of the fixed group -> the encoder input it was made of
+        self.inputs: dict[int, tuple[int, ...]] = {}  # sequence -> its encoder input, as the test gave it
+        self.num_encoded = 0
         self.tables: dict[int, list[list[int]]] = {}
         self.known: set[int] = set()
         self.previous: list[int | None] = []
@@ -81,6 +88,14 @@ class RankDouble:
         for resumed in plan.resumed:
             assert resumed.id in self.known and resumed.id not in self.tables
             self.tables[resumed.id] = [list(table) for table in resumed.block_tables]
+        for encode in plan.encodes:
+            self.num_encoded += 1
+            assert encode.tokens == self.inputs[encode.id] and encode.group == 1
+            assert len(encode.blocks) == -(-len(encode.tokens) // self.blocks.groups[1].block_size)
+            for block in encode.blocks:
+                found = self.blocks.state(1, block)
+                assert found is BlockState.FILLING or (self.late and found is BlockState.FREE)
+                self.outputs[block] = encode.tokens
         assert len({row.id for row in plan.sequences}) == len(plan.sequences)
         assert plan.num_tokens == sum(row.num_tokens for row in plan.sequences)
         sampled: dict[int, int] = {}
@@ -105,6 +120,8 @@ class RankDouble:
             assert token is not None
             tokens = (token,)
         assert len(tokens) == row.num_tokens >= 1
+        if row.id in self.inputs:
+            assert tables[1] and all(self.outputs[block] == self.inputs[row.id] for block in tables[1])
         table = tables[self.group]
         state = self.at(table, row.start - 1) if row.start else 0
         for position, token in enumerate(tokens, row.start):
@@ -148,6 +165,7 @@ class EngineDouble:
         chunk_tokens: int = 8,
         enable_prefix_cache: bool = True,
         extra_groups: tuple[GroupCapacity, ...] = (),
+        max_encoder_tokens: int = 0,
         late: bool = False,
     ) -> None:
         groups = [GroupCapacity("self", num_blocks, block_size), *extra_groups]
@@ -158,6 +176,7 @@ class EngineDouble:
             max_model_len=max_model_len,
             prefill_reserve=prefill_reserve,
             chunk_tokens=chunk_tokens,
+            max_encoder_tokens=max_encoder_tokens,
         )
         self.scheduler = Scheduler(self.blocks, self.limits, ROOT, eos_token_ids=frozenset({EOS}))
         self.rank = RankDouble(self.blocks, late=late)
@@ -174,6 +193,7 @@ class EngineDouble:
         priority: int = 0,
         stop_after_first: bool = False,
         extents: tuple[int | None, ...] = (),
+        encoder_tokens: tuple[int, ...] = (),
         params: SamplingParams | None = None,
     ) -> Sequence:
         id_ = next(self._ids)
@@ -187,7 +207,10 @@ class EngineDouble:
             priority=priority,
             stop_after_first=stop_after_first,
             extents=extents,
+            encoder_input=encoder_input(encoder_tokens) if encoder_tokens else None,
         )
+        if encoder_tokens:
+            self.rank.inputs[id_] = encoder_tokens
         return seq
 
     def step(self) -> tuple[StepPlan, StepOutcome]:

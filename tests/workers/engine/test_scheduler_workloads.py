@@ -23,6 +23,7 @@ from workers.engine.sequence import Sequence, SequenceStatus
 from workers.engine.step_plan import StepOutcome
 
 STEMS = [list(range(1, 17)), [7] * 12, list(range(20, 30))]  # prompts share these, so that prefixes are hit
+ENCODER_INPUTS = [(5,) * 3, (6,) * 8, (7,) * 17]  # 1, 2 and 5 blocks of 6
 MAX_MODEL_LEN = 24
 
 
@@ -63,7 +64,8 @@ class Workload(RuleBasedStateMachine):
             prefill_reserve=reserve,
             chunk_tokens=6,
             enable_prefix_cache=cache,
-            extra_groups=(GroupCapacity("cross", 6, 4),),
+            extra_groups=(GroupCapacity("cross", 6, 4, is_fixed=True),),
+            max_encoder_tokens=30,
             late=self.overlapped,
         )
         self.ledger = Ledger(self.engine.blocks, lease_s=10.0, late_read_s=1.0)
@@ -81,11 +83,14 @@ class Workload(RuleBasedStateMachine):
         )
         expected = expected_tokens(prompt, params, MAX_MODEL_LEN)
         replayed = data.draw(st.integers(0, len(expected) - 1))
+        # Some read an encoder input, which several share; others hold a fixed extent of their own.
+        encoder_tokens = data.draw(st.sampled_from([(), *ENCODER_INPUTS]))
         seq = self.engine.sequence(
             prompt + expected[:replayed],
             num_prompt=len(prompt),
             priority=data.draw(st.integers(0, 1)),
-            extents=(None, data.draw(st.integers(0, 5))),
+            extents=() if encoder_tokens else (None, data.draw(st.integers(0, 5))),
+            encoder_tokens=encoder_tokens,
             stop_after_first=source,
             params=params,
         )
@@ -120,6 +125,9 @@ class Workload(RuleBasedStateMachine):
         return cases.pop(data.draw(st.integers(0, len(cases) - 1)))
 
     def reserve(self, case: Case) -> bool:
+        if case.seq.encoder_input is not None:
+            self.add(case)  # nobody else has what its encoder made
+            return True
         try:
             case.reservation = self.engine.scheduler.reserve_for_pull(case.seq)
         except RequestTooLong:
@@ -206,7 +214,7 @@ class Workload(RuleBasedStateMachine):
         for seq in preempted:
             case = next(case for case in self.cases if case.seq is seq)
             choice = data.draw(st.sampled_from(["recompute", "park", "pull"]))
-            if seq.stop_after_first or choice == "recompute":
+            if seq.stop_after_first or seq.encoder_input is not None or choice == "recompute":
                 continue
             if choice == "park":
                 self.engine.scheduler.park(seq)
@@ -217,7 +225,8 @@ class Workload(RuleBasedStateMachine):
     @rule(data=st.data())
     def pull_queued(self, data: st.DataObject) -> None:
         """At any time, preempted by a plan in flight or not."""
-        queued = [case for case in self.cases if case.seq.is_queued and not case.seq.stop_after_first]
+        here = [case for case in self.cases if case.seq.encoder_input is None]
+        queued = [case for case in here if case.seq.is_queued and not case.seq.stop_after_first]
         if queued:
             self.reserve_queued(data.draw(st.sampled_from(queued)))
 

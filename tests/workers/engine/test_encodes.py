@@ -1,0 +1,200 @@
+"""Two groups, one reservation: outputs of encoders beside the blocks that grow. See test_scheduler_workloads, too."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import ConfigError
+from cluster.request import SamplingParams
+from tests.support.engine_builders import EngineDouble, encoder_input, expected_tokens
+from workers.engine.block_manager import BlockCounts, BlockManager, GroupCapacity
+from workers.engine.block_tables import BlockTables
+from workers.engine.capacity import default_fixed_fraction, num_blocks_per_group
+from workers.engine.sequence import Sequence, SequenceStatus
+
+INPUTS = [(5,) * 3, (6,) * 8, (7,) * 17, (8,) * 13]  # 1, 2, 5 and 4 blocks
+
+
+def engine(*, num_blocks: int = 12, num_fixed_blocks: int = 8, max_encoder_tokens: int = 20) -> EngineDouble:
+    return EngineDouble(
+        num_blocks,
+        4,
+        max_model_len=40,
+        extra_groups=(GroupCapacity("cross", num_fixed_blocks, 4, is_fixed=True),),
+        max_encoder_tokens=max_encoder_tokens,
+    )
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def held(double: EngineDouble, group: int) -> int:
+    counts = double.blocks.counts(group)
+    return counts.filling + counts.ready
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_refusals_of_either_group_at_any_step(data: st.DataObject) -> None:
+    """Somebody else takes blocks of one group or the other, for a step at a time, so that every reservation is refused
+    somewhere: nobody holds half of what it asked for, nothing leaks, and every stream is whole in the end."""
+    double = engine()
+    cases: list[tuple[Sequence, list[int]]] = []
+    aborted: set[int] = set()
+    for _ in range(data.draw(st.integers(4, 25))):
+        for _ in range(data.draw(st.integers(0, 2))):
+            prompt = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+            params = greedy(data.draw(st.integers(1, 9)))
+            seq = double.sequence(prompt, encoder_tokens=data.draw(st.sampled_from(INPUTS)), params=params)
+            double.scheduler.add(seq)
+            cases.append((seq, expected_tokens(prompt, params, 40)))
+        available = [double.blocks.num_available(group) for group in (0, 1)]
+        taken = double.blocks.reserve([data.draw(st.integers(0, count)) for count in available])
+        assert taken is not None
+        double.step()
+        for group, blocks in enumerate(taken):
+            double.blocks.release(group, blocks)
+        double.scheduler.check_integrity()
+        for seq, _ in cases:
+            if seq.status is SequenceStatus.RUNNING:
+                assert all(seq.block_tables), "one group without the other"
+            elif seq.block_tables:
+                assert seq.status is SequenceStatus.WAITING and not seq.block_tables[0], "decoder blocks without a row"
+        if cases and data.draw(st.integers(0, 4)) == 0:
+            seq, _ = data.draw(st.sampled_from(cases))
+            if not seq.is_finished:
+                aborted.add(seq.id)
+                double.scheduler.abort(seq)
+    double.run()
+    for seq, expected in cases:
+        assert seq.id in aborted or double.emitted[seq.id] == expected
+    double.check_empty()
+
+
+@pytest.mark.parametrize("taken", [(3, 0), (0, 1), (3, 1)])
+def test_a_reservation_takes_all_groups_or_none(taken: tuple[int, int]) -> None:
+    """Two hits in each group, then one group is short, then the other, then both: as if nothing had been asked."""
+    blocks = BlockManager([GroupCapacity("self", 5, 4), GroupCapacity("cross", 3, 4, is_fixed=True)])
+    tables = BlockTables(blocks, b"root" * 4)
+    double = engine()
+    warm = double.sequence(list(range(1, 9)), encoder_tokens=INPUTS[1])
+    assert tables.occupy_output(warm)
+    tables.fill_output(warm)
+    assert tables.occupy(warm, 0, spare=[0, 0], for_transfer=False)
+    tables.fill(warm, 8)
+    tables.drop(warm)
+    other = blocks.reserve(taken)
+    assert other is not None
+    before = [blocks.counts(0), blocks.counts(1)]
+    assert before[0].cached == before[1].cached == 2
+    # Its prompt needs one block more than the three that are left; its encoder's output is all there.
+    seq = double.sequence([*range(1, 9), *range(20, 33)], encoder_tokens=INPUTS[1])
+    assert tables.occupy(seq, 5, spare=[0, 0], for_transfer=False) is False
+    # Another one's output is not: two blocks where one is left.
+    fresh = double.sequence([1], encoder_tokens=(9,) * (4 * (4 - taken[1])))
+    assert tables.occupy(fresh, 0, spare=[0, 0], for_transfer=False) is False
+    assert tables.occupy_output(fresh) is False
+    assert [blocks.counts(0), blocks.counts(1)] == before
+    assert seq.block_tables == fresh.block_tables == []
+    blocks.check_integrity()
+
+
+def test_a_sequence_without_its_output_is_no_victim_and_holds_no_decoder_block() -> None:
+    double = engine(num_blocks=4)
+    running = double.sequence([1, 2, 3], encoder_tokens=INPUTS[0], params=greedy(13))
+    double.scheduler.add(running)
+    double.step()
+    double.step()
+    late = double.sequence([1] * 9, encoder_tokens=INPUTS[1], params=greedy(2))
+    double.scheduler.add(late)
+    double.run()
+    assert running.num_preemptions == late.num_preemptions == 0
+    double.check_empty()
+
+
+def test_an_output_that_waits_gives_way_to_an_earlier_sequence() -> None:
+    """Else a sequence whose own output was lost could wait for ever for one that waits for its room."""
+    double = engine(num_blocks=4, num_fixed_blocks=6)
+    running = double.sequence([1] * 11, encoder_tokens=INPUTS[0], params=greedy(5))
+    double.scheduler.add(running)
+    double.step()
+    double.step()
+    later = double.sequence([2] * 9, encoder_tokens=INPUTS[3], params=greedy(3))
+    double.scheduler.add(later)
+    double.step()
+    double.step()
+    assert later.status is SequenceStatus.WAITING and len(later.block_tables[1]) == 4
+    earlier = double.sequence([3] * 9, priority=1, encoder_tokens=INPUTS[1], params=greedy(3))
+    double.scheduler.add(earlier)
+    double.step()
+    assert later.block_tables == [] and len(earlier.block_tables[1]) == 2
+    double.run()
+    for seq in (running, later, earlier):
+        assert double.emitted[seq.id] == expected_tokens(seq.tokens[: seq.num_prompt], seq.params, 40)
+    assert double.rank.num_encoded == 4, "the later one's input was read again"
+    double.check_empty()
+
+
+def test_encoder_inputs_of_a_step_stay_within_their_budget() -> None:
+    double = engine(num_fixed_blocks=30, max_encoder_tokens=20)
+    for tokens in INPUTS:
+        double.scheduler.add(double.sequence([1, 2], encoder_tokens=tokens, params=greedy(2)))
+    sizes = []
+    while double.scheduler.has_work:
+        plan, _ = double.step()
+        sizes.append([len(row.tokens) for row in plan.encodes])
+    assert [size for size in sizes if size] == [[3, 8], [17], [13]]
+    assert double.rank.num_encoded == 4
+
+
+def test_a_cleared_cache_and_a_disabled_one_read_again() -> None:
+    for cached in (True, False):
+        double = EngineDouble(
+            12,
+            4,
+            extra_groups=(GroupCapacity("cross", 8, 4, is_fixed=True),),
+            max_encoder_tokens=20,
+            enable_prefix_cache=cached,
+        )
+        for _ in range(2):
+            double.scheduler.add(double.sequence([1, 2], encoder_tokens=INPUTS[1], params=greedy(2)))
+            double.run()
+        assert double.rank.num_encoded == (1 if cached else 2)
+        double.blocks.clear_cache()
+        double.scheduler.add(double.sequence([1, 2], encoder_tokens=INPUTS[1], params=greedy(2)))
+        double.run()
+        assert double.rank.num_encoded == (2 if cached else 3)
+        double.check_empty()
+
+
+def test_events_tell_of_prefixes_alone() -> None:
+    double = engine()
+    double.scheduler.add(double.sequence([1] * 5, encoder_tokens=INPUTS[2], params=greedy(2)))
+    double.run()
+    events = double.blocks.drain_events()
+    assert [event.group for event in events] == [0]
+    assert double.blocks.is_registered(events[0].hash)
+    assert double.blocks.counts(1) == BlockCounts(3, 0, 0, 5, 0)
+
+
+def test_equal_decoder_prompts_share_blocks_where_their_inputs_are_equal() -> None:
+    double = engine(num_fixed_blocks=20)
+    hits = []
+    for tokens in (INPUTS[1], INPUTS[3], INPUTS[1]):
+        seq = double.sequence([1] * 9, encoder_tokens=tokens, params=greedy(1))
+        assert seq.chain_root == encoder_input(tokens).root
+        double.scheduler.add(seq)
+        double.run()
+        hits.append(seq.prefix_hit_tokens)
+    assert hits == [0, 0, 8]
+
+
+def test_memory_is_shared_out_by_what_a_full_sequence_holds() -> None:
+    fraction = default_fixed_fraction((300, 100))
+    assert fraction == 0.25
+    assert num_blocks_per_group(1000, (30, 20), (1 - fraction, fraction)) == [25, 12]
+    with pytest.raises(ConfigError, match="50 bytes hold no block of 60 bytes; raise it"):
+        num_blocks_per_group(100, (10, 60), (0.5, 0.5))
