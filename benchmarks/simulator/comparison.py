@@ -25,12 +25,12 @@ from benchmarks.simulator.traffic import Conversations
 from cluster.config import RouterConfig
 
 POLICIES = ("kv_aware", "least_loaded", "round_robin")
-SPEEDS = (1.0, 2.0, 3.0, 4.0)
+SPEEDS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 WARM_SHARE = 0.2
 OBJECTIVE = Objective(ttft_s=1.0, gap_s=0.025)
 CHAT = Conversations(
     sessions_per_s=5,
-    span_s=480,
+    span_s=160,
     seed=0,
     num_beginnings=200,
     beginning_tokens=6000,

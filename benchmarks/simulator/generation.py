@@ -1,6 +1,6 @@
 """A trace of conversations, written as JSON lines.
 
-python -m benchmarks.simulator trace FILE [--seed 0] [--span 480] [--sessions-per-s 5] [--beginnings 200] …
+python -m benchmarks.simulator trace FILE [--seed 0] [--span 160] [--sessions-per-s 5] [--beginnings 200] …
 """
 
 from __future__ import annotations

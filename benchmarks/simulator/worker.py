@@ -15,47 +15,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Final, Protocol
+from typing import Final
 
+from benchmarks.simulator.account import Account
 from benchmarks.simulator.fetching import Fetching, Link
+from benchmarks.simulator.line import Ear, Line
 from benchmarks.simulator.step_cost import StepCost
 from cluster import hashing
 from cluster.membership import Member
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
-from cluster.session import Session
 from workers.block_log import BlockLog
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceStatus
 from workers.engine.step_plan import StepOutcome, StepPlan, StepResult
-from workers.rate import Rate
 
-REPORT_S: Final = 0.1  # as workers/worker.py has them
-PUBLISH_S: Final = 0.05
+PUBLISH_S: Final = 0.05  # as workers/worker.py has it; reports come half as often
 RETRY_S: Final = 0.05
 TICK_S: Final = 0.01
 _FIRST_ANSWER_TOKEN: Final = 1 << 31  # no prompt has it
-
-
-class Ear(Protocol):
-    """Where the router hears a worker."""
-
-    def heard(self, session: Session, frame: pb.Frame) -> None: ...
-
-    def heard_blocks(self, session: Session, events: pb.BlockEvents) -> None: ...
-
-
-class Line(Session):
-    """The router's end of a session: what it sends arrives at the worker after a while."""
-
-    def __init__(self, worker: SimulatedWorker, member: Member) -> None:
-        self.peer = pb.Identity(kind=pb.WORKER, name=member.name, incarnation=member.incarnation)
-        self.id = member.incarnation
-        self._worker = worker
-
-    def send(self, frame: pb.Frame, key: RequestKey | None = None) -> None:
-        self._worker.hear(frame)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +70,8 @@ class _Prompt:
     sequence: Sequence
     next_block: int
     leased: list[tuple[int, int]]
+    accepted_at: float
+    has_begun: bool = False
     fetched_blocks: int = 0
 
 
@@ -108,11 +89,11 @@ class SimulatedWorker:
     ) -> None:
         self.member = member
         self.shape = shape
-        self.line = Line(self, member)
+        self.line = Line(self.hear, member)
         self.draining = False
         self.blocks = BlockManager([GroupCapacity("self", shape.num_blocks, shape.block_size)])
         self.scheduler = Scheduler(self.blocks, shape.limits, hashing.chain_root(member.compatibility_hash))
-        self.busy_s = 0.0  # in steps with prompts
+        self.account = Account(shape.limits.max_sequences, loop.time())
         self._cost = shape.cost
         self._peers = peers
         self._router = router
@@ -129,7 +110,6 @@ class SimulatedWorker:
         )
         fetchings[member.incarnation] = self._fetching
         self._log = BlockLog(self.blocks)
-        self._rate = Rate()
         self._ids = count(1)
         self._requests: dict[int, _Request] = {}  # by id of the sequence
         self._prompts: dict[int, _Prompt] = {}
@@ -138,13 +118,14 @@ class SimulatedWorker:
         self._woken = False
         self._num_pending = 0
         self._has_news = True  # for the next report
+        self._is_telling = True
+        self._num_told = 0
 
     # ------------------------------------------------------------ words
 
     def start(self) -> None:
-        """Reports and publishes from now on, as long as the loop runs."""
-        self._every(REPORT_S, self._report)
-        self._every(PUBLISH_S, self._publish)
+        """Reports and publishes from now on, as long as it is among its peers."""
+        self._tell_news()
 
     def hear(self, frame: pb.Frame) -> None:
         match frame.WhichOneof("kind"):
@@ -165,13 +146,21 @@ class SimulatedWorker:
         """Whom the requests here have asked, or will."""
         return {request.source for request in self._requests.values()}
 
-    def _every(self, seconds: float, call: Callable[[], None]) -> None:
-        def again() -> None:
-            if self.member.incarnation in self._peers:
-                call()
-                self._loop.call_later(seconds, again)
-
-        again()
+    def _tell_news(self) -> None:
+        """Events every PUBLISH_S, a report every second time. Nothing where nothing has changed since the last ones."""
+        if self.member.incarnation not in self._peers:
+            return
+        self._num_told += 1
+        events = self._log.collect()
+        if events is not None:
+            self._say_bulk(events)
+        if self._num_told % 2:
+            self._is_telling = bool(self.num_open) or self._has_news
+            if self._is_telling:
+                self._has_news = False
+                self._say(pb.Frame(load_report=self.report()))
+        if self._is_telling:
+            self._loop.call_later(PUBLISH_S, self._tell_news)
 
     def _after_words(self, call: Callable[[], None]) -> None:
         """On this worker's engine thread, one frame's way later."""
@@ -183,37 +172,24 @@ class SimulatedWorker:
     def _say_bulk(self, events: pb.BlockEvents) -> None:
         self._loop.call_later(self._cost.words, self._router.heard_blocks, self.line, events)
 
-    def _report(self) -> None:
-        """Not when it would be the same as before."""
-        if not self._has_news and not self.num_open:
-            return
-        self._has_news = bool(self.num_open)
+    def report(self) -> pb.LoadReport:
         counts = self.blocks.counts(0)._asdict()
-        self._say(
-            pb.Frame(
-                load_report=pb.LoadReport(
-                    num_waiting=self.scheduler.num_waiting + self._num_pending,
-                    num_running=self.scheduler.num_running,
-                    num_pulling=self.scheduler.num_pulling,
-                    queued_prefill_tokens=self.scheduler.queued_prefill_tokens,
-                    groups=[pb.GroupLoad(name="self", num_blocks=self.shape.num_blocks, **counts)],
-                    draining=self.draining,
-                    pairs=[
-                        pb.PairReport(source_incarnation=each, warm=True, bytes_per_s=self._cost.bytes_per_s)
-                        for each in self._peers
-                        if each != self.member.incarnation
-                    ],
-                    last_event_id=self._log.last_id,
-                    block_bytes=self._cost.block_bytes,
-                    prefill_tokens_per_s=self._rate.per_s,
-                )
-            )
+        return pb.LoadReport(
+            num_waiting=self.scheduler.num_waiting + self._num_pending,
+            num_running=self.scheduler.num_running,
+            num_pulling=self.scheduler.num_pulling,
+            queued_prefill_tokens=self.scheduler.queued_prefill_tokens,
+            groups=[pb.GroupLoad(name="self", num_blocks=self.shape.num_blocks, **counts)],
+            draining=self.draining,
+            pairs=[
+                pb.PairReport(source_incarnation=each, warm=True, bytes_per_s=self._cost.bytes_per_s)
+                for each in self._peers
+                if each != self.member.incarnation
+            ],
+            last_event_id=self._log.last_id,
+            block_bytes=self._cost.block_bytes,
+            prefill_tokens_per_s=self.account.rate.per_s,
         )
-
-    def _publish(self) -> None:
-        events = self._log.collect()
-        if events is not None:
-            self._say_bulk(events)
 
     # ------------------------------------------------------------ decode
 
@@ -313,7 +289,7 @@ class SimulatedWorker:
             chain_root=asked.chain_root,
             stop_after_first=True,
         )
-        self._prompts[number] = _Prompt(request, sink, sequence, first_block, [])
+        self._prompts[number] = _Prompt(request, sink, sequence, first_block, [], self._loop.time())
         self._compute(sequence, request.holding)
 
     def _release(self, prompt: _Prompt) -> None:
@@ -321,6 +297,9 @@ class SimulatedWorker:
         del self._prompts[prompt.sequence.id]
 
     def _lease(self, prompt: _Prompt, num_confirmed: int, token: int | None) -> None:
+        if not prompt.has_begun:
+            prompt.has_begun = True
+            self.account.began(self._loop.time() - prompt.accepted_at)
         size = self.shape.block_size
         end = num_confirmed // size if token is None else -(-num_confirmed // size)
         new = [(0, block) for block in prompt.sequence.block_tables[0][prompt.next_block : end]]
@@ -342,6 +321,9 @@ class SimulatedWorker:
 
     def _turn(self) -> None:
         self._has_news = True
+        if not self._is_telling:
+            self._is_telling = True
+            self._loop.call_later(PUBLISH_S, self._tell_news)
         while self._inbox:
             self._inbox.popleft()()
         if not self.scheduler.has_work:
@@ -364,9 +346,7 @@ class SimulatedWorker:
 
     def _end_step(self, plan: StepPlan, seconds: float) -> None:
         tokens = {row.id: _FIRST_ANSWER_TOKEN + row.id for row in plan.sequences if row.sample}
-        if plan.num_tokens >= 2 * len(plan.sequences):
-            self._rate.measured(plan.num_tokens, seconds)
-            self.busy_s += seconds
+        self.account.stepped(plan, seconds)
         self._in_step = False
         self._settle(self.scheduler.settle(plan, StepResult(tokens=tokens)))
         self._turn()
