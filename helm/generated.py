@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helm import readme, schema
+from helm import alerts, dashboards, readme, schema
 
 
 def files() -> dict[Path, str]:
-    return {readme.CHART / "README.md": readme.text(), readme.CHART / "values.schema.json": schema.text()}
+    chart = readme.CHART
+    return {
+        chart / "README.md": readme.text(),
+        chart / "values.schema.json": schema.text(),
+        chart / "files" / "rules.yaml": alerts.text(),
+        **{chart / "dashboards" / f"{each.name}.json": each.text() for each in dashboards.DASHBOARDS},
+    }

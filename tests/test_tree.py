@@ -180,7 +180,7 @@ def test_every_package_is_listed() -> None:
 def test_pins_are_exact_and_cover_what_we_ask_for() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin)] == []
+    assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==([0-9]+!)?[0-9][A-Za-z0-9.]*", pin)] == []
     pinned = {_plain(pin.partition("==")[0]) for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -96,18 +96,19 @@ def drain(options: argparse.Namespace) -> str | None:
         "--deadline-remaining-seconds", str(int(options.deadline_s)),
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.deadline_s)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=options.deadline_s)
         said = (done.stdout + done.stderr).strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         said = str(error)
     if said:
         print(f"Ray did not drain the node: {said}", file=sys.stderr)  # Its processes may still become idle.
-    while time.monotonic() < deadline:
+    while True:
         work = {address: sum(s.get(name, 0.0) for name in WORK) for address, s in processes(*options.ports).items()}
         if not any(work.values()):
             return None
+        if time.monotonic() >= deadline:
+            return "still busy: " + ", ".join(address for address, amount in sorted(work.items()) if amount)
         time.sleep(_POLL_S)
-    return "still busy: " + ", ".join(address for address, amount in sorted(work.items()) if amount)
 
 
 def main() -> None:

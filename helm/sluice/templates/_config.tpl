@@ -9,7 +9,6 @@
 {{- $_ := set $config "http" $http -}}
 {{- $pools := dict -}}
 {{- range $name, $pool := .Values.pools }}{{ $_ := set $pools $name (default dict $pool.config) }}{{ end -}}
-{{- if not $pools }}{{ fail "pools: none is left; name one with the role decode" }}{{ end -}}
 {{- $_ := set $config "pools" $pools -}}
 {{- toYaml $config -}}
 {{- end -}}
