@@ -20,7 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz"
+RAYLET = "/api/local_raylet_healthz"
 GCS = "http://127.0.0.1:8265/api/gcs_healthz"
 STEPS = "sluice_engine_step_seconds_count"
 RUNNING = "sluice_engine_running_sequences"
@@ -63,7 +63,7 @@ def stalled(now: dict[str, dict[str, float]], before: dict[str, list[float]], cl
 
 def live(options: argparse.Namespace) -> str | None:
     """None, or what is wrong."""
-    if not answers(RAYLET):
+    if not answers(f"http://127.0.0.1:{options.raylet_port}{RAYLET}"):
         return "the raylet does not answer"
     if options.head and not answers(GCS):
         return "the GCS does not answer"
@@ -82,7 +82,7 @@ def live(options: argparse.Namespace) -> str | None:
 
 
 def ready(options: argparse.Namespace) -> str | None:
-    if not answers(RAYLET):
+    if not answers(f"http://127.0.0.1:{options.raylet_port}{RAYLET}"):
         return "the raylet does not answer"
     if not answers(f"http://127.0.0.1:{options.public_port}/health"):
         return "a request could not be served now"
@@ -113,6 +113,7 @@ def drain(options: argparse.Namespace) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raylet-port", type=int, default=52365, help="of the dashboard agent")
     questions = parser.add_subparsers(dest="question", required=True)
     one = questions.add_parser("live")
     one.add_argument("--head", action="store_true")
