@@ -1,6 +1,6 @@
 """A cluster in virtual time: what policies are worth, and what the figures of a model of it are worth.
 
-python -m benchmarks.simulator compare|trace|validate … (--help says more)
+python -m benchmarks.simulator compare|trace|validate|day … (--help says more)
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.simulator import comparison, generation, validation
+from benchmarks.simulator import comparison, generation, scaling, validation
 from benchmarks.simulator.trace import TraceError
 
-COMMANDS = {"compare": comparison, "trace": generation, "validate": validation}
+COMMANDS = {"compare": comparison, "trace": generation, "validate": validation, "day": scaling}
 
 
 def main() -> None:

@@ -138,6 +138,10 @@ class SimulatedCluster:
         worker.start()
         return worker
 
+    def serving(self, role: Role) -> list[SimulatedWorker]:
+        """Those that take new requests."""
+        return [each for each in self.workers.values() if role in each.member.roles and not each.draining]
+
     def remove(self, worker: SimulatedWorker) -> None:
         """It takes nothing new, and goes when it has nothing left."""
         worker.draining = True

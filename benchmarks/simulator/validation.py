@@ -4,7 +4,8 @@
 
 Two prefill and two decode workers as plain processes over gRPC and NIXL, a Llama of 6 M parameters in fp32 with random
 weights, the router in this process. First the costs are measured: of steps in this process alone (benchmarks/simulator/
-calibration.py), of words and reads by short requests through the idle cluster. Then the trace is sent to the cluster,
+calibration.py), of words, reads and what a worker does between two steps by short requests through the idle cluster,
+one after the other. Then the trace is sent to the cluster,
 and run in virtual time with these costs. What is compared was not used to find them.
 """
 
@@ -60,6 +61,7 @@ OBJECTIVE = Objective(ttft_s=0.5, gap_s=0.1)
 _NUM_SHORT = 30
 _FRAMES = 4  # before the first token: submit, ask, ticket, tokens
 _READ_BLOCKS = 40
+_NUM_TOKENS = 10
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +159,10 @@ async def _serve(
         return cost, records
 
 
-async def _send(cluster: PlainCluster, request_id: str, record: Record, started: float) -> None:
+async def _send(
+    cluster: PlainCluster, request_id: str, record: Record, started: float, reads: list[float] | None = None
+) -> None:
+    """`reads` is given the seconds that its reads took."""
     await asyncio.sleep(max(0.0, started + record.at_s - time.monotonic()))
     request = record.request
     sampling = SamplingParams(max_tokens=request.num_output, ignore_eos=True)
@@ -171,23 +176,29 @@ async def _send(cluster: PlainCluster, request_id: str, record: Record, started:
             record.hit_tokens = (
                 route.decode_prefix_hit_tokens if route.local_prefill else route.prefill_prefix_hit_tokens
             )
+            if reads is not None:
+                reads.append(route.transfer_s)
             record.fetched_tokens = route.fetched.blocks * BLOCK
 
 
 async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence[float]) -> StepCost:
-    """Words and reads from prompts through the idle cluster, one after the other: of a block, and of some."""
+    """Prompts through the idle cluster, one after the other: of a block, and of some. Beside the steps themselves they
+    tell what words and reads take, and a worker between two steps."""
     fixed, prompt_token, attention, sequence, context_token = coefficients
     reads: dict[int, list[float]] = {1: [], _READ_BLOCKS: []}
     firsts: list[float] = []
+    gaps: list[float] = []
     for number in range(2 * _NUM_SHORT):
         num_blocks = _READ_BLOCKS if number % 2 else 1
-        trace = TraceRequest(0, num_blocks * BLOCK, 1, tuple(range(1000 * number, 1000 * number + num_blocks)))
-        sent = time.monotonic()
-        async for tokens, answer in cluster.stream(trace.prompt(VOCAB, BLOCK), SamplingParams(max_tokens=2)):
-            if tokens and num_blocks == 1 and answer is None:
-                firsts.append(time.monotonic() - sent)
-            if answer is not None:
-                reads[num_blocks].append(answer.route.transfer_s)
+        trace = TraceRequest(
+            0, num_blocks * BLOCK, _NUM_TOKENS, tuple(range(1000 * number, 1000 * number + num_blocks))
+        )
+        record = Record(trace, 0.0)
+        await _send(cluster, f"idle{number}", record, time.monotonic(), reads[num_blocks])
+        if num_blocks == 1:
+            firsts.append(record.ttft_s)
+            gaps.append(record.mean_gap_s)
+    fixed += max(0.0, statistics.median(gaps) - fixed - sequence - context_token * BLOCK)
     short, long = (statistics.median(reads[number]) for number in (1, _READ_BLOCKS))
     cost = StepCost(
         fixed=fixed,
