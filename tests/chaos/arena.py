@@ -47,6 +47,7 @@ SETTINGS: Mapping[str, object] = {
 NUM_PREFILL, NUM_DECODE = 2, 2
 ALONE = frozenset({"prefill-0", "decode-1"})  # on the host that may be cut off
 REST_S = 60.0
+PATIENCE_S = 300.0  # a machine that others keep busy is no failure
 
 
 class Open:
@@ -206,11 +207,11 @@ class Arena:
         except (TimeoutError, SessionError):
             return None
 
-    async def until(self, holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    async def until(self, holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
         await self.cluster.until(holds, what, timeout_s)
 
     async def until_warm(self) -> None:
-        await self.cluster.until_warm()
+        await self.cluster.until_warm(PATIENCE_S)
 
     async def until_nothing_is_open(self) -> None:
         await self.until(lambda: not self.open.every(), "nobody asks for anything")

@@ -133,9 +133,9 @@ class PlainCluster:
             assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
             await asyncio.sleep(0.005)
 
-    async def until_warm(self) -> None:
+    async def until_warm(self, timeout_s: float = 30.0) -> None:
         """Every decode worker can read from every source."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + timeout_s
         while True:
             loads = await self.router.load()
             sources = {w.member.incarnation for w in self.workers.values() if w.member and "prefill" in w.member.roles}
