@@ -25,7 +25,6 @@ from router.holder_table import Keys
 from router.predicted import Predicted
 from router.prefix_index import PrefixIndex, keys_of
 
-TOPIC: Final = "blocks"
 ASK_AGAIN_S: Final = 1.0  # an answer may be lost where the worker's bulk outbox is full
 _SLICE: Final = 1024  # keys
 
@@ -148,7 +147,8 @@ class BlockFeed:
             return
         keys = keys_of(dump.stored)
         self._log.debug("index dump", worker=stream.name, num_blocks=len(keys))
-        self._renew(stream)
+        if self._backlog or self.index.num_held(stream.seat):  # else it goes on in its seat: fewer words to look at
+            self._renew(stream)
         self._put(stream, keys, stores=True)
         self._follow(stream, dump.id, now)
 

@@ -168,9 +168,8 @@ class Navigator:
                 continue
             bits = feed.index.holders(keys)
             mark(bits, predictions)
-            depths = prefix_depths(bits)
-            known = np.where(self._seats >= 0, depths[self._seats], 0)
-            hits = np.maximum(hits, known)  # chains of another root are nowhere but with their own workers
+            depths = np.append(prefix_depths(bits), 0)  # the last one: of those without a seat, which are -1
+            hits += depths.take(self._seats)  # chains of another root are nowhere but with their own workers
         return hits
 
     def _keys(self, flight: Flight, root: bytes) -> Keys:
