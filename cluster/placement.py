@@ -45,11 +45,12 @@ def worker_name(pool: str, index: int) -> str:
 
 def place(pools: Mapping[str, PoolConfig]) -> tuple[WorkerPlacement, ...]:
     """Every worker of every pool, pools in order of their names. One rank per GPU, and one rank without any."""
-    return tuple(
-        WorkerPlacement(worker_name(name, index), name, index, _bundles(pool))
-        for name, pool in sorted(pools.items())
-        for index in range(pool.workers)
-    )
+    return tuple(place_one(name, pool, index) for name, pool in sorted(pools.items()) for index in range(pool.workers))
+
+
+def place_one(name: str, pool: PoolConfig, index: int) -> WorkerPlacement:
+    """The worker in place `index` of a pool, which may have grown past `pool.workers`."""
+    return WorkerPlacement(worker_name(name, index), name, index, _bundles(pool))
 
 
 def total(placements: Sequence[WorkerPlacement]) -> Bundle:

@@ -28,54 +28,24 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actor_calls import NAMESPACE, call, call_within, only_member, reason_of, remove_worker
 from cluster.autoscaler import PoolLoad, WorkerLoad
-from cluster.config import PoolConfig, SluiceConfig
+from cluster.config import SluiceConfig
 from cluster.errors import SluiceError
 from cluster.log import Log
 from cluster.membership import Member, MemberState
-from cluster.placement import WorkerPlacement, place, worker_name
-from cluster.reconcile import PoolSize, Standing, Wanted, backoff_s, decide
+from cluster.placement import place_one, worker_name
+from cluster.pooled_worker import ActorHandle, PooledWorker
+from cluster.reconcile import PoolSize, Wanted, backoff_s, decide
 from cluster.worker_spec import ActorName, Description, Failure, WorkerSpec, fingerprint
 
 _SURGE_WAIT_S = 3.0
 _PROVEN_S = 30.0  # a worker that was ready for so long starts its place's count of failures anew
 _LOAD_S = 1.0  # for a worker to say what it has to do
 _LAST_WORDS_S = 5.0  # for the answer to stop(), and to a drain whose time is up
-
-ActorHandle = Any  # a Ray handle: its methods exist at run time only
-
-
-class _Worker:
-    """One actor and what the pool knows of it. Mutable; owned by the pool."""
-
-    __slots__ = ("actor", "actor_name", "asked_at", "fingerprint", "index", "member", "placed", "ready_at", "retired")
-
-    def __init__(self, actor_name: ActorName, member: Member, fingerprint: str) -> None:
-        self.actor_name = actor_name
-        self.index = actor_name.index
-        self.member = member
-        self.fingerprint = fingerprint
-        self.actor: ActorHandle = None  # until it was asked for
-        self.asked_at = time.monotonic()
-        self.ready_at: float | None = None
-        self.placed = False
-        self.retired = False  # its end is our wish, not a failure
-
-    def standing(self, now: float) -> Standing:
-        return Standing(
-            incarnation=self.member.incarnation,
-            index=self.index,
-            fingerprint=self.fingerprint,
-            state=self.member.state,
-            placed=self.placed,
-            age_s=now - self.asked_at,
-            roles=self.member.roles,
-            compatibility_hash=self.member.compatibility_hash,
-        )
 
 
 class ActorPool:
@@ -98,7 +68,7 @@ class ActorPool:
         self._log = log.bind(pool=name)
         self._config: SluiceConfig | None = None
         self._wanted = Wanted(num_workers=0, fingerprint="")
-        self._workers: list[_Worker] = []  # oldest first
+        self._workers: list[PooledWorker] = []  # oldest first
         self._failures: dict[int, Failure] = {}
         self._not_before: dict[int, float] = {}
         self._wake = asyncio.Event()
@@ -163,7 +133,7 @@ class ActorPool:
             self._log.warning("not adopted", worker=str(actor_name), error=reason_of(error))
             await asyncio.to_thread(remove_worker, actor_name)
             return
-        worker = _Worker(actor_name, only_member(description.member), description.fingerprint)
+        worker = PooledWorker(actor_name, only_member(description.member), description.fingerprint)
         worker.actor, worker.placed = actor, True
         if worker.member.state is not MemberState.STARTING:
             worker.ready_at = time.monotonic()
@@ -225,7 +195,7 @@ class ActorPool:
         name = worker_name(self.name, index)
         roles = self._wanted.roles[index]
         member = Member(name=name, pool=self.name, incarnation=incarnation, address="", roles=roles)
-        worker = _Worker(ActorName(self._app, self.name, index, incarnation[:8]), member, self._wanted.fingerprint)
+        worker = PooledWorker(ActorName(self._app, self.name, index, incarnation[:8]), member, self._wanted.fingerprint)
         self._workers.append(worker)
         self._log.info("starting", worker=name, incarnation=incarnation)
         self._spawn(self._live(worker))
@@ -245,12 +215,13 @@ class ActorPool:
 
     # ------------------------------------------------------------ one worker
 
-    async def _live(self, worker: _Worker) -> None:
+    async def _live(self, worker: PooledWorker) -> None:
         """From the actor's creation to its end, whatever that is."""
         lasting = False
         try:
             if worker.actor is None:
-                worker.actor = await asyncio.to_thread(self._create, worker)
+                worker.actor, group = await asyncio.to_thread(self._create, worker)
+                self._spawn(self._await_room(worker, group))
                 if worker.retired:  # meanwhile; what was to be removed was not there yet
                     raise TimeoutError("no longer wanted")
             await self._bring_up(worker)
@@ -259,7 +230,7 @@ class ActorPool:
             reason, lasting = reason_of(error), isinstance(error, SluiceError)
         await self._bury(worker, reason, lasting)
 
-    async def _bring_up(self, worker: _Worker) -> None:
+    async def _bring_up(self, worker: PooledWorker) -> None:
         assert self._config is not None or worker.placed
         start_timeout_s = self._config.controller.start_timeout_s if self._config else 300.0
         try:
@@ -284,7 +255,7 @@ class ActorPool:
             self._changed()
             self._wake.set()
 
-    async def _watch(self, worker: _Worker) -> str:
+    async def _watch(self, worker: PooledWorker) -> str:
         """Returns why the worker is no more, or no longer worth keeping."""
         ended = asyncio.ensure_future(call(worker.actor.alive))
         try:
@@ -302,7 +273,7 @@ class ActorPool:
         finally:
             ended.cancel()
 
-    async def _retire(self, worker: _Worker) -> None:
+    async def _retire(self, worker: PooledWorker) -> None:
         """A worker marked DRAINING finishes what it has and is stopped."""
         worker.retired = True
         timeout_s = self._config.controller.drain_timeout_s if self._config else 300.0
@@ -316,7 +287,7 @@ class ActorPool:
                 self._log.warning("not drained", worker=worker.member.name, reason=reason_of(error))
         await asyncio.to_thread(remove_worker, worker.actor_name)
 
-    async def _bury(self, worker: _Worker, reason: str, lasting: bool) -> None:
+    async def _bury(self, worker: PooledWorker, reason: str, lasting: bool) -> None:
         now = time.monotonic()
         if worker.retired:
             self._log.info("stopped", worker=worker.member.name, incarnation=worker.member.incarnation)
@@ -337,22 +308,31 @@ class ActorPool:
         self._wake.set()
         await asyncio.to_thread(remove_worker, worker.actor_name)
 
-    async def _load(self, worker: _Worker) -> WorkerLoad | None:
+    async def _load(self, worker: PooledWorker) -> WorkerLoad | None:
         try:
             return await call_within(_LOAD_S, worker.actor.load)
         except (RayError, TimeoutError):
             return None
 
-    async def _tell(self, worker: _Worker, wire: bytes) -> None:
+    async def _tell(self, worker: PooledWorker, wire: bytes) -> None:
         try:
             await call(worker.actor.update_members, wire)
         except RayError as error:  # its death is the watcher's business
             self._log.debug("members not delivered", worker=worker.member.name, reason=reason_of(error))
 
-    def _create(self, worker: _Worker) -> ActorHandle:
+    async def _await_room(self, worker: PooledWorker, group: PlacementGroup) -> None:
+        """A process may take long to start; that is no lack of room."""
+        while not worker.placed and worker in self._workers:
+            entry = await asyncio.to_thread(placement_group_table, group)
+            if entry["state"] == "CREATED":
+                worker.placed = True
+            else:
+                await asyncio.sleep(self._check_s)
+
+    def _create(self, worker: PooledWorker) -> tuple[ActorHandle, PlacementGroup]:
         """Blocks for some milliseconds: called in a thread. The actor waits in Ray for its placement group."""
         assert self._config is not None
-        placement = _placement(self._config, worker.index, self.name)
+        placement = place_one(self.name, self._config.pools[self.name], worker.index)
         name = str(worker.actor_name)
         group = placement_group(
             [bundle.resources() for bundle in placement.bundles],
@@ -368,7 +348,7 @@ class ActorPool:
             fingerprint=worker.fingerprint,
             config=self._config.model_dump_json(),
         )
-        return (
+        actor = (
             ray.remote(self._actor_class)
             .options(
                 name=name,
@@ -381,6 +361,7 @@ class ActorPool:
             )
             .remote(spec)
         )
+        return actor, group
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
@@ -391,8 +372,3 @@ class ActorPool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log.error("a pool's task failed", exception=error, error=reason_of(error))
-
-
-def _placement(config: SluiceConfig, index: int, pool: str) -> WorkerPlacement:
-    alone: dict[str, PoolConfig] = {pool: config.pools[pool].model_copy(update={"workers": index + 1})}
-    return place(alone)[index]

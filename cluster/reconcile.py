@@ -23,7 +23,7 @@ class Standing:
     index: int
     fingerprint: str
     state: MemberState
-    placed: bool  # its process runs: the cluster had room
+    placed: bool  # the cluster has room for it
     age_s: float
     roles: tuple[Role, ...] = ()
     compatibility_hash: bytes = b""

@@ -17,6 +17,9 @@ class IdleActor:
 
     /refuse   start() raises, with a reason
     /busy     a drain takes until `finish` is called
+    /later    in the pool decode, start() takes until `finish` is called
+
+    Its weights are the path.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -24,6 +27,7 @@ class IdleActor:
         self._config = SluiceConfig.model_validate_json(spec.config)
         self._state = MemberState.STARTING
         self._members = Membership()
+        self._roles = self._config.pools[spec.pool].roles
         self._finish = asyncio.Event()
         self._healthy = True
         self._load = WorkerLoad(roles=frozenset())
@@ -36,7 +40,8 @@ class IdleActor:
             incarnation=self._spec.incarnation,
             address="127.0.0.1:1" if started else "",
             metrics_address="127.0.0.1:2" if started else "",
-            roles=self._config.pools[self._spec.pool].roles,
+            roles=self._roles,
+            compatibility_hash=self._config.model.path.encode() if started else b"",
             pid=os.getpid(),
             state=self._state,
         )
@@ -48,6 +53,8 @@ class IdleActor:
     async def start(self) -> bytes:
         if self._config.model.path == "/refuse":
             raise ValueError("/refuse is no checkpoint; name another directory")
+        if self._config.model.path == "/later" and self._spec.pool == "decode":
+            await self._finish.wait()
         if self._state is MemberState.STARTING:
             self._state = MemberState.READY
         return self._wire()
@@ -60,6 +67,8 @@ class IdleActor:
 
     async def update_members(self, wire: bytes) -> None:
         self._members = max(self._members, Membership.from_wire(wire), key=lambda members: members.version)
+        me = self._members.find(self._spec.incarnation)
+        self._roles = me.roles if me else self._roles
 
     async def load(self) -> WorkerLoad:
         return self._load
