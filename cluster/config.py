@@ -55,6 +55,9 @@ class KvConfig(Section):
     """Keep the blocks of finished sequences for later prompts that begin alike."""
     prefill_reserve: Fraction = 0.1
     """Share of a pool that reservations waiting for a pull may not hold."""
+    cross_kv_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the memory for what decoders read of encoder outputs; none: so that both groups hold as many sequences
+    of full length. Models without an encoder have no such group."""
 
 
 class SchedulerConfig(Section):
@@ -64,6 +67,8 @@ class SchedulerConfig(Section):
     """Sequences in one step."""
     chunk_tokens: Positive = 512
     """Prompt tokens of one sequence in one step; a ticket follows each chunk."""
+    max_encoder_tokens: Positive = 2048
+    """Encoder input read in one step, over all sequences; an input is read in one piece. Models with an encoder."""
     max_waiting: Positive = 256
     """Requests a worker queues; the next one is answered BUSY."""
     max_pull_wait_s: Seconds = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +11,24 @@ import psutil
 import torch
 
 from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig
-from cluster.errors import ConfigError
 from cluster.hashing import chain_root
 from cluster.membership import Member, MemberState, Rank
 from cluster.words_config import WordsConfig
 from kvtransfer.connector import Done, Executor, ReadLimits, Sink, Source
-from kvtransfer.layout import KvGeometry, RankLayout, compatibility_hash
+from kvtransfer.layout import GroupSpec, KvGeometry, RankLayout, compatibility_hash
 from kvtransfer.ledger import Ledger
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pool import KvPool
 from workers.attention.kv_views import kv_cache
 from workers.engine.block_manager import BlockManager, GroupCapacity
+from workers.engine.capacity import default_fixed_fraction, num_blocks_per_group
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
 from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
 from workers.engine.model_runner import ModelRunner
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
+from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,14 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     compatibility = compatibility_hash(loaded.weights_identity, loaded.config_json, spec.dtype, geometry)
     max_model_len = min(model_config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     block_bytes = sum(group.block_bytes() for group in groups)
-    num_blocks = _num_blocks(settings, block_bytes)
-    capacities = [GroupCapacity(group.name, num_blocks, group.block_size) for group in groups]
-    pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks] * len(groups))
+    encoder = model if isinstance(model, EncoderDecoderModel) else None
+    max_lens = (max_model_len, *(() if spec.encoder is None else (spec.encoder.max_source_tokens,)))
+    num_blocks = _num_blocks(settings, groups, max_lens)
+    capacities = [
+        GroupCapacity(group.name, count, group.block_size, is_fixed=encoder is not None and group.name == CROSS)
+        for group, count in zip(groups, num_blocks, strict=True)
+    ]
+    pool = KvPool.allocate(geometry, RankLayout(0), num_blocks)
     caches = [kv_cache(group, storages) for group, storages in zip(groups, pool.regions, strict=True)]
     model.bind_kv(caches)
 
@@ -117,6 +123,8 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
             prefill_reserve=kv.prefill_reserve,
             chunk_tokens=limits.chunk_tokens,
             vocab_size=spec.vocab_size,
+            max_encoder_tokens=0 if encoder is None else limits.max_encoder_tokens,
+            max_source_tokens=None if spec.encoder is None else spec.encoder.max_source_tokens,
         ),
         chain_root(compatibility),
         eos_token_ids=eos,
@@ -130,6 +138,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         device=torch.device("cpu"),
         eos_token_ids=eos,
         constraints=constraints,
+        encoder=encoder,
     )
     transfer = settings.transfer
     ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
@@ -152,15 +161,15 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     )
 
 
-def _num_blocks(settings: WorkerSettings, block_bytes: int) -> int:
-    """Blocks per group; groups share the memory evenly by block count."""
+def _num_blocks(settings: WorkerSettings, groups: Sequence[GroupSpec], max_lens: Sequence[int]) -> list[int]:
+    """Blocks per group. `max_lens`: tokens that each holds for a sequence of full length."""
     kv = settings.kv
     if (count := settings.resources.num_blocks or kv.num_blocks) is not None:
-        return count
+        return [count] * len(groups)
     memory = kv.memory_bytes or int(psutil.virtual_memory().available * kv.memory_fraction)
-    if memory < block_bytes:
-        raise ConfigError(
-            "kv.memory_bytes",
-            f"{memory} bytes hold no block of {block_bytes} bytes; raise it, or lower kv.block_size",
-        )
-    return memory // block_bytes
+    block_bytes = [group.block_bytes() for group in groups]
+    if len(groups) == 1:
+        return num_blocks_per_group(memory, block_bytes, [1.0])
+    full = [size * -(-n // group.block_size) for size, n, group in zip(block_bytes, max_lens, groups, strict=True)]
+    fixed = default_fixed_fraction(full) if kv.cross_kv_fraction is None else kv.cross_kv_fraction
+    return num_blocks_per_group(memory, block_bytes, [1.0 - fixed, fixed])

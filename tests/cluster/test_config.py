@@ -21,7 +21,7 @@ autoscaling.up_after_s autoscaling.utilization
 controller.check_s controller.drain_timeout_s controller.ingress_lease_s controller.start_timeout_s
 http.api_keys_env http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas
 http.request_timeout_s
-kv.block_size kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
+kv.block_size kv.cross_kv_fraction kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
 limits.max_body_bytes limits.max_prompt_tokens limits.max_queued limits.max_requests limits.max_samples
 limits.max_ttft_s
 log.format log.level
@@ -32,8 +32,8 @@ pools.*.workers
 router.affinity_blocks router.affinity_header router.decode_weight router.kept_routes router.local_max_tokens
 router.local_prefill router.max_attempts router.policy router.prefill_weight router.saturated_tokens router.spare
 router.temperature router.worker_wait_s
-scheduler.chunk_tokens scheduler.handover_s scheduler.max_batched_tokens scheduler.max_pull_wait_s
-scheduler.max_sequences scheduler.max_waiting
+scheduler.chunk_tokens scheduler.handover_s scheduler.max_batched_tokens scheduler.max_encoder_tokens
+scheduler.max_pull_wait_s scheduler.max_sequences scheduler.max_waiting
 transfer.fetch_peers transfer.late_read_s transfer.lease_s transfer.stuck_read_s transfer.transport transfer.ucx_tls
 words.connect_timeout_s words.heartbeat_s words.heartbeat_timeout_s words.host words.outbox_max_bytes
 words.outbox_max_request_bytes words.port_max words.port_min words.redial_max_s words.secret_env words.step_timeout_s

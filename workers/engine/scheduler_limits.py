@@ -18,7 +18,8 @@ class SchedulerLimits:
     prefill_reserve: float  # share of every group that reservations of pulls leave alone
     chunk_tokens: int  # known input of one sequence per step
     vocab_size: int | None = None  # token ids of requests are below it; None: not checked
-    max_encoder_tokens: int = 0  # read by the encoder per step, and in one input; 0: the model has no encoder
+    max_encoder_tokens: int = 0  # read by the encoder per step, and so in one input; 0: the model has no encoder
+    max_source_tokens: int | None = None  # of one input, as far as the model's positions go; None: no end
 
     def __post_init__(self) -> None:
         if min(self.max_batched_tokens, self.max_sequences, self.chunk_tokens) < 1 or self.max_model_len < 2:
@@ -79,6 +80,10 @@ class SchedulerLimits:
         length = len(seq.encoder_input.tokens)
         if length == 0:
             raise InvalidRequest("the encoder input is empty; send at least one token", "prompt")
+        if self.max_source_tokens is not None and length > self.max_source_tokens:
+            raise RequestTooLong(
+                f"{length} tokens of encoder input are over the model's {self.max_source_tokens}; shorten it", "prompt"
+            )
         if length > self.max_encoder_tokens:
             raise RequestTooLong(
                 f"{length} tokens of encoder input are over max_encoder_tokens={self.max_encoder_tokens}: an input is "
