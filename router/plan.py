@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cluster.config import Role
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 
 LocalPrefill = Literal["never", "fallback", "conditional", "always"]
 
+_NO_SOURCES: Mapping[str, float] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+
+class Candidate(NamedTuple):
     """One shard of a worker that takes new requests, as this router sees it now."""
 
     name: str
     incarnation: str
-    shard: int = 0
     roles: frozenset[Role]
+    shard: int = 0
     compatibility_hash: bytes = b""
     pid: int = 0
     connected: bool = True  # this router has an open session to it
@@ -41,9 +43,7 @@ class Candidate:
     num_available_blocks: int | None = None  # free or cached; None: not told
     block_bytes: int = 0
     prefill_tokens_per_s: float = 0.0  # 0: not measured
-    warm_sources: Mapping[str, float] = field(
-        default_factory=dict
-    )  # that it can read KV from now: bytes/s by incarnation
+    warm_sources: Mapping[str, float] = _NO_SOURCES  # that it can read KV from now: bytes/s by incarnation
 
     @property
     def ref(self) -> pb.WorkerRef:
