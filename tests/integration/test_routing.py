@@ -19,6 +19,7 @@ from cluster.request import SamplingParams
 from router.flight import RouterRequest, TokenDelta
 from router.prefix_index import keys_of
 from router.router import Router
+from tests.support.certificates import Authority
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint
 from tests.support.plain_cluster import SECRET, PlainCluster, running_cluster
 
@@ -33,14 +34,17 @@ SETTINGS = {
     "scheduler.chunk_tokens": 32,
     "router.policy": "kv_aware",
     "router.prefill_weight": 1000.0,  # whatever rates a busy machine measures
+    "transfer.fetch_peers": 0,  # so that what is cached elsewhere is never as good as here
     "words.heartbeat_timeout_s": 20.0,
     "words.step_timeout_s": 20.0,  # a busy machine is no failure here
 }
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
-    settings = {**SETTINGS, "model.path": str(checkpoint("llama"))}
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
+    """All sessions of it are under TLS."""
+    tls = Authority(tmp_path_factory.mktemp("tls"), "cluster").settings("everybody")
+    settings = {**SETTINGS, "model.path": str(checkpoint("llama")), "words.tls": tls}
     with running_cluster(settings, prefill=2, decode=2) as (cluster, runner):
         yield cluster, runner
 
