@@ -53,6 +53,14 @@ def place_one(name: str, pool: PoolConfig, index: int) -> WorkerPlacement:
     return WorkerPlacement(worker_name(name, index), name, index, _bundles(pool))
 
 
+def at_most(pools: Mapping[str, PoolConfig]) -> dict[str, PoolConfig]:
+    """As large as autoscaling may make them."""
+    return {
+        name: pool.model_copy(update={"workers": max(pool.workers, pool.max_workers or 0)})
+        for name, pool in pools.items()
+    }
+
+
 def total(placements: Sequence[WorkerPlacement]) -> Bundle:
     """What all of them ask for together: for `check-config` and for a message when it does not fit."""
     bundles = [bundle for placement in placements for bundle in placement.bundles]

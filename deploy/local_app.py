@@ -11,7 +11,7 @@ import httpx
 from cluster.config import SluiceConfig
 from cluster.errors import SluiceError
 from cluster.membership import Membership, MemberState
-from cluster.placement import place, total
+from cluster.placement import at_most, place, total
 from deploy.local_cluster import LocalCluster
 from deploy.served_model import ServedModel
 
@@ -39,7 +39,7 @@ class LocalApp:
         config = self.config
         ServedModel.read(config)  # what fails at once should fail before Ray starts
         self._progress("starting Ray")
-        room = total(place(config.pools))
+        room = total(place(at_most(config.pools) if config.autoscaling.enabled else config.pools))
         num_cpus = int(2 * room.cpus) + config.http.replicas + 2  # a redeploy may need twice the room
         self._cluster = LocalCluster.start(num_cpus, config.words.secret_env, show_logs=self._show_logs)
         self._progress("starting the front door")
