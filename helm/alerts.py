@@ -22,7 +22,7 @@ class Alert:
 
     @property
     def anchor(self) -> str:
-        """Of its heading in docs/operations.md."""
+        """Of its heading in docs/kubernetes.md."""
         return self.name.lower()
 
 

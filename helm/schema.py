@@ -21,6 +21,7 @@ SET_BY_CHART: Final = (
     "model.path",
     "words.host",
     "words.secret_env",
+    "words.tls",
     "http.host",
     "http.api_keys_file",
     "http.api_keys_env",

@@ -144,6 +144,11 @@ class ClusterSecret(Section):
     value: str
 
 
+class WordsTls(Section):
+    existingSecret: NameOrNone
+    serverName: str
+
+
 class ApiKeys(Section):
     existingSecret: NameOrNone
     key: DataKey
@@ -290,6 +295,7 @@ class Values(Section):
     pod: Pod
     head: Head
     clusterSecret: ClusterSecret
+    wordsTls: WordsTls
     apiKeys: ApiKeys
     probes: Probes
     drain: Drain

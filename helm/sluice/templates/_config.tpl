@@ -3,6 +3,13 @@
 {{- $config := deepCopy .Values.config -}}
 {{- $_ := set $config "model" (merge (dict "path" .Values.model.path) (default dict $config.model)) -}}
 {{- $_ := set $config "words" (merge (dict "host" "0.0.0.0" "secret_env" "SLUICE_CLUSTER_SECRET") $config.words) -}}
+{{- with .Values.wordsTls }}
+{{- if .existingSecret }}
+{{- $tls := dict "cert_file" "/etc/sluice-tls/tls.crt" "key_file" "/etc/sluice-tls/tls.key" "ca_file" "/etc/sluice-tls/ca.crt" -}}
+{{- if .serverName }}{{ $_ := set $tls "server_name" .serverName }}{{ end -}}
+{{- $_ := set $config.words "tls" $tls -}}
+{{- end }}
+{{- end }}
 {{- $http := merge (dict "host" "0.0.0.0") $config.http -}}
 {{- if not (hasKey $http "replicas") }}{{ $_ := set $http "replicas" (include "sluice.numPods" . | int) }}{{ end -}}
 {{- if include "sluice.apiKeysSecretName" . }}{{ $_ := set $http "api_keys_env" "SLUICE_API_KEYS" }}{{ end -}}

@@ -95,6 +95,11 @@ readinessProbe:
   mountPath: /etc/sluice
   readOnly: true
 {{- end }}
+{{- if .Values.wordsTls.existingSecret }}
+- name: words-tls
+  mountPath: /etc/sluice-tls
+  readOnly: true
+{{- end }}
 {{- end -}}
 
 {{- define "sluice.volumes" -}}
@@ -107,5 +112,10 @@ readinessProbe:
 - name: config
   configMap:
     name: {{ include "sluice.name" . }}-config
+{{- end }}
+{{- with .Values.wordsTls.existingSecret }}
+- name: words-tls
+  secret:
+    secretName: {{ . }}
 {{- end }}
 {{- end -}}
