@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from workers.assembly import Assembly
 from workers.decode import DecodeStage
 from workers.pairs import Pairs
+
+REPORT_S: Final = 0.1  # between two load reports, where there is news
+REPEAT_S: Final = 0.5  # where there is none
+
+
+class LastReport:
+    """What the routers were told last: a worker with nothing to do repeats itself only now and then."""
+
+    def __init__(self) -> None:
+        self._report: pb.LoadReport | None = None
+        self._looked_at = self._told_at = 0.0
+
+    def is_due(self, now: float) -> bool:
+        """Whether another one is to be made."""
+        return now - self._looked_at >= REPORT_S
+
+    def is_news(self, report: pb.LoadReport, now: float) -> bool:
+        """Whether it is to be told; it counts as told then. What a router counted since on its own (requests that never
+        came here) a repetition corrects."""
+        self._looked_at = now
+        if report == self._report and now - self._told_at < REPEAT_S:
+            return False
+        self._report, self._told_at = report, now
+        return True
+
+    def forget(self) -> None:
+        """Somebody new listens, or must hear at once: another one is due, and it is news."""
+        self._report, self._looked_at = None, 0.0
 
 
 def load_report(

@@ -42,11 +42,11 @@ from workers.lender import Lender
 from workers.pairs import Pairs, offered_to, worth_reading
 from workers.prefill import PrefillStage
 from workers.reads import Reads
-from workers.report import counters, load_report
+from workers.report import LastReport, counters, load_report
 from workers.workload import Workload
 
 TICK_S = 0.01  # deadlines, retries and waits are looked at this often
-REPORT_S = 0.1  # between two load reports
+IDLE_TICK_S = 0.05  # with nothing open
 PUBLISH_S = 0.05  # between two batches of block events
 LAST_FRAMES_S = 0.5  # after a drain whose time was up, for what is handed over
 
@@ -67,12 +67,13 @@ class Worker:
         self._sessions: set[Session] = set()
         self._subscribers: set[Session] = set()  # to block events
         self._workload = Workload(self.metrics, settings.scheduler.max_sequences, time.monotonic())
+        self._last_report = LastReport()
         self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
         self._stopping = threading.Event()
         self._drained = threading.Event()
         self._duty = Duty(settings.incarnation, settings.roles, settings.scheduler.handover_s)
         self._turned_at = time.monotonic()
-        self._ticked_at = self._reported_at = self._published_at = 0.0
+        self._ticked_at = self._published_at = 0.0
         self._idle = True
 
     # ------------------------------------------------------------------ life
@@ -200,7 +201,7 @@ class Worker:
     def _turn(self) -> None:
         """One turn of the loop. Steps as long as there is work, otherwise waits for the inbox or the next tick."""
         engine = self._parts.engine
-        self._drain_inbox(TICK_S if self._idle else 0.0)
+        self._drain_inbox((TICK_S if self._open_work() else IDLE_TICK_S) if self._idle else 0.0)
         now = self._turned_at = time.monotonic()
         if now - self._ticked_at >= TICK_S:
             self._tick(now)
@@ -246,7 +247,7 @@ class Worker:
         self._decode.tick(now)
         if now - self._published_at >= PUBLISH_S:
             self._publish(now)
-        if now - self._reported_at >= REPORT_S or self._pairs.changed:
+        if self._last_report.is_due(now) or self._pairs.changed:
             self._report(now)
         waiting, streams = self._duty.hands_over(now)
         if waiting:
@@ -259,12 +260,11 @@ class Worker:
         return num_open + self._borrower.num_open + self._parts.ledger.num_leases
 
     def _report(self, now: float) -> None:
-        self._reported_at = now
         self._pairs.changed = False
-        frame = pb.Frame(load_report=self._load())
-        for session in self._sessions:
-            if session.peer.kind in (pb.INGRESS, pb.TOOL):
-                session.send(frame)
+        if self._last_report.is_news(report := self._load(), now):
+            for session in self._sessions:
+                if session.peer.kind in (pb.INGRESS, pb.TOOL):
+                    session.send(pb.Frame(load_report=report))
 
     def _load(self) -> pb.LoadReport:
         return load_report(
@@ -301,7 +301,7 @@ class Worker:
     def _take_duty(self) -> None:
         self._prefill.draining = self._lender.draining = self._duty.leaving
         self._decode.draining = not self._duty.decodes
-        self._reported_at = 0.0  # the routers hear at the next tick
+        self._last_report.forget()
 
     def _hand_over(self) -> None:
         self._decode.hand_over(time.monotonic(), streams=True)
@@ -326,7 +326,7 @@ class Worker:
         self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).inc()
         if session.dialed:
             self._pairs.opened(session)
-        self._reported_at = 0.0  # whoever joined learns the load at the next tick
+        self._last_report.forget()  # whoever joined learns the load at the next tick
 
     def _broken(self, session: Session, error: SessionError) -> None:
         self._sessions.discard(session)
