@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer router words engine overhead serving serving-guidellm failures]
+    python -m benchmarks [--only transfer router words sessions engine overhead serving serving-guidellm failures]
                          [--quick] [--json docs/measurements.json]
 
 Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
@@ -32,6 +32,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "transfer": "--tokens 256 --layers 4 --repeats 1",
         "router": "--blocks 20000 --decisions 50",
         "words": "--round-trips 50 --steps 20 --sequences 8",
+        "sessions": "--ingresses 2 --workers 4 --hosts 2 --seconds 1",
         "engine": "--only jitter --steps 10",
         "overhead": "--requests 3 --warmup 2",
         "serving": "--rates 4 --seconds 1 --rounds 1",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import failures, jitter, overhead, serving, transfer, words
+from benchmarks import failures, jitter, overhead, serving, sessions, transfer, words
 from benchmarks.checkpoint import TINY
 from benchmarks.latency import Slo
 from benchmarks.report import Report
@@ -43,6 +43,12 @@ def test_words(tmp_path: Path) -> None:
     figures = written(words.run(5, 4, 8), tmp_path / "report.json")
     assert list(figures) == ["round trip, p50", "round trip, p99", "tokens"]
     assert all(value > 0 for value in figures.values())
+
+
+def test_sessions(tmp_path: Path) -> None:
+    figures = written(sessions.run(2, 4, 2, 0.5, 10.0), tmp_path / "report.json")
+    assert figures["tokens"] > 0 and figures["all sessions open"] > 0 and figures["last notice"] > 0
+    assert figures["last notice"] >= figures["first notice"] and len(figures) == 11
 
 
 def test_jitter() -> None:
