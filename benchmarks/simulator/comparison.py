@@ -25,7 +25,7 @@ from benchmarks.simulator.traffic import Conversations
 from cluster.config import RouterConfig
 
 POLICIES = ("kv_aware", "least_loaded", "round_robin")
-SPEEDS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
+SPEEDS = (3.0, 6.0, 9.0, 12.0)
 WARM_SHARE = 0.2
 OBJECTIVE = Objective(ttft_s=1.0, gap_s=0.025)
 CHAT = Conversations(

@@ -85,9 +85,10 @@ def run(options: argparse.Namespace) -> None:
         figures.append(Figure("error of a step, median", 100 * error, "%", note="of the fit to the measured steps"))
         for policy in options.policies:
             progress(f"{policy} …")
-            cost, real = asyncio.run(_serve(folder, policy, steps.block_bytes, list(coefficients), trace))
+            cost, idle_s, real = asyncio.run(_serve(folder, policy, steps.block_bytes, list(coefficients), trace))
             simulated = simulate(_setup(cost, policy), trace)
             details[policy] = {"cost": asdict(cost)}
+            figures.append(_alone(policy, cost, idle_s))
             figures += _compared(policy, real, simulated)
     foreign = f"neighbours kept {neighbours.num_cores():.1f} cores"
     what = f"the simulator against 2 + 2 real workers, {len(trace)} requests; {foreign}"
@@ -130,12 +131,21 @@ def _compared(policy: str, real: Sequence[Record], simulated: Sequence[Record]) 
     ]
 
 
+def _alone(policy: str, cost: StepCost, idle_s: float) -> Figure:
+    """A long prompt on the idle cluster, which the costs were not found from: what steps alone are off by."""
+    trace = TraceRequest(0, _READ_BLOCKS * BLOCK, _NUM_TOKENS, tuple(range(_READ_BLOCKS)))
+    (record,) = simulate(_setup(cost, policy), [trace])
+    note = f"{_READ_BLOCKS * BLOCK} tokens; bound: the real one; error {record.ttft_s / idle_s - 1:+.0%}"
+    return Figure(f"TTFT alone, {policy}", 1e3 * record.ttft_s, "ms", 1e3 * idle_s, note=note)
+
+
 # ---------------------------------------------------------------- the real cluster
 
 
 async def _serve(
     folder: Path, policy: str, block_bytes: int, coefficients: Sequence[float], trace: Sequence[TraceRequest]
-) -> tuple[StepCost, list[Record]]:
+) -> tuple[StepCost, float, list[Record]]:
+    """Also the TTFT of a prompt of _READ_BLOCKS blocks with nothing beside it, and what became of the trace."""
     settings: Mapping[str, object] = {
         "model.path": str(folder),
         "model.load_format": "dummy",
@@ -149,14 +159,14 @@ async def _serve(
         "transfer.stuck_read_s": 15.0,
     }
     async with plain_cluster(settings, prefill=2, decode=2) as cluster:
-        cost = await _costs(cluster, block_bytes, coefficients)
+        cost, idle_s = await _costs(cluster, block_bytes, coefficients)
         await cluster.router.clear_cache()
         started = time.monotonic()
         records = [Record(request, request.at_ms / 1000) for request in trace]
         async with asyncio.TaskGroup() as tasks:
             for number, record in enumerate(records):
                 tasks.create_task(_send(cluster, f"r{number}", record, started))
-        return cost, records
+        return cost, idle_s, records
 
 
 async def _send(
@@ -181,13 +191,14 @@ async def _send(
             record.fetched_tokens = route.fetched.blocks * BLOCK
 
 
-async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence[float]) -> StepCost:
+async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence[float]) -> tuple[StepCost, float]:
     """Prompts through the idle cluster, one after the other: of a block, and of some. Beside the steps themselves they
     tell what words and reads take, and a worker between two steps."""
     fixed, prompt_token, attention, sequence, context_token = coefficients
     reads: dict[int, list[float]] = {1: [], _READ_BLOCKS: []}
     firsts: list[float] = []
     gaps: list[float] = []
+    longs: list[float] = []
     for number in range(2 * _NUM_SHORT):
         num_blocks = _READ_BLOCKS if number % 2 else 1
         trace = TraceRequest(
@@ -198,6 +209,8 @@ async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence
         if num_blocks == 1:
             firsts.append(record.ttft_s)
             gaps.append(record.mean_gap_s)
+        else:
+            longs.append(record.ttft_s)
     fixed += max(0.0, statistics.median(gaps) - fixed - sequence - context_token * BLOCK)
     short, long = (statistics.median(reads[number]) for number in (1, _READ_BLOCKS))
     cost = StepCost(
@@ -212,4 +225,5 @@ async def _costs(cluster: PlainCluster, block_bytes: int, coefficients: Sequence
         words=0.0,
     )
     step_s = fixed + BLOCK * (prompt_token + attention * BLOCK / 2)
-    return replace(cost, words=max(0.0, (statistics.median(firsts) - step_s) / _FRAMES))
+    words = max(0.0, (statistics.median(firsts) - step_s) / _FRAMES)
+    return replace(cost, words=words), statistics.median(longs)

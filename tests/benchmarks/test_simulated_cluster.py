@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulator.cluster import Setup, SimulatedCluster, simulate
+from benchmarks.simulator.scaling import live_through
 from benchmarks.simulator.step_cost import COSTS
 from benchmarks.simulator.trace import TraceRequest
 from benchmarks.simulator.traffic import Conversations
@@ -167,3 +168,19 @@ def test_what_a_callback_raises_ends_the_run() -> None:
 
     with pytest.raises(IndexError):
         run(scene())
+
+
+def test_the_autoscaler_follows_the_load_and_loses_nothing() -> None:
+    """Slow workers, a burst of prompts, then silence: more of them, and later the fewest again."""
+    slow = replace(SETUP.cost, fixed=0.2, prompt_token=2e-3)
+    setup = replace(SETUP, num_workers={Role.PREFILL: 1, Role.DECODE: 1}, cost=slow)
+    burst = [TraceRequest(200 * n, 300, 4, tuple(range(20 * n, 20 * n + 9))) for n in range(150)]
+    last = TraceRequest(400_000, 10, 1, ())
+
+    async def scene() -> None:
+        records, moments = await live_through(setup, [*burst, last], max_workers=4)
+        assert all(record.complete for record in records)
+        sizes = [moment.num_prefill for moment in moments]
+        assert max(sizes) > 1 and sizes[-1] == 1 and max(sizes) <= 4, sizes
+
+    run(scene())
