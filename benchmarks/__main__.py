@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer router words sessions engine overhead serving serving-guidellm failures]
-                         [--quick] [--json docs/measurements.json]
+    python -m benchmarks [--only transfer router simulator words sessions engine overhead serving serving-guidellm
+                                 failures] [--quick] [--json docs/measurements.json]
 
 Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
 shows that everything runs: sizes so small that the figures mean nothing, and nothing is written unless asked for.
@@ -31,6 +31,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
     {
         "transfer": "--tokens 256 --layers 4 --repeats 1",
         "router": "--blocks 20000 --decisions 50",
+        "simulator": "--span 6 --speeds 1",
         "words": "--round-trips 50 --steps 20 --sequences 8",
         "sessions": "--ingresses 2 --workers 4 --hosts 2 --seconds 1",
         "engine": "--only jitter --steps 10",
@@ -40,7 +41,9 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "failures": "--kills 1 --silences 1",
     }
 )
-COMMANDS: Mapping[str, str] = MappingProxyType({"serving-guidellm": "serving --driver guidellm"})  # others: the name
+COMMANDS: Mapping[str, str] = MappingProxyType(  # others: the name
+    {"serving-guidellm": "serving --driver guidellm", "simulator": "simulator compare"}
+)
 
 
 def run(name: str, directory: Path, *, quick: bool) -> Report:
