@@ -135,11 +135,17 @@ class HolderTable:
 
     def holders(self, keys: Keys) -> Bits:
         """[n, num_words], zero where a key has no row."""
-        rows = self.find(keys)
-        bits = self._holders.take(rows, axis=0, mode="wrap")
-        absent = rows < 0
+        home = (keys & self._mask).view(np.int64)
+        lanes = self._buckets.take(home, axis=0)
+        match = _matches(lanes, keys)
+        bits = self._holders.take(home * _LANES + _lane(match), axis=0)
+        absent = match == 0
         if absent.any():
             bits[absent] = 0
+            for index in np.flatnonzero(absent & (lanes[:, -1] != 0)).tolist():
+                row = self._row(int(keys[index]))
+                if row >= 0:
+                    bits[index] = self._holders[row]
         return bits
 
     def is_held(self, key: int, alive: Sequence[int]) -> bool:

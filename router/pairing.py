@@ -66,6 +66,7 @@ class Pairing:
         "_prefills",
         "_reach",
         "_seen",
+        "_table",
         "decodes",
         "fetch_tokens",
         "loads",
@@ -87,7 +88,8 @@ class Pairing:
         self._prefills = np.array(
             [nobody_prefills or Role.PREFILL in candidates[index].roles for index in serving], np.bool_
         )
-        self.loads = Loads(*np.zeros((len(Loads._fields), len(candidates))))
+        self._table = np.zeros((len(Loads._fields), len(candidates)))  # rows of `loads`
+        self.loads = Loads(*self._table)
         self._reach: Floats = np.full((len(candidates), len(candidates)), inf)  # seconds per byte
         self.fetch_tokens: Floats = np.full_like(self._reach, FAR)
         self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros(shape))
@@ -101,7 +103,7 @@ class Pairing:
         changed = [index for index, candidate in enumerate(candidates) if candidate is not seen[index]]
         if not changed:
             return
-        loads = np.array(self.loads)
+        loads = self._table.copy()
         slower, other = False, []
         for index in changed:
             now, before = candidates[index], seen[index]
@@ -112,7 +114,7 @@ class Pairing:
             if before is None or before.warm_sources is not now.warm_sources:
                 other.append(index)
         self._seen = list(candidates)
-        self.loads = Loads(*loads)
+        self._table, self.loads = loads, Loads(*loads)
         if slower or other:
             self._read_rates(candidates, set(other))
 
