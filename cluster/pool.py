@@ -42,7 +42,7 @@ from cluster.pooled_worker import ActorHandle, PooledWorker
 from cluster.reconcile import PoolSize, Wanted, backoff_s, decide
 from cluster.worker_spec import ActorName, Description, Failure, WorkerSpec, fingerprint
 
-_SURGE_WAIT_S = 3.0
+_SURGE_WAIT_S = 10.0  # for the cluster to reserve room for a successor
 _PROVEN_S = 30.0  # a worker that was ready for so long starts its place's count of failures anew
 _LOAD_S = 1.0  # for a worker to say what it has to do
 _LAST_WORDS_S = 5.0  # for the answer to stop(), and to a drain whose time is up

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cluster.config import Role
 from cluster.membership import MemberState
-from tests.support.chaos import GREEDY, Chaos, assert_greedy, prompts, running_chaos
+from tests.support.chaos import FAMILY, GREEDY, Chaos, assert_greedy, prompts, running_chaos
+from tests.support.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(120)]
 
@@ -124,3 +127,47 @@ def test_a_worker_changes_its_role_and_back_without_a_restart(chaos: Chaos) -> N
     chaos.runner.run(switch())
     assert [chaos.member(name).incarnation for name in chaos.cluster.workers] == before
     chaos.runner.run(chaos.cluster.assert_all_free())
+
+
+def another_revision(directory: Path) -> str:
+    """The same weights under another configuration: tokens are the same, the compatibility hash is not."""
+    source = checkpoint(FAMILY)
+    for file in source.iterdir():
+        (directory / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").unlink()
+    (directory / "config.json").write_text(json.dumps({**config, "initializer_range": 0.03}))
+    return str(directory)
+
+
+def test_workers_of_two_hashes_serve_side_by_side_and_the_old_ones_leave_without_a_loss(tmp_path: Path) -> None:
+    with running_chaos({"scheduler.handover_s": 0, "router.local_prefill": "never"}) as chaos:
+        cluster = chaos.cluster
+
+        async def roll() -> None:
+            tasks = chaos.ask(TEXTS, LONG)
+            await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
+            model = cluster.config.model.model_copy(update={"path": another_revision(tmp_path)})
+            cluster.config = cluster.config.model_copy(update={"model": model})
+            await asyncio.gather(*(cluster.start_worker(pool, f"{pool}-1") for pool in ("prefill", "decode")))
+            hashes = [chaos.member(f"{pool}-{i}").compatibility_hash for i in (0, 1) for pool in ("prefill", "decode")]
+            assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+            cluster.publish()
+            await chaos.watch.until("decode-1", lambda load: any(pair.warm for pair in load.pairs), "warm")
+            tasks += chaos.ask(TEXTS[:4], LONG)
+            for pool in ("prefill", "decode"):
+                change(chaos, f"{pool}-0", MemberState.DRAINING)
+            tasks += chaos.ask(TEXTS[:2], LONG)
+            answers = await asyncio.gather(*tasks)
+            for text, answer in zip((*TEXTS, *TEXTS[:4], *TEXTS[:2]), answers, strict=True):
+                assert_greedy(text, answer, LONG.max_tokens)
+                assert answer.route.prefill.name[-1] == answer.route.decode.name[-1], "pairs of one hash only"
+            assert {answer.route.decode.name for answer in answers} == {"decode-0", "decode-1"}
+            assert {answer.route.decode.name for answer in answers[-2:]} == {"decode-1"}
+            for pool in ("prefill", "decode"):
+                await chaos.watch.until(f"{pool}-0", lambda load: not load.num_leases + load.num_running, "empty")
+                await cluster.kill(f"{pool}-0")
+            cluster.publish()
+
+        chaos.runner.run(roll())
+        chaos.runner.run(cluster.assert_all_free())
