@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,3 +103,9 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump({"rule_files": ["bare.yaml"], "tests": tests}))
     assert f"SUCCESS: {len(ALERTS)} rules found" in promtool("check", "rules", "rules.yaml", cwd=tmp_path)
     assert "SUCCESS" in promtool("test", "rules", "tests.yaml", cwd=tmp_path)
+
+
+def test_every_alert_has_its_paragraph() -> None:
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "kubernetes.md").read_text(), re.MULTILINE)
+    assert headings == [alert.name for alert in ALERTS]
+    assert chart.defaults()["monitoring"]["rules"]["runbookUrl"].endswith("/docs/kubernetes.md")
