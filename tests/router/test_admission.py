@@ -187,10 +187,7 @@ class Replica:
     sent: list[int]  # since the last report, as router/fleet.py counts it
 
     def sees(self, sources: Sequence[Source]) -> list[Candidate]:
-        return [
-            replace(source(0, each.rate), incarnation=str(index), queued_tokens=self.reported[index] + self.sent[index])
-            for index, each in enumerate(sources)
-        ]
+        return [source(self.reported[index] + self.sent[index], each.rate) for index, each in enumerate(sources)]
 
 
 REPORT_S = 0.1
