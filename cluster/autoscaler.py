@@ -6,7 +6,7 @@
 
 A need that stays above the size for `up_after_s` raises it to the least that was needed meanwhile; one that stays
 below for `down_after_s`, with a margin, lowers it to the most. So no size falls within `down_after_s` after any change,
-and no load that stands still moves a size to and fro. Workers on their way count as there: while any are, only what
+and no load that stands still moves a size back and forth. Workers on their way count as there: while any are, only what
 must be computed in each second raises a size, not the queues and latencies that they will mend.
 """
 
@@ -167,7 +167,7 @@ def _shared_out(state: PoolState, before: int, asked: Need | None, targets: Targ
     shift = None
     if asked is not None and len(places) != wanted:
         short_of = asked.prefill > len(places) if wanted > len(places) else asked.decode > size - len(places)
-        # Rounding alone would go to and fro.
+        # Rounding alone would go back and forth.
         if short_of and abs(size * share - len(places)) > _FIRM_SHARE:
             same_way = state.shift is not None and (state.shift.number > len(places)) == (wanted > len(places))
             shift = state.shift if same_way and state.shift is not None else Streak(now, wanted)

@@ -140,6 +140,7 @@ def another_revision(directory: Path) -> str:
     return str(directory)
 
 
+@pytest.mark.full
 def test_workers_of_two_hashes_serve_side_by_side_and_the_old_ones_leave_without_a_loss(tmp_path: Path) -> None:
     with running_chaos({"scheduler.handover_s": 0, "router.local_prefill": "never"}) as chaos:
         cluster = chaos.cluster

@@ -162,7 +162,7 @@ def test_up_is_fast_and_down_is_slow() -> None:
     assert pool.state.size == 1
 
 
-def test_a_load_that_goes_to_and_fro_faster_than_down_does_not_flap() -> None:
+def test_a_load_that_goes_back_and_forth_faster_than_down_does_not_flap() -> None:
     pool = Fluid(limits(), lambda now: 4.0 if now % 40 < 20 else 0.5)
     pool.run(600)
     pool.sizes.clear()
