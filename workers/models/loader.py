@@ -214,7 +214,7 @@ def _dummy(model: nn.Module, seed: int, device: torch.device) -> Mapping[str, Te
     weights: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         for suffix, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{suffix}"
+            name = f"{prefix}.{suffix}" if prefix else suffix
             if isinstance(module, Linear | Embedding) and suffix == "weight":
                 std = 0.1 if isinstance(module, Embedding) else 4 / parameter.shape[1] ** 0.5
                 digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
