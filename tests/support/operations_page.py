@@ -53,14 +53,26 @@ def metrics_table() -> str:
 
 def chaos_table() -> str:
     """Of the kept runs: docs/chaos.json."""
-    columns = ("fault", "times, in states", "requests touched", "noticed", "next token", "whole again")
-    rows = [f"| {' | '.join(columns)}, p50 / p99 each |", "|---|---|---|---|---|---|"]
+    columns = ("fault", "times, in states", "requests touched", "noticed", "next token", "whole again, p50 / p99 each")
+    parts: list[str] = []
     for run in json.loads(CHAOS.read_text())["runs"]:
+        counts = run["counts"]
+        found = ", ".join(f"{count} {sort}" for sort, count in run["findings"].items()) or "nothing"
+        told = [
+            f"{counts['faults']} faults in {run['elapsed_s'] / 60:.0f} minutes, seed {run['seed']}, "
+            f"commit {run['commit'][:7]}, {run['busy_cores_share']:.0%} of all cores busy: {counts['requests']} requests, "
+            f"{counts['tokens']} tokens, {counts.get('moved', 0)} requests went on elsewhere, "
+            f"{counts.get('with their ingress', 0)} ended with their ingress; found: {found}.",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---|---|---|---|---|---|",
+        ]
         for what, kind in run["kinds"].items():
             states = ", ".join(f"{state} {count}" for state, count in kind["states"].items())
             times = [_times(kind.get(name)) for name in ("notice", "recovery", "healed")]
-            rows.append(f"| {what} | {kind['faults']}: {states} | {kind['requests_touched']} | {' | '.join(times)} |")
-    return "\n".join(rows)
+            told.append(f"| {what} | {kind['faults']}: {states} | {kind['requests_touched']} | {' | '.join(times)} |")
+        parts.append("\n".join(told))
+    return "\n\n".join(parts)
 
 
 def soak_table() -> str:
