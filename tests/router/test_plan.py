@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import Role, RouterConfig
-from cluster.errors import Busy
 from cluster.protos import worker_pb2 as pb
-from router.admission import Admission
 from router.plan import Candidate, LocalPrefill, LocalReason, NoPlan, Plan
 from router.planner import LocalRules, make_plan
 from router.policy import POLICIES, LeastLoaded, RoundRobin
@@ -169,27 +167,3 @@ def test_least_loaded_takes_turns_among_equals() -> None:
 def test_every_configured_policy_exists() -> None:
     annotation = RouterConfig.model_fields["policy"].annotation
     assert sorted(POLICIES) == sorted(annotation.__args__)  # type: ignore[union-attr]
-
-
-def test_admission_is_bounded_and_shared_by_replicas() -> None:
-    admission = Admission(4)
-    with admission.enter(0.0), admission.enter(0.0):
-        admission.set_replicas(2)
-        with pytest.raises(Busy, match="2 requests are open here and the limit is 2; retry later") as refused:
-            with admission.enter(0.0):
-                pass
-        assert refused.value.retry_after_s >= 1
-        admission.set_replicas(1)
-        with admission.enter(0.0):
-            assert admission.num_open == 3
-    assert admission.num_open == 0
-
-
-def test_admission_asks_for_more_patience_when_requests_take_long() -> None:
-    admission = Admission(1)
-    for start in range(0, 4000, 100):
-        with admission.enter(float(start)) as stay:
-            stay.until = start + 20.0
-    with admission.enter(0.0), pytest.raises(Busy) as refused, admission.enter(0.0):
-        pass
-    assert 10 < refused.value.retry_after_s <= 30
