@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.autoscaler import WorkerLoad
 from cluster.config import Role
 from cluster.membership import MemberState
+from tests.support import telling_worker
 from tests.support.chaos import FAMILY, GREEDY, Chaos, assert_greedy, prompts, running_chaos
 from tests.support.checkpoints import checkpoint
 
@@ -24,7 +26,8 @@ LONG = replace(GREEDY, max_tokens=160)
 @pytest.fixture(scope="module")
 def chaos() -> Iterator[Chaos]:
     """Streams go elsewhere at once."""
-    with running_chaos({"scheduler.handover_s": 0, "router.local_prefill": "never"}, prefill=2, decode=2) as chaos:
+    settings = {"scheduler.handover_s": 0, "router.local_prefill": "never", "router.worker_wait_s": 60}
+    with running_chaos(settings, prefill=2, decode=2, main=telling_worker.serve) as chaos:
         yield chaos
 
 
@@ -44,6 +47,36 @@ async def gone(chaos: Chaos, name: str) -> None:
     )
     await chaos.cluster.kill(name)
     await chaos.cluster.replace(name)
+
+
+def test_workers_tell_what_the_autoscaler_asks(chaos: Chaos) -> None:
+    def told() -> dict[str, WorkerLoad]:
+        """Since the last time."""
+        for worker in chaos.cluster.workers.values():
+            while worker.pipe.poll():
+                worker.pipe.recv()
+        chaos.cluster.publish()
+        return {name: worker.pipe.recv() for name, worker in chaos.cluster.workers.items()}
+
+    async def busy() -> dict[str, WorkerLoad]:
+        tasks = chaos.ask(TEXTS, LONG)
+        await chaos.watch.until("decode-0", lambda load: load.num_running >= 2, "streaming")
+        loads = await asyncio.to_thread(told)
+        await asyncio.gather(*tasks)
+        return loads
+
+    told()
+    loads = chaos.runner.run(busy())
+    assert {name: set(load.roles) for name, load in loads.items()} == {
+        name: {Role(name.partition("-")[0])} for name in loads
+    }
+    assert all(0 < loads[f"prefill-{i}"].busy <= 1 for i in (0, 1))
+    assert any(loads[f"prefill-{i}"].queue_s > 0 for i in (0, 1))
+    assert loads["decode-0"].occupancy >= 2 / 16  # scheduler.max_sequences
+    assert loads["decode-0"].inter_token_s > 0
+    told()
+    idle = told()
+    assert all((load.busy, load.backlog_s, load.occupancy) == (0, 0, 0) for load in idle.values()), idle
 
 
 @pytest.mark.parametrize("pool", ["decode", "prefill"])
