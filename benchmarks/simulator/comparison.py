@@ -46,7 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--span", type=float, default=CHAT.span_s, help="seconds of the generated trace")
     parser.add_argument("--speeds", type=float, nargs="+", default=list(SPEEDS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--machine", default="h200-8b", help=f"{', '.join(COSTS)}, or a file of `calibrate`")
+    parser.add_argument(
+        "--machine", default="h200-8b", help=f"{', '.join(COSTS)}, or a JSON file with the fields of StepCost"
+    )
     parser.add_argument("--blocks", type=int, default=10_000, help="of KV, a worker")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
