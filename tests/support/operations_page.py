@@ -60,8 +60,9 @@ def chaos_table() -> str:
         found = ", ".join(f"{count} {sort}" for sort, count in run["findings"].items()) or "nothing"
         told = [
             f"{counts['faults']} faults in {run['elapsed_s'] / 60:.0f} minutes, seed {run['seed']}, "
-            f"commit {run['commit'][:7]}, {run['busy_cores_share']:.0%} of all cores busy: {counts['requests']} requests, "
-            f"{counts['tokens']} tokens, {counts.get('moved', 0)} requests went on elsewhere, "
+            f"commit {run['commit'][:7]}, {run['busy_cores_share']:.0%} of all cores busy: "
+            f"{counts['requests']} requests, {counts['tokens']} tokens, "
+            f"{counts.get('moved', 0)} requests went on elsewhere, "
             f"{counts.get('with their ingress', 0)} ended with their ingress; found: {found}.",
             "",
             f"| {' | '.join(columns)} |",
