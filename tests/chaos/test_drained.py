@@ -26,7 +26,7 @@ LONG = replace(GREEDY, max_tokens=160)
 @pytest.fixture(scope="module")
 def chaos() -> Iterator[Chaos]:
     """Streams go elsewhere at once."""
-    settings = {"scheduler.handover_s": 0, "router.local_prefill": "never", "router.worker_wait_s": 60}
+    settings = {"scheduler.handover_s": 0, "router.local_prefill": "never", "router.worker_wait_s": 100}
     with running_chaos(settings, prefill=2, decode=2, main=telling_worker.serve) as chaos:
         yield chaos
 
