@@ -14,6 +14,7 @@ from prometheus_client import start_http_server
 from cluster.errors import ConfigError
 from cluster.membership import Membership, MemberState
 from cluster.metrics import Metrics
+from cluster.own_address import announced
 from cluster.streams import bracketed
 from cluster.words_config import WordsConfig
 
@@ -51,7 +52,7 @@ class Exporter:
                 raise ConfigError("words.host", f"cannot listen on {config.host!r}: {error.strerror}") from error
             server, _ = self._serving
             server.set_app(_with_pages(server.get_app(), self._page))
-            return f"{bracketed(config.host)}:{port}"
+            return f"{bracketed(announced(config.host))}:{port}"
         raise ConfigError(
             "words.port_min",
             f"no free port for metrics from {config.port_min} to {config.port_max} on {config.host}; "

@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import ConfigError, Refused, SessionBroken, SessionError
 from cluster.handshake import DialerHandshake, EpochBook, ListenerHandshake, refusal
+from cluster.own_address import announced
 from cluster.parts import MAX_FRAME_BYTES
 from cluster.protos import BULK_PATH, SERVICE, SESSION_PATH
 from cluster.protos import worker_pb2 as pb
@@ -104,7 +105,7 @@ class WordsServer:
             "Bulk": grpc.stream_stream_rpc_method_handler(self._accept_bulk),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.address = f"{bracketed(self._host)}:{self._bind(server)}"
+        self.address = f"{bracketed(announced(self._host))}:{self._bind(server)}"
         await server.start()
         self._server = server
         self._words.adopt(self)

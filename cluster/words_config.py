@@ -32,7 +32,7 @@ class TlsConfig(Section):
 
 class WordsConfig(Section):
     host: str = "127.0.0.1"
-    """Address that workers listen on and announce."""
+    """Address that processes listen on and announce; 0.0.0.0 and :: listen on all, and announce the machine's own."""
     port_min: Port = 20000
     """First port to try for listening."""
     port_max: Port = 20999

@@ -74,7 +74,7 @@ def _serve(
 ) -> None:
     host = places[name]
     _enter(host.namespace)
-    words = config.words.model_copy(update={"host": host.address})
+    words = config.words.model_copy(update={"host": "0.0.0.0"})  # as in a pod: what is announced is the cable's address
     main(config.model_copy(update={"words": words}), pool, name, pipe)
 
 
