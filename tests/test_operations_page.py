@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 
+import deploy.openai_api  # brings the front door's own errors  # noqa: F401
 from cluster.errors import RequestError
 from router.route_book import AttemptTold, CandidateTold, OutcomeTold, RouteTold, WayTold
 from tests.support.operations_page import PAGE, page
