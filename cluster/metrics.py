@@ -57,7 +57,7 @@ class FetchOutcome(StrEnum):
     REFUSED = "refused"  # the holder had none of it, or did not answer
     LOST = "lost"  # the holder died, or a read failed: what came before counts
     CANCELLED = "cancelled"  # the request ended first
-    UNNEEDED = "unneeded"  # it is in the worker's own cache
+    UNNEEDED = "unneeded"  # it is in the worker's own cache, or no cached block serves the request
     NO_PAIR = "no_pair"  # the holder is not within reach
     NO_ROOM = "no_room"  # no blocks to fetch into
 

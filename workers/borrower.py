@@ -73,7 +73,8 @@ class Borrower:
         end = min(holding.num_blocks, len(sequence.hashes), (len(sequence.tokens) - 1) // self._block_size)
         session = self._pairs.warm(holding.holder.incarnation)
         reservation = None
-        if sequence.params.needs_whole_prompt or self._num_held(sequence, end) >= end:
+        params = sequence.params
+        if params.needs_whole_prompt or params.pooling is not None or self._num_held(sequence, end) >= end:
             outcome = FetchOutcome.UNNEEDED
         elif session is None:
             outcome = FetchOutcome.NO_PAIR

@@ -170,7 +170,7 @@ def test_every_process_is_scraped_and_the_sums_are_what_was_served(port: PublicP
         assert grew(role, "sluice_engine_batch_sequences_count") == grew(role, "sluice_engine_step_seconds_count") > 0
         for name in (f"{role}-0", f"{role}-1"):
             _check_gauges(after[name])
-            assert after[name].values("sluice_transfer_bytes_total", "peer") <= {"prefill-0", "prefill-1"}
+            assert after[name].values("sluice_transfer_bytes_total", "peer") <= set(found) - {name}
     assert grew("decode", "sluice_transfer_read_seconds_count", transport="nixl") >= 8
     assert after["controller"].total("sluice_cluster_workers", state="ready") == 4
 
@@ -181,7 +181,7 @@ def _check_gauges(worker: Scrape) -> None:
     for group in groups:
         assert worker.total("sluice_kv_blocks", group=group) == NUM_BLOCKS
     assert worker.total("sluice_words_sessions", peer_kind="ingress") == 2
-    assert worker.total("sluice_words_sessions", peer_kind="worker") == 2
+    assert worker.total("sluice_words_sessions", peer_kind="worker") == 2 * 3  # it reads from all, and all from it
 
 
 @pytest.mark.parametrize("port", ["deepseek-v32"], indirect=True)
@@ -200,8 +200,8 @@ def test_killed_processes_are_no_targets_and_their_successors_are(port: PublicPo
     scrapes = {name: target.scrape() for name, target in replaced.items()}
     assert scrapes["decode-0"].total("sluice_engine_sampled_tokens_total") == 0
     assert scrapes["controller"].total("sluice_cluster_restarts_total", pool="decode") == 1
-    assert scrapes["prefill-0"].total("sluice_words_broken_sessions_total", reason="gone") == 2
-    assert scrapes["decode-1"].total("sluice_words_broken_sessions_total", reason="gone") == 1  # of the replica
+    for name in ("prefill-0", "decode-1"):  # two of the worker, one of the replica
+        assert scrapes[name].total("sluice_words_broken_sessions_total", reason="gone") == 3
 
 
 def _listener(address: str) -> int:

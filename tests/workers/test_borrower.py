@@ -19,7 +19,7 @@ from cluster.hashing import chain_root
 from cluster.log import Log
 from cluster.metrics import FetchOutcome, Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import RequestKey, SamplingParams
+from cluster.request import Pooling, RequestKey, SamplingParams
 from cluster.rpc import WordsThread
 from kvtransfer.connector import Connected, Done, Executor, ReadLimits
 from kvtransfer.loopback import LoopbackFabric, LoopbackTransport
@@ -61,8 +61,8 @@ class Side:
         self.executor = Executor(parts.pool, transport, limits, self.dones.append, clock=clock)
         self.parts: Assembly = replace(parts, executors=[self.executor])
 
-    def sequence(self) -> Sequence:
-        sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    def sequence(self, pooling: Pooling | None = None) -> Sequence:
+        sampling = SamplingParams(max_tokens=4, ignore_eos=True, pooling=pooling)
         key = RequestKey("request", 1)
         seq = Sequence(1, key, list(PROMPT), len(PROMPT), sampling, arrival=1, stop_after_first=True)
         seq.extend_hashes(chain_root(self.parts.compatibility_hash), len(PROMPT) // BLOCK_SIZE, BLOCK_SIZE)
@@ -121,9 +121,12 @@ class Scene:
 
     def ask(self) -> Sequence:
         sequence = self.sink.sequence()
-        holder = pb.WorkerRef(name="holder", incarnation=self.session.peer.incarnation)
-        assert self.borrower.begin(sequence, pb.Holding(holder=holder, num_blocks=5), self.clock.now)
+        assert self.begins(sequence)
         return sequence
+
+    def begins(self, sequence: Sequence) -> bool:
+        holder = pb.WorkerRef(name="holder", incarnation=self.session.peer.incarnation)
+        return self.borrower.begin(sequence, pb.Holding(holder=holder, num_blocks=5), self.clock.now)
 
     def answer(self) -> pb.Frame:
         """What the holder says; the sink has not heard it yet."""
@@ -253,6 +256,13 @@ def test_a_holder_that_is_busy_is_not_waited_for(scene: Scene) -> None:
     assert not scene.hear(late)
     scene.released()
     assert scene.outcomes() == {FetchOutcome.REFUSED: 1}
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_nothing_is_fetched_for_a_vector(scene: Scene, pooling: Pooling) -> None:
+    """It is read where the prompt is computed, and holds no reservation."""
+    assert not scene.begins(scene.sink.sequence(pooling))
+    assert scene.outcomes() == {FetchOutcome.UNNEEDED: 1}
 
 
 def test_a_draining_worker_lends_nothing(scene: Scene) -> None:
