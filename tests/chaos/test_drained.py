@@ -31,10 +31,11 @@ def chaos() -> Iterator[Chaos]:
         yield chaos
 
 
-def change(chaos: Chaos, name: str, state: MemberState = MemberState.READY, roles: tuple[Role, ...] = ()) -> None:
-    """What the controller says of one worker, to everybody."""
-    member = chaos.member(name)
-    chaos.cluster.workers[name].member = replace(member, state=state, roles=roles or member.roles)
+def change(chaos: Chaos, *names: str, state: MemberState = MemberState.READY, roles: tuple[Role, ...] = ()) -> None:
+    """What the controller says of these workers, to everybody and at once."""
+    for name in names:
+        member = chaos.member(name)
+        chaos.cluster.workers[name].member = replace(member, state=state, roles=roles or member.roles)
     chaos.cluster.publish()
 
 
@@ -88,7 +89,7 @@ def test_a_pool_shrinks_under_load_and_every_request_is_whole(chaos: Chaos, pool
     async def shrink() -> int:
         tasks = chaos.ask(TEXTS, LONG)
         await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
-        change(chaos, name, MemberState.DRAINING)
+        change(chaos, name, state=MemberState.DRAINING)
         later = chaos.ask(TEXTS[:3])
         for text, answer in zip(TEXTS, await asyncio.gather(*tasks), strict=True):
             assert_greedy(text, answer, LONG.max_tokens)
@@ -106,13 +107,12 @@ def test_a_pool_shrinks_under_load_and_every_request_is_whole(chaos: Chaos, pool
 
 
 def test_the_last_worker_that_can_serve_a_stream_keeps_it(chaos: Chaos) -> None:
-    """Both decode workers are to leave: the second one has nobody to hand over to."""
+    """Both decode workers are to leave: neither has anybody to hand over to."""
 
     async def both() -> None:
         tasks = chaos.ask(TEXTS[:2], LONG)
         await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
-        change(chaos, "decode-1", MemberState.DRAINING)
-        change(chaos, "decode-0", MemberState.DRAINING)
+        change(chaos, "decode-0", "decode-1", state=MemberState.DRAINING)
         waiting = chaos.ask(TEXTS[2:3])  # for the successor of one of them
         for text, answer in zip(TEXTS, await asyncio.gather(*tasks), strict=False):
             assert_greedy(text, answer, LONG.max_tokens)
@@ -131,8 +131,7 @@ def test_a_worker_changes_its_role_and_back_without_a_restart(chaos: Chaos) -> N
         tasks = chaos.ask(TEXTS, LONG)
         await chaos.watch.until("decode-1", lambda load: load.num_running >= 1, "streaming")
         change(chaos, "decode-1", roles=(Role.PREFILL,))
-        change(chaos, "prefill-0", MemberState.DRAINING)
-        change(chaos, "prefill-1", MemberState.DRAINING)  # decode-1 is the one source
+        change(chaos, "prefill-0", "prefill-1", state=MemberState.DRAINING)  # decode-1 is the one source
         answers = await asyncio.gather(*tasks)
         for text, answer in zip(TEXTS, answers, strict=True):
             assert_greedy(text, answer, LONG.max_tokens)
@@ -190,7 +189,7 @@ def test_workers_of_two_hashes_serve_side_by_side_and_the_old_ones_leave_without
             await chaos.watch.until("decode-1", lambda load: any(pair.warm for pair in load.pairs), "warm")
             tasks += chaos.ask(TEXTS[:4], LONG)
             for pool in ("prefill", "decode"):
-                change(chaos, f"{pool}-0", MemberState.DRAINING)
+                change(chaos, f"{pool}-0", state=MemberState.DRAINING)
             tasks += chaos.ask(TEXTS[:2], LONG)
             answers = await asyncio.gather(*tasks)
             for text, answer in zip((*TEXTS, *TEXTS[:4], *TEXTS[:2]), answers, strict=True):

@@ -73,7 +73,7 @@ def test_a_prompt_that_kills_two_workers_is_not_given_to_a_third() -> None:
             """Others whose prompts are with the same sources, and the one that kills them."""
             bystanders = chaos.ask(TEXTS * 2)
             with pytest.raises(WorkerFailed, match="poison"):
-                await chaos.cluster.ask([*TEXTS[1], *faulty_worker.DIES], GREEDY, "poison")
+                await chaos.cluster.ask([*TEXTS[1], *faulty_worker.DIES * 3], GREEDY, "poison")
             return await asyncio.gather(*bystanders)
 
         for text, answer in zip(TEXTS * 2, chaos.runner.run(crowd()), strict=True):
