@@ -37,7 +37,10 @@ def spared_blocks(reusable: NDArray[np.int64], block_size: int, pairing: Pairing
 def with_holding(plan: Plan) -> Plan:
     """The same plan, with the holder that saves most time, where one saves any."""
     choice = plan.choice
-    if choice is None or choice.offer.demand.hit_blocks is None or choice.offer.demand.computes_all:
+    if choice is None:
+        return plan
+    demand = choice.offer.demand
+    if demand.hit_blocks is None or demand.computes_all or not demand.may_fetch:
         return plan
     offer, own, worker = choice.offer, choice.num_prefill_hits, choice.computing
     more = (offer.reusable > own).nonzero()[0]
@@ -46,7 +49,7 @@ def with_holding(plan: Plan) -> Plan:
     loads = offer.loads
     fetch_tokens = offer.pairing.fetch_tokens[worker].take(more)
     num_blocks = (offer.reusable.take(more) - own).astype(np.float64)
-    gain = _tokens_saved(num_blocks, offer.demand.block_size, fetch_tokens, loads.tokens_per_s[worker])
+    gain = _tokens_saved(num_blocks, demand.block_size, fetch_tokens, loads.tokens_per_s[worker])
     if not gain.max() > 0.0:
         return plan
     holder = int(more[(gain - _BUSY_TOKENS * loads.num_requests.take(more)).argmax()])

@@ -86,6 +86,7 @@ class Navigator:
                 block_size=self._block_size,
                 hit_blocks=self._hits(candidates, flight, now) if self.uses_blocks else None,
                 computes_all=request.sampling.needs_whole_prompt,
+                may_fetch=request.sampling.pooling is None,  # a vector's prompt holds no reservation to fetch into
                 session=request.session,
             ),
             pairing=self._pairing,

@@ -22,6 +22,7 @@ class Demand:
     block_size: int = 1
     hit_blocks: NDArray[np.int64] | None = None  # of each candidate: full blocks that it has, from the first one on
     computes_all: bool = False  # every position is computed, whatever is cached
+    may_fetch: bool = True  # from a worker that holds what the computing one lacks
     session: str = ""  # requests of one session go to one worker; "": no session
 
 
@@ -52,7 +53,9 @@ class Offer:
             ways=ways,
             demand=demand,
             reusable=reusable,
-            spared=spared_blocks(reusable, demand.block_size, pairing),
+            spared=(
+                spared_blocks(reusable, demand.block_size, pairing) if demand.may_fetch else reusable.astype(np.float64)
+            ),
             loads=pairing.loads,
             rates=pairing.rates,
         )

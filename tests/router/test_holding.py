@@ -37,9 +37,17 @@ def worker(
     )
 
 
-def planned(candidates: list[Candidate], hits: list[int], *, computes_all: bool = False) -> Plan:
+def planned(
+    candidates: list[Candidate], hits: list[int], *, computes_all: bool = False, may_fetch: bool = True
+) -> Plan:
     """One decode worker, d, and one source, p, that it reads at an unknown rate; others only hold."""
-    demand = Demand(num_tokens=NUM_TOKENS, block_size=BLOCK, hit_blocks=np.array(hits), computes_all=computes_all)
+    demand = Demand(
+        num_tokens=NUM_TOKENS,
+        block_size=BLOCK,
+        hit_blocks=np.array(hits),
+        computes_all=computes_all,
+        may_fetch=may_fetch,
+    )
     plan = make_plan(candidates, KvAware(), local=LocalRules(mode="never"), want_spare=False, demand=demand)
     assert isinstance(plan, Plan) and (plan.decode.name, plan.prefill.name) == ("d", "p")
     return plan
@@ -64,6 +72,9 @@ def test_a_prefix_is_fetched_where_that_is_quicker() -> None:
     assert fetching(speed=160, rate=inf, hits=(10, 10)).holding is None
     assert fetching(speed=160, rate=inf, hits=(10, 9)).holding is not None
     assert fetching(speed=160, rate=inf, computes_all=True).holding is None
+    unfetched = fetching(speed=160, rate=inf, may_fetch=False)
+    assert unfetched.holding is None and unfetched.choice is not None
+    assert unfetched.choice.offer.spared.tolist() == [10, 0], "what is not fetched spares nothing"
 
 
 def test_only_compatible_and_warm_peers_are_asked_the_least_busy_first() -> None:
