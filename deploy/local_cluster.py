@@ -24,9 +24,11 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import SluiceError
+from cluster.streams import is_free
 
 OBJECT_STORE_BYTES = 80 << 20  # close to Ray's least; only Serve's small messages go through it
 
+_LOCAL = "127.0.0.1"
 _MARK = "SLUICE_LOCAL_CLUSTER"  # in the environment of all that belongs to one cluster: its directory
 _WINDOWS = range(21_100, 31_900, 100)  # below the ports that the kernel hands out, above those of words
 _GONE_S = 10.0  # for processes to end by themselves
@@ -52,7 +54,7 @@ class PortWindow:
             except OSError:
                 holder.close()
                 continue
-            if all(is_free(port) for port in range(base, base + 20)):
+            if all(is_free(_LOCAL, port) for port in range(base, base + 20)):
                 self._holder, self.base = holder, base
                 return
             holder.close()
@@ -62,16 +64,6 @@ class PortWindow:
 
     def close(self) -> None:
         self._holder.close()
-
-
-def is_free(port: int, host: str = "127.0.0.1") -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def environment(directory: Path, base: int, secret_env: str) -> dict[str, str]:
@@ -175,7 +167,7 @@ class LocalCluster:
             log_to_driver=show_logs,
             logging_level=logging.WARNING if show_logs else logging.ERROR,
             _temp_dir=str(self.directory),
-            _node_ip_address="127.0.0.1",
+            _node_ip_address=_LOCAL,
         )
 
     @property
@@ -188,7 +180,7 @@ class LocalCluster:
         from ray import serve
 
         port = port or self.ports.base + 4
-        if not is_free(port, host):
+        if not is_free(host, port):
             raise SluiceError(f"port {port} on {host} is taken; name another with --port, or 0 for a free one")
         serve.start(http_options={"host": host, "port": port})
         self._serving = True
