@@ -202,6 +202,21 @@ def test_docs_say_nothing_unfinished_and_no_path_of_one_machine() -> None:
     assert found == []
 
 
+def test_no_package_index_or_image_registry_is_named() -> None:
+    """Where packages and images come from is the business of who installs them."""
+    host = re.compile(
+        r"(?<![\w@.])(?:[a-z0-9-]+\.)+(?:io|org|com|net|dev)/(?:whl|simple|wheels)\b|pythonhosted|\bpypi\.org"
+    )
+    registry = re.compile(r"\b(?:docker|ghcr|nvcr|quay|gcr)\.io\b|\bregistry\.(?:[a-z0-9-]+\.)+[a-z]+")
+    rooms = [ROOT / room for room in (*ROOMS, "helm", "docs", ".ci")]
+    files = [
+        path for room in rooms for path in room.rglob("*") if path.is_file() and path.suffix not in {".png", ".pyc"}
+    ]
+    files += [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", "constraints.txt")]
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
+    assert [name for name, text in texts.items() if host.search(text) or registry.search(text)] == []
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
