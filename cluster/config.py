@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.engine_config import EngineConfig
 from cluster.section import Count, Fraction, Port, Positive, Seconds, Section, demand
 from cluster.words_config import WordsConfig
 
@@ -49,8 +50,9 @@ class KvConfig(Section):
     """Blocks per group of one worker, the null block not counted; none: from the memory below."""
     memory_bytes: Positive | None = None
     """Bytes of KV per worker; used when `num_blocks` is none."""
-    memory_fraction: Annotated[float, Field(gt=0, le=0.95)] = 0.1
-    """Share of the device's free memory per worker; used when the two above are none."""
+    memory_fraction: Annotated[float, Field(gt=0, le=0.95)] | None = None
+    """Share of the device's free memory per worker; used when the two above are none. On a GPU, of what the model and
+    its largest step leave free. None: 0.1 of a host's, 0.9 of a GPU's."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences for later prompts that begin alike."""
     prefill_reserve: Fraction = 0.1
@@ -88,8 +90,8 @@ class PoolConfig(Section):
     """What its workers accept; empty: the stage that the pool is named after."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
     """CPU cores that a worker reserves in Ray (a scheduling figure, not a cap)."""
-    gpus: Count = 0
-    """GPUs per worker."""
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """GPUs per worker: whole ones, or a part of one that workers share."""
     threads: Positive = 1
     """Threads for the tensor arithmetic of a worker on CPU."""
     num_blocks: Positive | None = None
@@ -222,6 +224,7 @@ class SluiceConfig(Section):
     name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")] = "sluice"
     """Of the app: its controller, actors and placement groups are named after it."""
     model: ModelConfig
+    engine: EngineConfig = EngineConfig()
     kv: KvConfig = KvConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     pools: Annotated[dict[str, PoolConfig], Field(default_factory=_default_pools)]
@@ -238,15 +241,21 @@ class SluiceConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_roles(cls, data: object) -> object:
-        """Fills in the roles of pools named after a stage, and drops pools that an override set to null."""
+        """Fills in the roles of pools named after a stage and the GPUs of workers that compute on one, and drops pools
+        that an override set to null."""
         if not isinstance(data, Mapping) or not isinstance(data.get("pools"), Mapping):
             return data
         pools: dict[object, object] = {}
+        engine = data.get("engine")
+        on_gpu = isinstance(engine, Mapping) and engine.get("device") == "cuda"
         for name, pool in data["pools"].items():
             if pool is None:
                 continue
-            wants_roles = isinstance(pool, Mapping) and not pool.get("roles") and name in set(Role)
-            pools[name] = {**pool, "roles": [name]} if wants_roles else pool
+            pools[name] = pool
+            if isinstance(pool, Mapping):
+                roles = {"roles": [name]} if not pool.get("roles") and name in set(Role) else {}
+                gpus = {"gpus": 1} if on_gpu and "gpus" not in pool else {}
+                pools[name] = {**pool, **roles, **gpus}
         return {**data, "pools": pools}
 
     @model_validator(mode="after")
@@ -309,6 +318,21 @@ class SluiceConfig(Section):
                 len(set(pool.roles)) == len(pool.roles),
                 f"pools.{name}.roles",
                 f"{', '.join(pool.roles)} names a role twice",
+            )
+            demand(
+                pool.gpus <= 1 or pool.gpus.is_integer(),
+                f"pools.{name}.gpus",
+                f"{pool.gpus:g} is neither a number of GPUs nor a part of one; give {int(pool.gpus)} or under 1",
+            )
+            demand(
+                not pool.gpus or self.engine.device != "cpu",
+                f"pools.{name}.gpus",
+                f"{pool.gpus:g}, but engine.device=cpu uses none; remove it, or set engine.device=auto",
+            )
+            demand(
+                pool.gpus > 0 or self.engine.device != "cuda",
+                f"pools.{name}.gpus",
+                "0, but engine.device=cuda needs a GPU or a part of one; remove it, or set engine.device=auto",
             )
             most = pool.workers if pool.max_workers is None else pool.max_workers
             demand(

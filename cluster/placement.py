@@ -81,5 +81,5 @@ def rank_order(bundle_nodes: Sequence[str]) -> tuple[int, ...]:
 
 
 def _bundles(pool: PoolConfig) -> tuple[Bundle, ...]:
-    num_ranks = max(1, pool.gpus)
-    return (Bundle(cpus=pool.cpus / num_ranks, gpus=1.0 if pool.gpus else 0.0),) * num_ranks
+    num_ranks = max(1, int(pool.gpus))
+    return (Bundle(cpus=pool.cpus / num_ranks, gpus=pool.gpus / num_ranks),) * num_ranks

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import PoolConfig, Role, SluiceConfig
 from cluster.config_file import keys, load, parse
 from cluster.errors import ConfigError
+from cluster.placement import place
 from cluster.section import Section
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
@@ -19,6 +20,7 @@ KEYS = """
 autoscaling.down_after_s autoscaling.enabled autoscaling.inter_token_s autoscaling.switch_roles autoscaling.ttft_s
 autoscaling.up_after_s autoscaling.utilization
 controller.check_s controller.drain_timeout_s controller.ingress_lease_s controller.start_timeout_s
+engine.cuda_graphs engine.device engine.disabled engine.overlap engine.strict
 http.api_keys_env http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas
 http.request_timeout_s
 kv.block_size kv.cross_kv_fraction kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
@@ -102,7 +104,7 @@ def test_settings_are_taken_as_they_are() -> None:
         ("kv.block_sise=3", "kv.block_sise", "did you mean kv.block_size?"),
         ("pools.decode.worker=2", "pools.decode.worker", "did you mean pools.decode.workers?"),
         ("router.max_sequences=3", "router.max_sequences", "did you mean scheduler.max_sequences?"),
-        ("bogus=1", "bogus", "there are autoscaling, controller, http, kv"),
+        ("bogus=1", "bogus", "there are autoscaling, controller, engine, http, kv"),
         ("pools.decod.workers=2", "pools.decod.roles", "pools with roles: prefill, decode"),
         ("pools.decode.workers=-1", "pools.decode.workers", "-1"),
         ("pools.decode.roles=[decode, encoder]", "pools.decode.roles.1", "'encoder'"),
@@ -128,6 +130,11 @@ def test_settings_are_taken_as_they_are() -> None:
         ("http.max_ongoing_requests=512", "http.max_ongoing_requests", "429"),
         ("http={api_keys_file: a, api_keys_env: B}", "http.api_keys_env", "remove one"),
         ("http.drain_s=1", "http.drain_s", "cut streams"),
+        ("engine.device=rocm", "engine.device", "'rocm' does not fit: input should be 'auto', 'cpu' or 'cuda'"),
+        ("engine.disabled=[cutlass]", "engine.disabled.0", "'cutlass' does not fit"),
+        ("pools.decode.gpus=1.5", "pools.decode.gpus", "1.5 is neither a number of GPUs nor a part of one"),
+        ("engine={device: cpu}&pools.decode.gpus=1", "pools.decode.gpus", "remove it, or set engine.device=auto"),
+        ("engine={device: cuda}&pools.decode.gpus=0", "pools.decode.gpus", "needs a GPU or a part of one"),
         ("kv.num_blocks=[", "kv.num_blocks", "no YAML value"),
         ("kv.num_blocks", "kv.num_blocks", "path=value"),
         ("name=Bad Name", "name", "'Bad Name'"),
@@ -135,9 +142,16 @@ def test_settings_are_taken_as_they_are() -> None:
 )
 def test_an_error_names_the_key_and_the_remedy(override: str, path: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
-        load(None, [override], MODEL)
+        load(None, override.split("&"), MODEL)
     assert caught.value.path == path
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_workers_that_compute_on_a_gpu_ask_for_one_unless_told_otherwise() -> None:
+    config = load(None, ["engine.device=cuda", "pools.decode.gpus=0.5"], MODEL)
+    assert {name: pool.gpus for name, pool in config.pools.items()} == {"prefill": 1, "decode": 0.5}
+    assert [placement.bundles[0].gpus for placement in place(config.pools)] == [0.5, 1.0]
+    assert {pool.gpus for pool in load(None, [], MODEL).pools.values()} == {0.0}
 
 
 def test_two_kv_sizes_contradict() -> None:
