@@ -59,21 +59,22 @@ def costs_of(offer: Offer, weights: Weights = EQUAL) -> Costs:
 def total_of(offer: Offer, weights: Weights = EQUAL) -> Floats:
     """[m, n + 1]: `costs_of(...).total`, for a decision, in a third of the time."""
     demand, pairing, loads = offer.demand, offer.pairing, offer.loads
-    decodes, block_size, reusable = pairing.decodes, demand.block_size, offer.reusable
+    block_size, of_decodes = demand.block_size, pairing.of_decodes
     source = loads.queued_tokens / block_size
     source += weights.prefill * demand.num_tokens / block_size
     if not demand.computes_all:
-        source -= weights.prefill * offer.spared
-    missing = -(-demand.num_tokens // block_size) - reusable.take(decodes)
-    load = np.maximum(missing - loads.num_available_blocks.take(decodes), 0.0)
-    load += weights.decode * loads.num_requests.take(decodes)
-    moved = missing * loads.block_bytes.take(decodes)
-    moved /= block_size
+        source -= offer.spared if weights.prefill == 1.0 else weights.prefill * offer.spared
+    missing = -(-demand.num_tokens // block_size) - of_decodes(offer.reusable)
+    load = missing - of_decodes(loads.num_available_blocks)
+    np.maximum(load, 0.0, out=load)
+    load += weights.decode * of_decodes(loads.num_requests)
+    moved = of_decodes(loads.block_bytes) / block_size
+    moved *= missing
 
     total = np.empty(offer.ways.shape)
     remote = total[:, :-1]
     np.multiply(moved[:, None], offer.rates.tokens_per_byte, out=remote)
-    remote += source.take(pairing.sources)
-    total[:, -1] = source.take(decodes)
+    remote += pairing.of_sources(source)
+    total[:, -1] = of_decodes(source)
     total += load[:, None]
     return total

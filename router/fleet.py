@@ -16,11 +16,13 @@ from router.plan import Candidate
 class _Shard:
     """The last load report of one shard, and what this router sent since."""
 
-    report: pb.LoadReport | None = None
-    num_sent: int = 0  # less those that have ended
-    sent_tokens: int = 0
-    warm_sources: Mapping[str, float] = field(default_factory=dict)  # the same object as long as nothing changes
+    num_open: int = 0  # may fall below 0: what has ended since may have ended before the report, too
+    queued_tokens: int = 0
+    draining: bool = False
     num_available_blocks: int | None = None
+    block_bytes: int = 0
+    prefill_tokens_per_s: float = 0.0
+    warm_sources: Mapping[str, float] = field(default_factory=dict)  # the same object as long as nothing changes
 
     @classmethod
     def of(cls, report: pb.LoadReport, before: _Shard | None) -> _Shard:
@@ -28,21 +30,15 @@ class _Shard:
         if before is not None and before.warm_sources == warm:
             warm = before.warm_sources
         available = min((group.free + group.cached for group in report.groups), default=None)
-        return cls(report, warm_sources=warm, num_available_blocks=available)
-
-    @property
-    def num_requests(self) -> int:
-        report = self.report
-        known = report.num_waiting + report.num_running + report.num_pulling if report else 0
-        return max(0, known + self.num_sent)
-
-    @property
-    def queued_tokens(self) -> int:
-        return (self.report.queued_prefill_tokens if self.report else 0) + self.sent_tokens
-
-    @property
-    def draining(self) -> bool:
-        return self.report is not None and self.report.draining
+        return cls(
+            num_open=report.num_waiting + report.num_running + report.num_pulling,
+            queued_tokens=report.queued_prefill_tokens,
+            draining=report.draining,
+            num_available_blocks=available,
+            block_bytes=report.block_bytes,
+            prefill_tokens_per_s=report.prefill_tokens_per_s,
+            warm_sources=warm,
+        )
 
 
 @dataclass(slots=True)
@@ -54,7 +50,6 @@ class _Worker:
 
     def candidate(self, number: int) -> Candidate:
         member, shard = self.member, self.shards[number]
-        report = shard.report
         return Candidate(
             name=member.name,
             incarnation=member.incarnation,
@@ -63,11 +58,11 @@ class _Worker:
             compatibility_hash=member.compatibility_hash,
             pid=member.pid,
             connected=self.session is not None,
-            num_requests=shard.num_requests,
+            num_requests=max(0, shard.num_open),
             queued_tokens=shard.queued_tokens,
             num_available_blocks=shard.num_available_blocks,
-            block_bytes=report.block_bytes if report else 0,
-            prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
+            block_bytes=shard.block_bytes,
+            prefill_tokens_per_s=shard.prefill_tokens_per_s,
             warm_sources=shard.warm_sources,
         )
 
@@ -140,8 +135,8 @@ class Fleet:
         worker = self._workers.get(candidate.incarnation)
         shard = worker.shards.get(candidate.shard) if worker else None
         if shard is not None:
-            shard.num_sent += num_requests
-            shard.sent_tokens += num_tokens
+            shard.num_open += num_requests
+            shard.queued_tokens += num_tokens
             self._stale.add((candidate.incarnation, candidate.shard))
 
     def ended(self, candidate: Candidate) -> None:

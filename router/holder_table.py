@@ -95,7 +95,7 @@ class HolderTable:
         """The bucket of keys[open_] is full: they may stand in the next one that is not."""
         if open_.size <= _FEW:
             for index in open_.tolist():
-                rows[index] = self._row(int(keys[index]))
+                rows[index] = self._row(int(keys[index]), int(home[index]) + 1)
             return
         while open_.size:
             home[open_] = (home[open_] + 1) & int(self._mask)
@@ -136,37 +136,38 @@ class HolderTable:
     def holders(self, keys: Keys) -> Bits:
         """[n, num_words], zero where a key has no row."""
         home = (keys & self._mask).view(np.int64)
-        lanes = self._buckets.take(home, axis=0)
+        lanes = self._buckets.take(home, axis=0, mode="wrap")  # none is out of range, and this mode is quicker
         match = _matches(lanes, keys)
-        bits = self._holders.take(home * _LANES + _lane(match), axis=0)
+        bits = self._holders.take(home * _LANES + _lane(match), axis=0, mode="wrap")
         absent = match == 0
         if absent.any():
             bits[absent] = 0
-            for index in np.flatnonzero(absent & (lanes[:, -1] != 0)).tolist():
-                row = self._row(int(keys[index]))
+            absent &= lanes[:, -1] != 0
+            for index in absent.nonzero()[0].tolist():
+                row = self._row(int(keys[index]), int(home[index]) + 1)
                 if row >= 0:
                     bits[index] = self._holders[row]
         return bits
 
     def is_held(self, key: int, alive: Sequence[int]) -> bool:
         """Whether any seat of `alive`, a number for each word, holds one block. Quicker than `holders` of it."""
-        row, num_words = self._row(key), self.num_words
+        row, num_words = self._row(key, key), self.num_words
         if row < 0:
             return False
         held = self._flat_holders[row * num_words : (row + 1) * num_words]
         return any(map(and_, held, alive))
 
-    def _row(self, key: int) -> int:
-        """As `find`, of one key."""
+    def _row(self, key: int, bucket: int) -> int:
+        """As `find`, of one key, in `bucket`, modulo their number, or after it."""
         flat, mask = self._flat_buckets, len(self._buckets) - 1
-        home = key & mask
         while True:
-            lanes = flat[home * _LANES : (home + 1) * _LANES].tolist()
+            first = (bucket & mask) * _LANES
+            lanes = flat[first : first + _LANES].tolist()
             if key in lanes:
-                return home * _LANES + lanes.index(key)
+                return first + lanes.index(key)
             if lanes[-1] == 0:
                 return -1
-            home = (home + 1) & mask
+            bucket += 1
 
     def add(self, keys: Keys, seat: int) -> int:
         """Says that `seat` holds these blocks; how many of them it did not hold before."""

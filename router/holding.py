@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from router.pairing import Floats, Pairing
 from router.plan import Holding, Plan
 
-ASK_S: Final = 0.005  # an ask finds the holder in the middle of a step, and its answer must be read
-_BUSY_TOKENS: Final = 1e-6  # for each request there: of equal holders the least busy one
+_BUSY_BLOCKS: Final = 1e-7  # for each request there: of equal holders the least busy one
 
 
 def spared_blocks(reusable: NDArray[np.int64], block_size: int, pairing: Pairing) -> Floats:
@@ -27,9 +26,10 @@ def spared_blocks(reusable: NDArray[np.int64], block_size: int, pairing: Pairing
     most = int(reusable.argmax()) if len(reusable) else 0
     if not len(reusable) or not reusable[most]:
         return spared
-    num_blocks = reusable[most] - spared
-    gain = _tokens_saved(num_blocks, block_size, pairing.fetch_tokens[:, most], pairing.loads.tokens_per_s)
-    gain /= block_size
+    gains = pairing.gains(block_size)
+    gain = spared[most] - spared
+    gain *= gains.per_block[most]
+    gain -= gains.ask
     spared += np.maximum(gain, 0.0, out=gain)
     return spared
 
@@ -46,21 +46,9 @@ def with_holding(plan: Plan) -> Plan:
     more = (offer.reusable > own).nonzero()[0]
     if not len(more):
         return plan
-    loads = offer.loads
-    fetch_tokens = offer.pairing.fetch_tokens[worker].take(more)
-    num_blocks = (offer.reusable.take(more) - own).astype(np.float64)
-    gain = _tokens_saved(num_blocks, demand.block_size, fetch_tokens, loads.tokens_per_s[worker])
+    gains = offer.pairing.gains(demand.block_size)
+    gain = (offer.reusable.take(more) - own) * gains.per_block[more, worker] - gains.ask[worker]
     if not gain.max() > 0.0:
         return plan
-    holder = int(more[(gain - _BUSY_TOKENS * loads.num_requests.take(more)).argmax()])
+    holder = int(more[(gain - _BUSY_BLOCKS * offer.loads.num_requests.take(more)).argmax()])
     return replace(plan, holding=Holding(offer.candidates[holder], int(offer.reusable[holder])))
-
-
-def _tokens_saved(
-    num_blocks: Floats, block_size: int, fetch_tokens: Floats, tokens_per_s: Floats | np.float64
-) -> Floats:
-    """By fetching so many blocks, less what is computed in the time that it takes."""
-    saved = block_size - fetch_tokens
-    saved *= num_blocks
-    saved -= ASK_S * tokens_per_s
-    return saved

@@ -159,19 +159,19 @@ class Navigator:
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
         feed = self.feed
-        hits = np.zeros(len(candidates), np.int64)
+        hits: NDArray[np.int64] | None = None
         for model in self._models:
             keys = self._keys(flight, self._root(model, flight.request.cache_salt))
             predictions = feed.predicted.find(keys, now)
-            num_predicted = max((prediction.last for prediction in predictions), default=0)
+            num_predicted = max([prediction.last for prediction in predictions], default=0)
             keys = keys[: feed.index.num_worth_reading(keys, num_predicted)]
             if not len(keys):
                 continue
             bits = feed.index.holders(keys)
             mark(bits, predictions)
-            depths = np.append(prefix_depths(bits), 0)  # the last one: of those without a seat, which are -1
-            hits += depths.take(self._seats)  # chains of another root are nowhere but with their own workers
-        return hits
+            found = prefix_depths(bits).take(self._seats)
+            hits = found if hits is None else hits + found  # chains of another root are with their own workers only
+        return np.zeros(len(candidates), np.int64) if hits is None else hits
 
     def _keys(self, flight: Flight, root: bytes) -> Keys:
         """Of the request's full blocks. Those of the last one asked for are kept: a plan asks, then its placing."""

@@ -61,11 +61,11 @@ class Offer:
         )
 
     def decode(self, row: int) -> Candidate:
-        return self.candidates[self.pairing.decodes[row]]
+        return self.candidates[self.pairing.serving[row]]
 
     def sources(self, row: int) -> list[Candidate]:
         """That it may use."""
-        return [self.candidates[self.pairing.sources[column]] for column in self.ways[row, :-1].nonzero()[0]]
+        return [self.candidates[self.pairing.supplying[column]] for column in self.ways[row, :-1].nonzero()[0]]
 
 
 class Costs(NamedTuple):

@@ -3,9 +3,11 @@ of it is the same in the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import compress
 from math import inf
-from typing import Final, NamedTuple, TypeAlias
+from operator import is_not, itemgetter
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from cluster.config import Role
 from router.plan import Candidate, LocalPrefill
 
 FAR: Final = 1e18  # tokens: more than there are
+ASK_S: Final = 0.005  # an ask finds the holder in the middle of a step, and its answer must be read
 
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = NDArray[np.float64]
@@ -37,6 +40,13 @@ class Rates(NamedTuple):
     tokens_per_byte: Floats  # that the source computes while it is read; 0: not measured
 
 
+class Gains(NamedTuple):
+    """What fetching saves, in blocks that need not be computed. Nobody writes into them."""
+
+    per_block: Floats  # [k, k]: by candidate j fetching one from i; far below 0 where j cannot read from i
+    ask: Floats  # [k]: what asking costs a candidate once, whatever it fetches
+
+
 class Opening(NamedTuple):
     """What there is to choose from in one mode of `local_prefill`, whatever the request. Nobody writes into it."""
 
@@ -45,6 +55,7 @@ class Opening(NamedTuple):
     usable: Mask  # [m]
     rows: Mask  # [m]: of them, the better ones
     ways: Mask  # [m, n + 1] of these rows; the last column: computing the prompt there, for want of a source
+    is_empty: bool  # no way at all
 
     def ways_of(self, rows: Mask) -> tuple[Mask, Mask]:
         """The better ones of `rows`, and their ways. A remote source, or the local one that the configuration asks
@@ -57,19 +68,21 @@ class Opening(NamedTuple):
 
 class Pairing:
     """Of one list of candidates. m decode workers stand for rows, n sources for columns; `decodes` and `sources` are
-    their indices in the list, `serving` and `supplying` the same as plain numbers. `fetch_tokens[i, j]`: that
-    candidate i computes while it fetches a block from j, 0 where not measured, `FAR` where j cannot be read; nobody
-    writes into it."""
+    their indices in the list, `serving` and `supplying` the same as plain numbers, `of_decodes` and `of_sources` pick
+    their values out of an array of all candidates."""
 
     __slots__ = (
+        "_fetch_tokens",
+        "_gains",
         "_openings",
         "_prefills",
         "_reach",
         "_seen",
         "_table",
         "decodes",
-        "fetch_tokens",
         "loads",
+        "of_decodes",
+        "of_sources",
         "rates",
         "serving",
         "sources",
@@ -84,6 +97,8 @@ class Pairing:
         self.sources: NDArray[np.int64] = np.array(sources, np.int64)
         self.serving = serving
         self.supplying = sources
+        self.of_decodes = _picker(serving)
+        self.of_sources = _picker(sources)
         nobody_prefills = all(Role.PREFILL not in c.roles for c in candidates)
         self._prefills = np.array(
             [nobody_prefills or Role.PREFILL in candidates[index].roles for index in serving], np.bool_
@@ -91,7 +106,8 @@ class Pairing:
         self._table = np.zeros((len(Loads._fields), len(candidates)))  # rows of `loads`
         self.loads = Loads(*self._table)
         self._reach: Floats = np.full((len(candidates), len(candidates)), inf)  # seconds per byte
-        self.fetch_tokens: Floats = np.full_like(self._reach, FAR)
+        self._fetch_tokens: Floats = np.full_like(self._reach, FAR)  # [i, j]: that i computes while it fetches a block
+        self._gains: tuple[int, Gains] | None = None  # block size
         self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros(shape))
         self._seen: list[Candidate | None] = [None] * len(candidates)
         self._openings: dict[LocalPrefill, Opening] = {}
@@ -100,7 +116,7 @@ class Pairing:
     def read(self, candidates: Sequence[Candidate]) -> None:
         """Of the same workers in the same order: takes over what changed."""
         seen = self._seen
-        changed = [index for index, candidate in enumerate(candidates) if candidate is not seen[index]]
+        changed = list(compress(range(len(seen)), map(is_not, candidates, seen)))
         if not changed:
             return
         loads = self._table.copy()
@@ -133,12 +149,19 @@ class Pairing:
             reach[index] = [inf if rate is None else 1 / rate if rate else 0.0 for rate in rates]
         loads = self.loads
         tokens = (loads.block_bytes * loads.tokens_per_s)[:, None] * np.where(np.isfinite(reach), reach, 0.0)
-        self.fetch_tokens = np.where(np.isfinite(reach), tokens, FAR)
+        self._fetch_tokens = np.where(np.isfinite(reach), tokens, FAR)
+        self._gains = None
         pairs = reach[self.decodes[:, None], self.sources]
         readable = np.isfinite(pairs)
         s_per_byte = np.where(readable, pairs, 0.0)
         self._openings.clear()
         self.rates = Rates(readable, s_per_byte, s_per_byte * self.loads.tokens_per_s[self.sources])
+
+    def gains(self, block_size: int) -> Gains:
+        if self._gains is None or self._gains[0] != block_size:
+            per_block = np.ascontiguousarray((1 - self._fetch_tokens / block_size).T)
+            self._gains = block_size, Gains(per_block, self.loads.tokens_per_s * (ASK_S / block_size))
+        return self._gains[1]
 
     def opening(self, mode: LocalPrefill) -> Opening:
         opening = self._openings.get(mode)
@@ -146,7 +169,7 @@ class Pairing:
             bound = self._prefills if mode == "always" else np.zeros_like(self._prefills)
             remote = self.rates.readable & ~bound[:, None]
             usable = np.asarray(remote.any(axis=1), np.bool_) | (mode != "never")
-            whole = Opening(bound, remote, usable, usable, remote)
+            whole = Opening(bound, remote, usable, usable, remote, not usable.any())
             rows, ways = whole.ways_of(usable)
             opening = self._openings[mode] = whole._replace(rows=rows, ways=ways)
         return opening
@@ -154,3 +177,11 @@ class Pairing:
     def rows(self, candidates: Sequence[Candidate], incarnations: Collection[str]) -> Mask:
         """[m]: the decode workers among `incarnations`."""
         return np.array([candidates[index].incarnation in incarnations for index in self.serving], np.bool_)
+
+
+def _picker(indices: Sequence[int]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Neighbours are picked as a view, which is quicker."""
+    if indices and indices[-1] - indices[0] == len(indices) - 1:
+        return itemgetter(slice(indices[0], indices[-1] + 1))
+    chosen = np.array(indices, np.int64)
+    return lambda values: values.take(chosen)

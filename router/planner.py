@@ -64,9 +64,10 @@ def make_plan(
         allowed = opening.usable & ~pairing.rows(candidates, excluded)
         rows = allowed & ~pairing.rows(candidates, shunned)
         rows, ways = opening.ways_of(rows if rows.any() else allowed)
+        is_empty = not rows.any()
     else:
-        rows, ways = opening.rows, opening.ways
-    if not rows.any():
+        rows, ways, is_empty = opening.rows, opening.ways, opening.is_empty
+    if is_empty:
         return _explain(candidates, bool(pairing.serving), bool(opening.usable.any()))
     if local.mode == "conditional":
         ways = ways.copy()
@@ -82,7 +83,7 @@ def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool
     if choice.is_local:
         reason = local.reason(offer, row, bound=bool(bound[row]))
         return Plan(decode=decode, prefill=decode, local_prefill_allowed=True, local_reason=reason, choice=choice)
-    prefill = offer.candidates[offer.pairing.sources[choice.column]]
+    prefill = offer.candidates[choice.computing]
     spare = _spare(choice, prefill) if want_spare else None
     may_compute = local.mode != "never"
     return Plan(decode=decode, prefill=prefill, spare=spare, local_prefill_allowed=may_compute, choice=choice)
@@ -91,12 +92,14 @@ def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool
 def _spare(choice: Choice, prefill: Candidate) -> Candidate | None:
     """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
     offer = choice.offer
-    queued = np.where(offer.ways[choice.row, :-1], offer.loads.queued_tokens.take(offer.pairing.sources), inf)
+    queued = np.where(offer.ways[choice.row, :-1], offer.pairing.of_sources(offer.loads.queued_tokens), inf)
     queued[choice.column] = inf
     least = queued.min()
     if least == inf:
         return None
     equal = [offer.candidates[offer.pairing.supplying[column]] for column in (queued == least).nonzero()[0].tolist()]
+    if len(equal) == 1:
+        return equal[0]
     return min(equal, key=lambda c: (c.num_requests, c.name < prefill.name, c.name))
 
 

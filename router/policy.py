@@ -121,7 +121,7 @@ class KvAware:
         return divmod(min(drawn, total.size - 1), total.shape[1])
 
     def _cheapest(self, offer: Offer, total: np.ndarray, least: float) -> tuple[int, int]:
-        equal = (total <= least + _EQUAL).ravel().nonzero()[0]
+        equal = (total.reshape(-1) <= least + _EQUAL).nonzero()[0]
         if len(equal) > 1:
             pairing, candidates = offer.pairing, offer.candidates
             decoded = np.array([self._last(Role.DECODE, candidates[i]) for i in pairing.decodes])
@@ -138,7 +138,7 @@ class KvAware:
         offer = choice.offer
         chosen = [(Role.DECODE, offer.decode(choice.row))]
         if not choice.is_local:
-            chosen.append((Role.PREFILL, offer.candidates[offer.pairing.sources[choice.column]]))
+            chosen.append((Role.PREFILL, offer.candidates[choice.computing]))
         if len(self._turns) > 4 * len(offer.candidates) + len(chosen):  # of workers that are gone
             self._turns = {key: turn for key, turn in self._turns.items() if self._turn - turn < len(self._turns)}
         for stage, candidate in chosen:

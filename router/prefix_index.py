@@ -10,7 +10,9 @@ change, so that no call takes long: it begins when the table is full, or when no
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import neg
 from typing import Final
 
 import numpy as np
@@ -34,19 +36,21 @@ def keys_of(hashes: bytes | Sequence[bytes]) -> Keys:
 
 
 def prefix_depths(bits: Bits) -> NDArray[np.int64]:
-    """[num_words * 64]: of each seat, how many rows from the first one on it holds without a gap."""
-    num_rows, num_words = bits.shape
-    depths = np.zeros(num_words * SEATS_PER_WORD, np.int64)
-    held = np.zeros((num_rows + 1, num_words), np.uint64)
-    np.bitwise_and.accumulate(bits, axis=0, out=held[:-1])
+    """[num_words * 64 + 1]: of each seat, how many rows from the first one on it holds without a gap; 0 in the last
+    place, which is that of seat -1, nobody's."""
+    num_words = bits.shape[1]
+    depths = np.zeros(num_words * SEATS_PER_WORD + 1, np.int64)
     for word in range(num_words):
-        lost = held[:-1, word] ^ held[1:, word]  # by those whose prefix ends with this row: few rows, one bit each
-        rows = lost.nonzero()[0]
-        for row, seats in zip(rows.tolist(), lost[rows].tolist(), strict=True):
-            while seats:
-                seat = seats.bit_length() - 1
-                depths[word * SEATS_PER_WORD + seat] = row + 1
-                seats ^= 1 << seat
+        held = np.bitwise_and.accumulate(bits[:, word]).tolist()  # seats only go, so these numbers only fall
+        held.append(0)
+        row = 0
+        while seats := held[row]:
+            row = bisect_right(held, -seats, row, key=neg)  # where they are fewer: after few rows
+            lost = seats ^ held[row]
+            while lost:
+                seat = lost.bit_length() - 1
+                depths[word * SEATS_PER_WORD + seat] = row
+                lost ^= 1 << seat
     return depths
 
 
@@ -75,7 +79,7 @@ class PrefixIndex:
 
     @property
     def num_seats(self) -> int:
-        """Length of what `prefix_depths` makes of `holders`."""
+        """For which the words of `holders` have room."""
         return len(self._num_held)
 
     def num_held(self, seat: int) -> int:

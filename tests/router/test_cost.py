@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from cluster.config import Role, RouterConfig
 from router.cost import Weights, costs_of, total_of
-from router.holding import ASK_S
 from router.offer import Choice, Demand, Offer, Policy
-from router.pairing import Pairing
+from router.pairing import ASK_S, Pairing
 from router.plan import Candidate, LocalPrefill, LocalReason, Plan
 from router.planner import LocalRules, make_plan
 from router.policy import POLICIES, KvAware, at_home

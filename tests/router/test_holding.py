@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Role
-from router.holding import ASK_S, spared_blocks
+from router.holding import spared_blocks
 from router.offer import Demand
-from router.pairing import Pairing
+from router.pairing import ASK_S, Pairing
 from router.plan import Candidate, Plan
 from router.planner import LocalRules, make_plan
 from router.policy import KvAware
