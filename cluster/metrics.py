@@ -156,6 +156,9 @@ class Metrics:
         self.running = Gauge("sluice_engine_running_sequences", "Sequences being computed", registry=r)
         self.pulling = Gauge("sluice_engine_pulling_sequences", "Sequences waiting for KV from a source", registry=r)
         self.computed_tokens = Counter("sluice_engine_computed_tokens", "Tokens computed in steps", registry=r)
+        self.encoder_tokens = Counter(
+            "sluice_engine_encoder_tokens", "Tokens of encoder inputs read in steps", registry=r
+        )
         self.sampled_tokens = Counter(
             "sluice_engine_sampled_tokens",
             "Tokens drawn, a first one by the worker that computed the prompt",
@@ -225,6 +228,12 @@ class Metrics:
         self.fetched_tokens = Counter(
             "sluice_transfer_fetched_tokens", "Tokens not computed because their KV was fetched", registry=r
         )
+        self.outputs = Counter(
+            "sluice_transfer_encoder_outputs",
+            "Outputs of encoders to be fetched from an encode worker, by outcome",
+            ["outcome"],
+            registry=r,
+        )
         self.lent_blocks = Counter(
             "sluice_transfer_lent_blocks", "Cached blocks leased to workers that fetch them", registry=r
         )
@@ -260,6 +269,7 @@ class Metrics:
             (self.requests, Outcome),
             (self.pulls, PullOutcome),
             (self.fetches, FetchOutcome),
+            (self.outputs, FetchOutcome),
             (self.dropped_frames, DropReason),
         ):
             for label in labels:

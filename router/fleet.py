@@ -18,6 +18,7 @@ class _Shard:
 
     num_open: int = 0  # may fall below 0: what has ended since may have ended before the report, too
     queued_tokens: int = 0
+    queued_encoder_tokens: int = 0
     draining: bool = False
     num_available_blocks: int | None = None
     block_bytes: int = 0
@@ -33,6 +34,7 @@ class _Shard:
         return cls(
             num_open=report.num_waiting + report.num_running + report.num_pulling,
             queued_tokens=report.queued_prefill_tokens,
+            queued_encoder_tokens=report.queued_encoder_tokens,
             draining=report.draining,
             num_available_blocks=available,
             block_bytes=report.block_bytes,
@@ -63,6 +65,7 @@ class _Worker:
             num_available_blocks=shard.num_available_blocks,
             block_bytes=shard.block_bytes,
             prefill_tokens_per_s=shard.prefill_tokens_per_s,
+            queued_encoder_tokens=shard.queued_encoder_tokens,
             warm_sources=shard.warm_sources,
         )
 
@@ -130,13 +133,16 @@ class Fleet:
                 self._seen = None
             self._stale.add((session.peer.incarnation, report.shard))
 
-    def sent(self, candidate: Candidate, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+    def sent(
+        self, candidate: Candidate, *, num_requests: int = 0, num_tokens: int = 0, num_encoder_tokens: int = 0
+    ) -> None:
         """Counts until the worker's next report includes it."""
         worker = self._workers.get(candidate.incarnation)
         shard = worker.shards.get(candidate.shard) if worker else None
         if shard is not None:
             shard.num_open += num_requests
             shard.queued_tokens += num_tokens
+            shard.queued_encoder_tokens += num_encoder_tokens
             self._stale.add((candidate.incarnation, candidate.shard))
 
     def ended(self, candidate: Candidate) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
-from cluster.hashing import block_hashes
+from cluster.hashing import block_hashes, chain_root
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from router.output import Output
@@ -42,6 +42,7 @@ class RouterRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    encoder_token_ids: tuple[int, ...] = ()  # what the encoder reads; the prompt is the decoder's then
     priority: int = 0  # larger first
     deadline_s: float | None = None  # remaining; None: none
     leader_id: str = ""  # an open request with the same prompt: this one is placed beside it and shares its blocks
@@ -107,6 +108,7 @@ class Flight:
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
         self._news = asyncio.Event()
+        self._roots: dict[bytes, bytes] = {}  # by compatibility hash
         self._hashes: dict[bytes, list[bytes]] = {}  # by root of the chain
 
     @property
@@ -146,6 +148,17 @@ class Flight:
         """That have or need KV: of the prompt and emitted."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
+    def root(self, compatibility_hash: bytes) -> bytes | None:
+        """Of its hash chain on workers with that model; None: that of the model itself."""
+        request = self.request
+        if not request.cache_salt and not request.encoder_token_ids:
+            return None
+        if compatibility_hash not in self._roots:
+            self._roots[compatibility_hash] = chain_root(
+                compatibility_hash, salt=request.cache_salt, encoder_tokens=request.encoder_token_ids
+            )
+        return self._roots[compatibility_hash]
+
     def hashes(self, root: bytes, block_size: int) -> list[bytes]:
         """Of the full blocks so far. A chain is computed once and grows with what was emitted."""
         hashes = self._hashes.setdefault(root, [])
@@ -173,7 +186,8 @@ class Flight:
             block_hashes=b"".join(self.hashes(root, block_size)),
             shard=self.plan.decode.shard,
             leader_id=request.leader_id,
-            chain_root=root if request.cache_salt else b"",
+            chain_root=root if request.cache_salt or request.encoder_token_ids else b"",
+            encoder_token_ids=request.encoder_token_ids,
         )
 
     def receive(self, session_id: str, tokens: pb.SequenceTokens) -> Receipt:

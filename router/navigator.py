@@ -12,6 +12,7 @@ from cluster.hashing import chain_root
 from cluster.log import Log
 from cluster.metrics import Metrics
 from router.block_feed import BlockFeed
+from router.encode import EncoderDemand, with_encode
 from router.fleet import Fleet
 from router.flight import Flight
 from router.holder_table import Keys
@@ -74,7 +75,7 @@ class Navigator:
     def plan(self, flight: Flight, now: float) -> Plan | NoPlan:
         candidates = self._candidates()
         request = flight.request
-        return make_plan(
+        plan = make_plan(
             candidates,
             self._policy,
             local=self._local,
@@ -91,6 +92,10 @@ class Navigator:
             ),
             pairing=self._pairing,
         )
+        if isinstance(plan, NoPlan) or not request.encoder_token_ids:
+            return plan
+        wanted = EncoderDemand(self.root(plan.decode, flight).hex(), len(request.encoder_token_ids))
+        return with_encode(plan, candidates, wanted, flight.excluded | flight.shunned)
 
     def num_uncached(self, flight: Flight, now: float) -> int:
         """Tokens of the request that some worker has to compute at least."""
@@ -107,6 +112,8 @@ class Navigator:
         if plan.holding is not None:
             num_hits = plan.holding.num_blocks
         self._fleet.sent(plan.prefill, num_tokens=0 if led else flight.num_tokens - num_hits * self._block_size)
+        if plan.encode is not None and not led:
+            self._fleet.sent(plan.encode, num_encoder_tokens=len(flight.request.encoder_token_ids))
         self.routes.placed(flight, plan, leader=flight.request.leader_id if led else "")
         if plan.local_reason is not None:
             self._metrics.local_plans.labels(plan.local_reason).inc()
@@ -135,11 +142,12 @@ class Navigator:
 
     def root(self, worker: Candidate, flight: Flight) -> bytes:
         """Of the hash chain of the request there."""
-        return self._root(worker.compatibility_hash, flight.request.cache_salt)
+        return self._root(worker.compatibility_hash, flight)
 
-    def _root(self, compatibility: bytes, salt: str) -> bytes:
-        if salt:
-            return chain_root(compatibility, salt=salt)
+    def _root(self, compatibility: bytes, flight: Flight) -> bytes:
+        own = flight.root(compatibility)
+        if own is not None:
+            return own
         if compatibility not in self._roots:
             self._roots[compatibility] = chain_root(compatibility)
         return self._roots[compatibility]
@@ -161,7 +169,7 @@ class Navigator:
         feed = self.feed
         hits: NDArray[np.int64] | None = None
         for model in self._models:
-            keys = self._keys(flight, self._root(model, flight.request.cache_salt))
+            keys = self._keys(flight, self._root(model, flight))
             predictions = feed.predicted.find(keys, now)
             num_predicted = max([prediction.last for prediction in predictions], default=0)
             keys = keys[: feed.index.num_worth_reading(keys, num_predicted)]

@@ -43,6 +43,7 @@ class Candidate(NamedTuple):
     num_available_blocks: int | None = None  # free or cached; None: not told
     block_bytes: int = 0
     prefill_tokens_per_s: float = 0.0  # 0: not measured
+    queued_encoder_tokens: int = 0  # waiting to be read by its encoder, those just sent included
     warm_sources: Mapping[str, float] = _NO_SOURCES  # that it can read KV from now: bytes/s by incarnation
 
     @property
@@ -76,6 +77,8 @@ class Plan:
     decode: Candidate
     prefill: Candidate
     spare: Candidate | None = None
+    encode: Candidate | None = None  # None: the request has no encoder input
+    encode_spare: Candidate | None = None
     holding: Holding | None = None  # from whom `prefill` fetches rather than computes
     local_prefill_allowed: bool = False
     local_reason: LocalReason | None = None  # None: prefill is remote
@@ -87,8 +90,14 @@ class Plan:
             prefill.spare.CopyFrom(self.spare.ref)
         if self.holding is not None:
             prefill.holding.CopyFrom(self.holding.wire())
+        stages = [prefill, pb.StagePlan(stage=pb.DECODE, worker=self.decode.ref)]
+        if self.encode is not None:
+            encode = pb.StagePlan(stage=pb.ENCODE, worker=self.encode.ref)
+            if self.encode_spare is not None:
+                encode.spare.CopyFrom(self.encode_spare.ref)
+            stages.insert(0, encode)
         return pb.Plan(
-            stages=[prefill, pb.StagePlan(stage=pb.DECODE, worker=self.decode.ref)],
+            stages=stages,
             local_prefill_allowed=self.local_prefill_allowed,
         )
 

@@ -50,6 +50,9 @@ class AttemptTold:
     decode: str
     prefill: str
     spare: str | None
+    encode: str | None = None
+    """null: the request has no encoder input."""
+    encode_spare: str | None = None
     local_reason: str | None
     follows: str | None
     """The request whose plan it took, for they share a prompt."""
@@ -87,6 +90,13 @@ class OutcomeTold:
     prefill_ms: float
     preemptions: int
     spare_used: bool
+    encoded_by: str | None
+    """null: no encoder input, or its output was found in the decode worker's cache."""
+    encoder_tokens: int
+    encoded_blocks: int
+    encoded_bytes: int
+    encode_ms: float
+    encoders_lost: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +172,8 @@ def _attempt(number: int, plan: Plan, num_tokens: int, leader: str) -> AttemptTo
         decode=plan.decode.name,
         prefill=plan.prefill.name,
         spare=plan.spare.name if plan.spare else None,
+        encode=plan.encode.name if plan.encode else None,
+        encode_spare=plan.encode_spare.name if plan.encode_spare else None,
         local_reason=plan.local_reason,
         follows=leader or None,
         fetches_from=plan.holding.holder.name if plan.holding else None,
@@ -239,4 +251,10 @@ def _outcome(route: pb.Route) -> OutcomeTold:
         prefill_ms=1000 * route.prefill_s,
         preemptions=route.preemptions,
         spare_used=bool(route.spare_used),
+        encoded_by=route.encoded.encode.name or None,
+        encoder_tokens=route.encoded.tokens,
+        encoded_blocks=route.encoded.blocks,
+        encoded_bytes=route.encoded.bytes,
+        encode_ms=1000 * route.encoded.seconds,
+        encoders_lost=route.encoded.lost,
     )

@@ -30,6 +30,7 @@ from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
 from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
 
+from workers.models.model import EncoderSpec
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
@@ -84,6 +85,7 @@ class Assembly:
     constraints: ConstraintCompiler | None = None  # None: no grammars
 
 
+    encoder: EncoderSpec | None = None  # None: the model has none
 def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assembly:
     """Loads the model, allocates the KV pool, registers it. Raises CheckpointError and ConfigError."""
     torch.set_num_threads(settings.resources.threads)
@@ -163,6 +165,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
 
 def _num_blocks(settings: WorkerSettings, groups: Sequence[GroupSpec], max_lens: Sequence[int]) -> list[int]:
     """Blocks per group. `max_lens`: tokens that each holds for a sequence of full length."""
+        encoder=spec.encoder,
     kv = settings.kv
     if (count := settings.resources.num_blocks or kv.num_blocks) is not None:
         return [count] * len(groups)

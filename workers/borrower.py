@@ -89,7 +89,9 @@ class Borrower:
             return False
         first = reservation.first_block
         destinations = tuple(
-            BlockSpan(group, first, blocks[: end - first]) for group, blocks in enumerate(reservation.destination)
+            BlockSpan(group, first, blocks[: end - first])
+            for group, blocks in enumerate(reservation.destination)
+            if sequence.grows(group)
         )
         fetch = Fetch(end * self._block_size, destinations, reservation.raises)
         key = RequestKey(f"{sequence.key.request_id}@{self._me}.{next(self._numbers)}", sequence.key.attempt)
@@ -111,7 +113,8 @@ class Borrower:
 
     def _num_held(self, sequence: Sequence, end: int) -> int:
         """Blocks that a lookup finds here."""
-        return min(len(self._blocks.lookup(group, sequence.hashes, end)) for group in range(len(self._blocks.groups)))
+        growing = (group for group in range(len(self._blocks.groups)) if sequence.grows(group))
+        return min(len(self._blocks.lookup(group, sequence.hashes, end)) for group in growing)
 
     # ------------------------------------------------------------------ from holders
 

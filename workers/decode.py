@@ -1,6 +1,8 @@
 """The decode stage: takes requests from ingresses, fetches the KV of their prompts, streams their tokens.
 
-    submit ─▶ PENDING ──reserved, source asked──▶ PULLING ──every block came──▶ RUNNING ──▶ settled
+    submit ─▶ PENDING ◀──▶ ENCODING: the output of its encoder, if it has one, comes first
+
+              PENDING ──reserved, source asked──▶ PULLING ──every block came──▶ RUNNING ──▶ settled
                 ▲ │ plan says local                 │ source gone, no other: the rest is computed here ▲
                 │ └─────────────────────────────────┼──────────────────────────────────────────────────┘
                 └── waited too long, or preempted ──┘
@@ -16,6 +18,7 @@ from collections.abc import Callable
 
 from cluster.config import SchedulerConfig
 from cluster.errors import Busy, Cancelled, DeadlineExceeded, Draining, RequestError, from_failure
+from cluster.hashing import root_of
 from cluster.metrics import DropReason, Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey
@@ -24,6 +27,8 @@ from kvtransfer.connector import PullResult
 from workers.assembly import Assembly
 from workers.borrower import Borrower
 from workers.checked_params import checked_params
+from workers.encode_fetch import OutputFetches
+from workers.encode_input import encoder_input, forced_tokens
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import Chunk, StepOutcome
 from workers.fetch import Fetch
@@ -43,6 +48,7 @@ class DecodeStage:
         pairs: Pairs,
         reads: Reads,
         borrower: Borrower,
+        outputs: OutputFetches,
         metrics: Metrics,
         limits: SchedulerConfig,
         me: pb.WorkerRef,
@@ -60,8 +66,11 @@ class DecodeStage:
         self._attempts: dict[str, RequestKey] = {}  # open request ids
         self._pairs = pairs
         self._borrower = borrower
+        self._outputs = outputs
+        self._compatibility_hash = parts.compatibility_hash
+        self._forced = forced_tokens(parts.encoder)
         self._block_size = parts.block_size
-        self._supply = Supply(parts, pairs, reads, borrower, metrics, limits)
+        self._supply = Supply(parts, pairs, reads, borrower, outputs, metrics, limits, self._resume)
         self._followers = Followers(parts.block_size)
         self._tokens = Tokens(metrics)
         self.draining = False  # takes no new requests
@@ -72,7 +81,7 @@ class DecodeStage:
 
     @property
     def num_pending(self) -> int:
-        return sum(request.phase is Phase.PENDING for request in self._requests.values())
+        return sum(request.phase in (Phase.PENDING, Phase.ENCODING) for request in self._requests.values())
 
     # ------------------------------------------------------------------ from the ingress
 
@@ -90,7 +99,9 @@ class DecodeStage:
             if self.num_pending + self._scheduler.num_waiting >= self._limits.max_waiting:
                 raise Busy(f"{self._me.name} has {self._limits.max_waiting} requests waiting; retry later")
             params = checked_params(submit.sampling, self._constraints)
-            request = Request.of(session, submit, params, self._me, self._next_id(), now)
+            root = root_of(submit.chain_root)
+            source = encoder_input(submit.encoder_token_ids, root, self._compatibility_hash)
+            request = Request.of(session, submit, params, source, self._forced, self._me, self._next_id(), now)
             self._scheduler.check(request.sequence)
         except RequestError as error:
             self._tokens.fail(session, key, len(submit.emitted_token_ids), error)
@@ -234,6 +245,14 @@ class DecodeStage:
         except RequestError as error:
             self._settle(request, now, error=error)
 
+    def _resume(self, request: Request, error: RequestError | None, now: float) -> None:
+        """The output of its encoder is here, or is to be made here."""
+        if error is not None:
+            self._settle(request, now, error=error)
+            return
+        request.pend(now, 0.0)
+        self._try(self._supply.start, request, now)
+
     def _advance(self, request: Request, now: float) -> None:
         self._supply.advance(request, now)
         self._followers.progressed(request, now)
@@ -308,6 +327,9 @@ class DecodeStage:
         fetched = self._borrower.leave(request.sequence)
         if fetched is not None:
             request.route.fetched.CopyFrom(fetched)
+        encoded = self._outputs.leave(request.sequence)
+        if encoded is not None:
+            request.route.encoded.CopyFrom(encoded)
         request.tell_skipped(self._block_size)
         self._scheduler.abort(request.sequence)
         self._followers.gone(request, now)

@@ -19,8 +19,8 @@ SILENT_READ_S = 0.5  # the reads of a dead process fail at once, those over a cu
 
 @dataclass(slots=True)
 class Fetch:
-    """The KV of `num_tokens` tokens is wanted in `destinations`, one span per group, reserved and FILLING; none where
-    only the handoff is wanted."""
+    """The KV of `num_tokens` tokens is wanted in `destinations`, at most one span per group, reserved and FILLING; none
+    where only the handoff is wanted."""
 
     num_tokens: int
     destinations: tuple[BlockSpan, ...]
@@ -37,17 +37,18 @@ class Fetch:
     under_it: bool = False  # the source died or failed while it computed this prompt: the prompt is a suspect
     parked: bool = False  # until it is its turn to ask another source
     blocks_stuck: bool = False  # destination blocks that may still be written
-    _missing: list[dict[int, int]] = field(default_factory=list)  # [group] destination block -> its position
+    _missing: dict[int, dict[int, int]] = field(default_factory=dict)  # by group: destination block -> its position
     _reading_since: float | None = None
 
     def __post_init__(self) -> None:
-        self._missing = [
-            {block: span.first_index + offset for offset, block in enumerate(span.blocks)} for span in self.destinations
-        ]
+        self._missing = {
+            span.group: {block: span.first_index + offset for offset, block in enumerate(span.blocks)}
+            for span in self.destinations
+        }
 
     @property
     def complete(self) -> bool:
-        return self.last_ticket and not any(self._missing)
+        return self.last_ticket and not any(self._missing.values())
 
     @property
     def awaits_source(self) -> bool:
@@ -56,8 +57,8 @@ class Fetch:
 
     def valid_blocks(self) -> int:
         """Length of the prefix, in blocks, that is here in every group."""
-        ends = (span.first_index + len(span.blocks) for span in self.destinations)
-        return min(min(missing.values(), default=end) for missing, end in zip(self._missing, ends, strict=True))
+        ends = ((span.group, span.first_index + len(span.blocks)) for span in self.destinations)
+        return min(min(self._missing[group].values(), default=end) for group, end in ends)
 
     def begin(self, session: Session, ask: int, now: float) -> None:
         """A source is asked, for everything from the valid prefix on."""

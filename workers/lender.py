@@ -23,6 +23,7 @@ class Lender:
     def __init__(self, parts: Assembly, metrics: Metrics, name: str) -> None:
         self._blocks = parts.blocks
         self._source = parts.source
+        self._groups = [index for index, group in enumerate(parts.blocks.groups) if not group.is_fixed]
         self._block_size = parts.block_size
         self._metrics = metrics
         self._name = name
@@ -33,15 +34,14 @@ class Lender:
         ValueError for hashes that are none."""
         key = RequestKey.of(ask.key)
         hashes = hashing.split(ask.block_hashes)
-        groups = range(len(self._blocks.groups))
-        found = [self._blocks.lookup(group, hashes, len(hashes)) for group in groups]
-        num_blocks = min(map(len, found))
+        found = {group: self._blocks.lookup(group, hashes, len(hashes)) for group in self._groups}
+        num_blocks = min(map(len, found.values()))
         if self.draining or not num_blocks:
             code, reason = (pb.DRAINING, "is draining") if self.draining else (pb.STALE, "holds none of these blocks")
             failure = pb.Failure(code=code, message=f"{self._name} {reason}")
             session.send(pb.Frame(kv_failed=pb.KvFailed(key=ask.key, failure=failure)), key)
             return
-        spans = [BlockSpan(group, ask.first_block, tuple(found[group][:num_blocks])) for group in groups]
+        spans = [BlockSpan(group, ask.first_block, tuple(blocks[:num_blocks])) for group, blocks in found.items()]
         runs = self._source.publish(key, session.id, spans, now)
         self._metrics.lent_blocks.inc(num_blocks)
         ticket = pb.Ticket(

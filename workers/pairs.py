@@ -29,10 +29,15 @@ MAX_PAUSE_S = 30.0
 
 def worth_reading(members: Iterable[Member], me: str, roles: Collection[Role], max_holders: int) -> list[Member]:
     """Of the compatible members, whom worker `me` (incarnation) should be paired with: a decode worker with all that
-    compute prompts, and anybody with at most `max_holders` others, whose caches it may fetch from. Those are each
-    worker's own choice, the same as long as they live, so that holders are asked evenly."""
+    compute prompts, both with all encoders, and anybody with at most `max_holders` others, whose caches it may fetch
+    from. Those are each worker's own choice, the same as long as they live, so that holders are asked evenly."""
     others = [m for m in members if m.address and m.state is not MemberState.GONE and m.incarnation != me]
-    needed = [m for m in others if Role.DECODE in roles and Role.PREFILL in m.roles]
+    runs_decoders = Role.DECODE in roles or Role.PREFILL in roles
+    needed = [
+        m
+        for m in others
+        if (Role.DECODE in roles and Role.PREFILL in m.roles) or (runs_decoders and Role.ENCODE in m.roles)
+    ]
     holders = [m for m in others if m not in needed]
     holders.sort(key=lambda m: blake2b(f"{me}\0{m.incarnation}".encode(), digest_size=8).digest())
     return needed + holders[:max_holders]

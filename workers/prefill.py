@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 from cluster import hashing
 from cluster.config import SchedulerConfig
@@ -25,6 +26,8 @@ from kvtransfer.connector import BlockSpan
 from workers.assembly import Assembly
 from workers.borrower import Borrower
 from workers.checked_params import checked_params
+from workers.encode_fetch import OutputFetches
+from workers.encode_input import encoder_input, forced_tokens
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import Chunk, StepOutcome
 from workers.serving import count_prefix_lookup
@@ -41,6 +44,7 @@ class Prompt:
     next_block: int  # position of the first block without a ticket
     accepted_at: float
     deadline: float | None
+    holding: pb.Holding
     started_at: float | None = None
     num_chunks: int = 0
 
@@ -49,11 +53,20 @@ class PrefillStage:
     """What a worker with the role `prefill` does with the engine and the connector."""
 
     def __init__(
-        self, parts: Assembly, borrower: Borrower, metrics: Metrics, limits: SchedulerConfig, name: str
+        self,
+        parts: Assembly,
+        borrower: Borrower,
+        outputs: OutputFetches,
+        metrics: Metrics,
+        limits: SchedulerConfig,
+        name: str,
     ) -> None:
         self._scheduler = parts.scheduler
         self._source = parts.source
         self._borrower = borrower
+        self._outputs = outputs
+        self._compatibility_hash = parts.compatibility_hash
+        self._forced = forced_tokens(parts.encoder)
         self._next_id = parts.next_id
         self._block_size = parts.block_size
         self._constraints = parts.constraints
@@ -80,6 +93,8 @@ class PrefillStage:
             if self._scheduler.num_waiting >= self._limits.max_waiting:
                 raise Busy(f"{self._name} has {self._limits.max_waiting} prompts waiting; ask another source")
             sequence_id = self._next_id()
+            root = hashing.root_of(ask.chain_root)
+            source = encoder_input(ask.encoder_token_ids, root, self._compatibility_hash)
             sequence = Sequence(
                 sequence_id,
                 key,
@@ -89,17 +104,23 @@ class PrefillStage:
                 arrival=sequence_id,
                 priority=ask.priority,
                 hashes=hashing.split(ask.block_hashes),
-                chain_root=hashing.root_of(ask.chain_root),
+                chain_root=root if source is None else None,
+                encoder_input=source,
+                forced=self._forced,
                 stop_after_first=True,
             )
-            if not self._borrower.begin(sequence, ask.holding, now):
-                self._scheduler.add(sequence)
         except RequestError as error:
             self._refuse(session, key, ask.ask, error)
             return
         deadline = now + ask.deadline_ms / 1000 if ask.deadline_ms else None
-        prompt = Prompt(key, ask.ask, session, sequence, ask.first_block, now, deadline)
+        prompt = Prompt(key, ask.ask, session, sequence, ask.first_block, now, deadline, ask.holding)
         self._prompts[key] = self._by_sequence[sequence_id] = prompt
+        try:
+            then = partial(self._encoded, prompt)
+            if not self._outputs.begin(sequence, ask.encoders, then, now, may_read=True, deadline=deadline):
+                self._compute(prompt, now)
+        except RequestError as error:
+            self.fail(sequence, error)
 
     def cancel(self, session: Session, key: RequestKey) -> None:
         """Stops computing. What was leased stays so until the sink's Release: it may be reading."""
@@ -166,6 +187,19 @@ class PrefillStage:
             error = Busy(f"the tickets of {key.request_id} did not fit into the outbox of {self._name}")
             self._refuse(prompt.session, prompt.key, prompt.ask, error)
 
+    def _encoded(self, prompt: Prompt, error: RequestError | None, now: float) -> None:
+        """The output of its encoder is here, or is to be made here."""
+        try:
+            if error is not None:
+                raise error
+            self._compute(prompt, now)
+        except RequestError as failure:
+            self.fail(prompt.sequence, failure)
+
+    def _compute(self, prompt: Prompt, now: float) -> None:
+        if not self._borrower.begin(prompt.sequence, prompt.holding, now):
+            self._scheduler.add(prompt.sequence)
+
     def _start(self, prompt: Prompt, now: float) -> None:
         """Its first step began."""
         prompt.started_at = now
@@ -180,7 +214,7 @@ class PrefillStage:
         spans = [
             BlockSpan(group, prompt.next_block, tuple(table[prompt.next_block : end]))
             for group, table in enumerate(prompt.sequence.block_tables)
-            if end > prompt.next_block
+            if end > prompt.next_block and prompt.sequence.grows(group)
         ]
         runs = self._source.publish(prompt.key, prompt.session.id, spans, now) if spans else ()
         ticket = pb.Ticket(
@@ -220,4 +254,5 @@ class PrefillStage:
     def _forget(self, prompt: Prompt) -> pb.Fetched | None:
         """What was fetched for it."""
         del self._prompts[prompt.key], self._by_sequence[prompt.sequence.id]
+        self._outputs.leave(prompt.sequence)
         return self._borrower.leave(prompt.sequence)

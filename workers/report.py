@@ -8,6 +8,7 @@ from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from workers.assembly import Assembly
 from workers.decode import DecodeStage
+from workers.encode import EncodeStage
 from workers.pairs import Pairs
 
 REPORT_S: Final = 0.1  # between two load reports, where there is news
@@ -42,6 +43,7 @@ class LastReport:
 def load_report(
     parts: Assembly,
     decode: DecodeStage,
+    encode: EncodeStage,
     pairs: Pairs,
     metrics: Metrics,
     *,
@@ -69,6 +71,7 @@ def load_report(
         num_running=scheduler.num_running,
         num_pulling=scheduler.num_pulling,
         queued_prefill_tokens=scheduler.queued_prefill_tokens,
+        queued_encoder_tokens=encode.num_queued_tokens,
         groups=groups,
         num_leases=ledger.num_leases,
         draining=draining,

@@ -14,7 +14,7 @@ from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams
 from cluster.session import Session
-from workers.engine.sequence import Sequence
+from workers.engine.sequence import EncoderInput, ForcedTokens, Sequence
 from workers.fetch import Fetch
 
 MAX_SOURCE_DEATHS = 2  # then the request is poisoned: neither a third source nor our own engine tries it
@@ -31,6 +31,7 @@ class Phase(Enum):
     """Drawn in workers/decode.py."""
 
     PENDING = "pending"
+    ENCODING = "encoding"
     PULLING = "pulling"
     RUNNING = "running"
 
@@ -43,6 +44,7 @@ class Request:
     session: Session  # of the ingress
     sequence: Sequence
     sources: tuple[pb.WorkerRef, ...]  # as planned: the first, then the spare
+    encoders: tuple[pb.WorkerRef, ...]  # as planned, as the sources; none: this worker reads its input
     remote: bool  # the plan puts prefill on another worker
     local_allowed: bool
     holding: pb.Holding  # of whoever computes the prompt; may be empty
@@ -65,6 +67,8 @@ class Request:
         session: Session,
         submit: pb.Submit,
         params: SamplingParams,
+        source: EncoderInput | None,
+        forced: ForcedTokens,
         me: pb.WorkerRef,
         sequence_id: int,
         now: float,
@@ -79,20 +83,17 @@ class Request:
             arrival=sequence_id,
             priority=submit.priority,
             hashes=hashing.split(submit.block_hashes),
-            chain_root=hashing.root_of(submit.chain_root),
+            chain_root=hashing.root_of(submit.chain_root) if source is None else None,
+            encoder_input=source,
+            forced=forced,
         )
         stages = [stage for stage in submit.plan.stages if stage.stage == pb.PREFILL]
-        sources = tuple(
-            ref
-            for stage in stages
-            for ref in (stage.worker, stage.spare)
-            if ref.incarnation and ref.incarnation != me.incarnation
-        )
         return cls(
             key=key,
             session=session,
             sequence=sequence,
-            sources=sources,
+            sources=_others(submit.plan, pb.PREFILL, me),
+            encoders=_others(submit.plan, pb.ENCODE, me),
             remote=any(stage.worker.incarnation != me.incarnation for stage in stages),
             local_allowed=submit.plan.local_prefill_allowed,
             holding=next((stage.holding for stage in stages), pb.Holding()),
@@ -168,6 +169,17 @@ class Request:
     def remaining_ms(self, now: float) -> int:
         """For the next hop; 0 means none, so the last millisecond stays one."""
         return 0 if self.deadline is None else max(1, int((self.deadline - now) * 1000))
+
+
+def _others(plan: pb.Plan, kind: pb.Stage, me: pb.WorkerRef) -> tuple[pb.WorkerRef, ...]:
+    """Who runs a stage elsewhere: the first, then the spare."""
+    stages = [stage for stage in plan.stages if stage.stage == kind]
+    return tuple(
+        ref
+        for stage in stages
+        for ref in (stage.worker, stage.spare)
+        if ref.incarnation and ref.incarnation != me.incarnation
+    )
 
 
 class Tokens:

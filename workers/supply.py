@@ -6,7 +6,9 @@ with nothing reserved, and leases nothing. Engine thread only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from cluster.config import SchedulerConfig
 from cluster.errors import NoWorker, RequestError, RequestTooLong
@@ -16,6 +18,7 @@ from cluster.session import Session
 from kvtransfer.connector import BlockSpan, Outcome, PullResult
 from workers.assembly import Assembly
 from workers.borrower import Borrower
+from workers.encode_fetch import OutputFetches
 from workers.fetch import Fetch, Lingering
 from workers.pairs import Pairs
 from workers.reads import Reads
@@ -33,14 +36,19 @@ class Supply:
         pairs: Pairs,
         reads: Reads,
         borrower: Borrower,
+        outputs: OutputFetches,
         metrics: Metrics,
         limits: SchedulerConfig,
+        resume: Callable[[Request, RequestError | None, float], None],
     ) -> None:
+        """`resume` takes up a request whose encoder input has been read elsewhere, or ends it with the error."""
         self._scheduler = parts.scheduler
         self._block_size = parts.block_size
         self._pairs = pairs
         self._reads = reads
         self._borrower = borrower
+        self._outputs = outputs
+        self._resume = resume
         self._metrics = metrics
         self._limits = limits
         self._lingering = Lingering()
@@ -54,7 +62,14 @@ class Supply:
     # ------------------------------------------------------------------ asking
 
     def start(self, request: Request, now: float) -> None:
-        """PENDING: finds a source and blocks, or computes here where the plan says so. Raises RequestError."""
+        """PENDING: finds a source and blocks, or computes here where the plan says so; first the output of its encoder
+        comes, if it has one. Raises RequestError."""
+        then, may_read = partial(self._resume, request), request.local_allowed or not request.encoders
+        if self._outputs.begin(
+            request.sequence, request.encoders, then, now, may_read=may_read, deadline=request.deadline
+        ):
+            request.phase = Phase.ENCODING
+            return
         if not request.remote:
             self._compute_here(request, "plan", now)
             return
@@ -100,7 +115,9 @@ class Supply:
         self._metrics.prefix_hit_tokens.labels("decode").inc(reservation.hit_tokens)
         self._metrics.prefix_lookup_tokens.labels("decode").inc(len(sequence.tokens))
         destinations = tuple(
-            BlockSpan(group, reservation.first_block, blocks) for group, blocks in enumerate(reservation.destination)
+            BlockSpan(group, reservation.first_block, blocks)
+            for group, blocks in enumerate(reservation.destination)
+            if sequence.grows(group)
         )
         return Fetch(len(sequence.tokens), destinations, reservation.raises)
 
@@ -124,6 +141,8 @@ class Supply:
             ask=fetch.ask,
             holding=request.holding,
             chain_root=sequence.chain_root or b"",
+            encoder_token_ids=() if sequence.encoder_input is None else sequence.encoder_input.tokens,
+            encoders=request.encoders,
         )
         session.send(pb.Frame(kv_request=frame), request.key)
 

@@ -25,17 +25,18 @@ from cluster.heart import StepAge
 from cluster.log import Log
 from cluster.membership import Member, Membership, diff
 from cluster.metrics import Metrics
-from cluster.parts import BLOCKS_TOPIC
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import Dialer, WordsServer, WordsThread
 from cluster.session import Session
 from kvtransfer.connector import Connected, Done
 from workers.assembly import WorkerSettings, assemble
-from workers.block_log import BlockLog
+from workers.block_subscribers import BlockSubscribers
 from workers.borrower import Borrower
 from workers.decode import DecodeStage
 from workers.duty import Duty, takes_prompts
+from workers.encode import EncodeStage
+from workers.encode_fetch import OutputFetches
 from workers.engine.step_plan import StepOutcome
 from workers.grammar_queue import GrammarQueue
 from workers.lender import Lender
@@ -47,7 +48,6 @@ from workers.workload import Workload
 
 TICK_S = 0.01  # deadlines, retries and waits are looked at this often
 IDLE_TICK_S = 0.05  # with nothing open
-PUBLISH_S = 0.05  # between two batches of block events
 LAST_FRAMES_S = 0.5  # after a drain whose time was up, for what is handed over
 
 _STAGES = {Role.ENCODE: pb.ENCODE, Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE}
@@ -65,7 +65,6 @@ class Worker:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._membership = Membership()
         self._sessions: set[Session] = set()
-        self._subscribers: set[Session] = set()  # to block events
         self._workload = Workload(self.metrics, settings.scheduler.max_sequences, time.monotonic())
         self._last_report = LastReport()
         self._engine_thread = threading.Thread(target=self._run, name="sluice-engine", daemon=True)
@@ -73,7 +72,7 @@ class Worker:
         self._drained = threading.Event()
         self._duty = Duty(settings.incarnation, settings.roles, settings.scheduler.handover_s)
         self._turned_at = time.monotonic()
-        self._ticked_at = self._published_at = 0.0
+        self._ticked_at = 0.0
         self._idle = True
 
     # ------------------------------------------------------------------ life
@@ -92,13 +91,16 @@ class Worker:
             ranks=[pb.RankInfo(rank=0, shard=0, tp_rank=0, tp_size=1)],
         )
         me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
-        self._block_log = BlockLog(parts.blocks)
+        self._subscribers = BlockSubscribers(parts.blocks)
         self._pairs = Pairs(parts.executors, self._connected, self.metrics, self._log)
         self._reads = Reads(parts, self._pairs, self.metrics)
         self._lender = Lender(parts, self.metrics, settings.name)
         borrower = self._borrower = Borrower(parts, self._pairs, self._reads, self.metrics, settings.incarnation)
-        self._prefill = PrefillStage(parts, borrower, self.metrics, settings.scheduler, settings.name)
-        self._decode = DecodeStage(parts, self._pairs, self._reads, borrower, self.metrics, settings.scheduler, me)
+        limits = settings.scheduler
+        outputs = self._outputs = OutputFetches(parts, self._pairs, self._reads, self.metrics, limits, me)
+        self._encode = EncodeStage(parts, self.metrics, limits, settings.name)
+        self._prefill = PrefillStage(parts, borrower, outputs, self.metrics, limits, settings.name)
+        self._decode = DecodeStage(parts, self._pairs, self._reads, borrower, outputs, self.metrics, limits, me)
         self._grammars = GrammarQueue(parts.constraints, self._post)
         self._dialer = Dialer(self._words, identity, settings.secret, self)
         self._server = WordsServer(self._words, identity, settings.secret, self)
@@ -214,7 +216,8 @@ class Worker:
     def _read(self, done: Done) -> None:
         now = time.monotonic()
         result = self._reads.done(done, now)
-        if result is not None and not self._borrower.pulled(result, now):
+        taken = result is None or self._outputs.pulled(result, now) or self._borrower.pulled(result, now)
+        if result is not None and not taken:
             self._decode.pulled(result, now)
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:
@@ -222,8 +225,10 @@ class Worker:
         self._workload.stepped(self._parts.engine.last_batch, outcome, now - started_at)  # before anybody hears of it
         if outcome.error is not None:
             for sequence in outcome.failed:
+                self._encode.fail(sequence, outcome.error)
                 self._prefill.fail(sequence, outcome.error)
                 self._decode.fail(sequence, outcome.error, now)
+        self._encode.settle(outcome, started_at, now)
         self._prefill.settle(outcome, started_at, now)
         self._decode.settle(outcome, started_at, now)
 
@@ -243,10 +248,11 @@ class Worker:
         self.metrics.expired_leases.inc(len(self._parts.source.tick(now).leases))
         self._pairs.tick(now)
         self._borrower.tick(now)
+        self._outputs.tick(now)
+        self._encode.tick(now)
         self._prefill.tick(now)
         self._decode.tick(now)
-        if now - self._published_at >= PUBLISH_S:
-            self._publish(now)
+        self._subscribers.tick(now)
         if self._last_report.is_due(now) or self._pairs.changed:
             self._report(now)
         waiting, streams = self._duty.hands_over(now)
@@ -256,8 +262,8 @@ class Worker:
             self._drained.set()
 
     def _open_work(self) -> int:
-        num_open = self._decode.num_open + self._prefill.num_open + self._grammars.num_waiting
-        return num_open + self._borrower.num_open + self._parts.ledger.num_leases
+        num_open = self._decode.num_open + self._prefill.num_open + self._encode.num_open + self._grammars.num_waiting
+        return num_open + self._borrower.num_open + self._outputs.num_open + self._parts.ledger.num_leases
 
     def _report(self, now: float) -> None:
         self._pairs.changed = False
@@ -270,41 +276,26 @@ class Worker:
         return load_report(
             self._parts,
             self._decode,
+            self._encode,
             self._pairs,
             self.metrics,
             draining=self._duty.leaving,
-            last_event_id=self._block_log.last_id,
+            last_event_id=self._subscribers.last_id,
             prefill_tokens_per_s=self._workload.prefill_tokens_per_s,
         )
-
-    def _publish(self, now: float) -> None:
-        """What changed in the prefix cache, to those that asked for it. A batch that does not fit is asked for."""
-        self._published_at = now
-        events = self._block_log.collect()
-        if events is not None:
-            payload = events.SerializeToString()
-            for session in self._subscribers:
-                session.send_bulk(BLOCKS_TOPIC, payload)
-
-    def _subscribe(self, session: Session, query: pb.BlockQuery, now: float) -> None:
-        if query.shard:
-            raise ValueError(f"there is no shard {query.shard} here")
-        self._publish(now)  # what is answered, others hear as the next batch
-        for events in self._block_log.after(query.last_id):
-            session.send_bulk(BLOCKS_TOPIC, events.SerializeToString())
-        self._subscribers.add(session)
 
     def _leave(self) -> None:
         self._duty.leave(time.monotonic())
         self._take_duty()
 
     def _take_duty(self) -> None:
-        self._prefill.draining = self._lender.draining = self._duty.leaving
+        self._encode.draining = self._prefill.draining = self._lender.draining = self._duty.leaving
         self._decode.draining = not self._duty.decodes
         self._last_report.forget()
 
     def _hand_over(self) -> None:
         self._decode.hand_over(time.monotonic(), streams=True)
+        self._encode.hand_over()
         self._prefill.hand_over()
 
     def _update_members(self, membership: Membership) -> None:
@@ -330,17 +321,20 @@ class Worker:
 
     def _broken(self, session: Session, error: SessionError) -> None:
         self._sessions.discard(session)
-        self._subscribers.discard(session)
+        self._subscribers.leave(session)
         self.metrics.sessions.labels(pb.PeerKind.Name(session.peer.kind).lower()).dec()
         self.metrics.broken_sessions.labels(error.reason).inc()
         now = time.monotonic()
         self._pairs.broken(session)
         self._grammars.session_broken(session.id)
+        self._encode.session_broken(session)
         self._prefill.session_broken(session, now)
         self._borrower.session_broken(session, now)
+        self._outputs.session_broken(session, now)
         self._decode.session_broken(session, now)
 
     def _overflowed(self, key: RequestKey) -> None:
+        self._encode.overflow(key)
         self._prefill.overflow(key)
         self._decode.overflow(key, time.monotonic())
 
@@ -363,20 +357,26 @@ class Worker:
                 self._grammars.drop(session.id, key)
                 self._decode.cancel(session, key, now)
                 self._prefill.cancel(session, key)
+                self._encode.cancel(session, key)
             case "kv_request":
                 ask, key = frame.kv_request, RequestKey.of(frame.kv_request.key)
                 if not self._grammars.holds(session.id, key, ask.sampling, again, ask=ask.ask):
                     self._prefill.request(session, ask, now)
             case "ticket":
-                if not self._borrower.ticket(session, frame.ticket, now):
+                told = session, frame.ticket, now
+                if not self._borrower.ticket(*told) and not self._outputs.ticket(*told):
                     self._decode.ticket(session, frame.ticket, now)
             case "held_request":
                 self._lender.request(session, frame.held_request, now)
+            case "encode_request":
+                self._encode.request(session, frame.encode_request, now)
             case "release":
                 self._grammars.drop(session.id, RequestKey.of(frame.release.key), frame.release.ask)
+                self._encode.cancel(session, RequestKey.of(frame.release.key))
                 self._prefill.release(session, frame.release)
             case "kv_failed":
-                if not self._borrower.kv_failed(session, frame.kv_failed, now):
+                failed = session, frame.kv_failed, now
+                if not self._borrower.kv_failed(*failed) and not self._outputs.kv_failed(*failed):
                     self._decode.kv_failed(session, frame.kv_failed, now)
             case "transport_query":
                 late_s = self._settings.transfer.late_read_s
@@ -387,7 +387,7 @@ class Worker:
             case "admin_request":
                 session.send(pb.Frame(admin_response=self._administer(frame.admin_request)))
             case "block_query":
-                self._subscribe(session, frame.block_query, now)
+                self._subscribers.subscribe(session, frame.block_query, now)
             case "goodbye" | "unsupported" | "load_report" | "admin_response":
                 pass
             case kind:

@@ -34,13 +34,14 @@ class Workload:
     def stepped(self, batch: BatchSize, outcome: StepOutcome, seconds: float) -> None:
         self._num_steps += 1
         self._step_s += seconds
-        if batch.num_tokens >= 2 * batch.num_sequences:  # prompts, not one token each
+        if 0 < batch.num_tokens >= 2 * batch.num_sequences:  # prompts, not one token each
             self._prefill_rate.measured(batch.num_tokens, seconds)
             self._prompt_s += seconds
         metrics = self._metrics
         metrics.step.observe(seconds)
         metrics.batch_size.observe(batch.num_sequences)
         metrics.computed_tokens.inc(batch.num_tokens)
+        metrics.encoder_tokens.inc(batch.num_encoder_tokens)
         metrics.sampled_tokens.inc(len(outcome.tokens))
         metrics.preemptions.inc(len(outcome.preempted))
 

@@ -31,7 +31,7 @@ from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceStatus
 from workers.engine.step_plan import StepOutcome, StepPlan, StepResult
 
-PUBLISH_S: Final = 0.05  # as workers/worker.py has it; reports come half as often
+PUBLISH_S: Final = 0.05  # as workers/block_subscribers.py has it; reports come half as often
 RETRY_S: Final = 0.05
 TICK_S: Final = 0.01
 _FIRST_ANSWER_TOKEN: Final = 1 << 31  # no prompt has it

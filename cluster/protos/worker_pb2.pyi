@@ -330,7 +330,7 @@ class Plan(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., local_prefill_allowed: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id", "chain_root")
+    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id", "chain_root", "encoder_token_ids")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +342,7 @@ class Submit(_message.Message):
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LEADER_ID_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     plan: Plan
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -353,7 +354,8 @@ class Submit(_message.Message):
     shard: int
     leader_id: str
     chain_root: bytes
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
+    encoder_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ..., chain_root: _Optional[bytes] = ..., encoder_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key", "reason")
@@ -406,7 +408,7 @@ class StepTokens(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceTokens, _Mapping]]] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s", "fetched", "skipped_blocks")
+    __slots__ = ("decode", "decode_pid", "prefill", "prefill_pid", "transport", "prompt_tokens", "decode_prefix_hit_tokens", "prefill_prefix_hit_tokens", "chunks", "blocks", "bytes", "transfer_s", "local_prefill", "preemptions", "spare_used", "recomputed_tokens", "queue_s", "prefill_s", "fetched", "skipped_blocks", "encoded")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_PID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -427,6 +429,7 @@ class Route(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
     decode: WorkerRef
     decode_pid: int
     prefill: WorkerRef
@@ -447,10 +450,27 @@ class Route(_message.Message):
     prefill_s: float
     fetched: Fetched
     skipped_blocks: int
-    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., skipped_blocks: _Optional[int] = ...) -> None: ...
+    encoded: Encoded
+    def __init__(self, decode: _Optional[_Union[WorkerRef, _Mapping]] = ..., decode_pid: _Optional[int] = ..., prefill: _Optional[_Union[WorkerRef, _Mapping]] = ..., prefill_pid: _Optional[int] = ..., transport: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., decode_prefix_hit_tokens: _Optional[int] = ..., prefill_prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., local_prefill: _Optional[bool] = ..., preemptions: _Optional[int] = ..., spare_used: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., skipped_blocks: _Optional[int] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ...) -> None: ...
+
+class Encoded(_message.Message):
+    __slots__ = ("encode", "tokens", "blocks", "bytes", "seconds", "lost")
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    encode: WorkerRef
+    tokens: int
+    blocks: int
+    bytes: int
+    seconds: float
+    lost: int
+    def __init__(self, encode: _Optional[_Union[WorkerRef, _Mapping]] = ..., tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., lost: _Optional[int] = ...) -> None: ...
 
 class KvRequest(_message.Message):
-    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding", "chain_root")
+    __slots__ = ("key", "shard", "token_ids", "num_prompt_tokens", "block_hashes", "first_block", "sampling", "priority", "deadline_ms", "ask", "holding", "chain_root", "encoder_token_ids", "encoders")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -463,6 +483,8 @@ class KvRequest(_message.Message):
     ASK_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENCODERS_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     shard: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -475,7 +497,25 @@ class KvRequest(_message.Message):
     ask: int
     holding: Holding
     chain_root: bytes
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
+    encoder_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    encoders: _containers.RepeatedCompositeFieldContainer[WorkerRef]
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., chain_root: _Optional[bytes] = ..., encoder_token_ids: _Optional[_Iterable[int]] = ..., encoders: _Optional[_Iterable[_Union[WorkerRef, _Mapping]]] = ...) -> None: ...
+
+class EncodeRequest(_message.Message):
+    __slots__ = ("key", "shard", "token_ids", "chain_root", "priority", "deadline_ms")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    key: RequestKey
+    shard: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    chain_root: bytes
+    priority: int
+    deadline_ms: int
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., chain_root: _Optional[bytes] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class HeldRequest(_message.Message):
     __slots__ = ("key", "shard", "first_block", "block_hashes")
@@ -634,7 +674,7 @@ class GroupLoad(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., free: _Optional[int] = ..., filling: _Optional[int] = ..., ready: _Optional[int] = ..., cached: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("shard", "num_waiting", "num_running", "num_pulling", "queued_prefill_tokens", "groups", "num_leases", "draining", "num_steps", "pairs", "last_event_id", "block_bytes", "prefill_tokens_per_s")
+    __slots__ = ("shard", "num_waiting", "num_running", "num_pulling", "queued_prefill_tokens", "groups", "num_leases", "draining", "num_steps", "pairs", "last_event_id", "block_bytes", "prefill_tokens_per_s", "queued_encoder_tokens")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -648,6 +688,7 @@ class LoadReport(_message.Message):
     LAST_EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_ENCODER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     shard: int
     num_waiting: int
     num_running: int
@@ -661,7 +702,8 @@ class LoadReport(_message.Message):
     last_event_id: int
     block_bytes: int
     prefill_tokens_per_s: float
-    def __init__(self, shard: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pulling: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupLoad, _Mapping]]] = ..., num_leases: _Optional[int] = ..., draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ..., last_event_id: _Optional[int] = ..., block_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    queued_encoder_tokens: int
+    def __init__(self, shard: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_pulling: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupLoad, _Mapping]]] = ..., num_leases: _Optional[int] = ..., draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ..., last_event_id: _Optional[int] = ..., block_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., queued_encoder_tokens: _Optional[int] = ...) -> None: ...
 
 class PairReport(_message.Message):
     __slots__ = ("source_incarnation", "warm", "transport", "bytes_per_s")
@@ -727,7 +769,7 @@ class AdminResponse(_message.Message):
     def __init__(self, id: _Optional[int] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "held_request", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response", "block_query")
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "heartbeat", "unsupported", "goodbye", "part", "submit", "cancel", "step_tokens", "kv_request", "ticket", "release", "kv_failed", "held_request", "encode_request", "transport_query", "transport_offer", "load_report", "admin_request", "admin_response", "block_query")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
@@ -745,6 +787,7 @@ class Frame(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     KV_FAILED_FIELD_NUMBER: _ClassVar[int]
     HELD_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_QUERY_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_OFFER_FIELD_NUMBER: _ClassVar[int]
     LOAD_REPORT_FIELD_NUMBER: _ClassVar[int]
@@ -768,13 +811,14 @@ class Frame(_message.Message):
     release: Release
     kv_failed: KvFailed
     held_request: HeldRequest
+    encode_request: EncodeRequest
     transport_query: TransportQuery
     transport_offer: TransportOffer
     load_report: LoadReport
     admin_request: AdminRequest
     admin_response: AdminResponse
     block_query: BlockQuery
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., held_request: _Optional[_Union[HeldRequest, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ..., block_query: _Optional[_Union[BlockQuery, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., challenge: _Optional[_Union[Challenge, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., unsupported: _Optional[_Union[Unsupported, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_request: _Optional[_Union[KvRequest, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., held_request: _Optional[_Union[HeldRequest, _Mapping]] = ..., encode_request: _Optional[_Union[EncodeRequest, _Mapping]] = ..., transport_query: _Optional[_Union[TransportQuery, _Mapping]] = ..., transport_offer: _Optional[_Union[TransportOffer, _Mapping]] = ..., load_report: _Optional[_Union[LoadReport, _Mapping]] = ..., admin_request: _Optional[_Union[AdminRequest, _Mapping]] = ..., admin_response: _Optional[_Union[AdminResponse, _Mapping]] = ..., block_query: _Optional[_Union[BlockQuery, _Mapping]] = ...) -> None: ...
 
 class BulkFrame(_message.Message):
     __slots__ = ("incarnation", "epoch", "token", "message_id", "topic", "payload", "last")

@@ -134,18 +134,25 @@ class PlainCluster:
             await asyncio.sleep(0.005)
 
     async def until_warm(self, timeout_s: float = 30.0) -> None:
-        """Every decode worker can read from every source."""
+        """Every decode worker can read from every source, and a prefill worker from every encoder."""
         deadline = time.monotonic() + timeout_s
         while True:
             loads = await self.router.load()
-            sources = {w.member.incarnation for w in self.workers.values() if w.member and "prefill" in w.member.roles}
-            sinks = {w.member.incarnation for w in self.workers.values() if w.member and "decode" in w.member.roles}
+            members = [w.member for w in self.workers.values() if w.member]
+            sources = {m.incarnation for m in members if {"prefill", "encode"} & set(m.roles)}
+            encoders = {m.incarnation for m in members if "encode" in m.roles}
+            sinks = {m.incarnation: sources for m in members if "decode" in m.roles}
+            sinks |= {m.incarnation: encoders for m in members if {"prefill", "decode"} & set(m.roles) == {"prefill"}}
             warm = {
                 incarnation: {pair.source_incarnation for pair in answer.load.pairs if pair.warm}
                 for incarnation, answer in loads.items()
             }
             everyone = len(loads) == len(self.workers)
-            if everyone and all(warm[sink] >= sources - {sink} for sink in sinks) and self.router.ready():
+            if (
+                everyone
+                and all(warm[sink] >= wanted - {sink} for sink, wanted in sinks.items())
+                and self.router.ready()
+            ):
                 return
             assert time.monotonic() < deadline, f"not warm: {warm}; {self.router.why_not_ready()}"
             await asyncio.sleep(0.02)
@@ -160,6 +167,8 @@ class PlainCluster:
         *,
         deadline_s: float | None = None,
         leader_id: str = "",
+        encoder_token_ids: tuple[int, ...] = (),
+        cache_salt: str = "",
     ) -> AsyncGenerator[tuple[list[int], Answer | None]]:
         """New tokens; the whole answer with the last ones."""
         request = RouterRequest(
@@ -168,6 +177,8 @@ class PlainCluster:
             sampling=sampling,
             deadline_s=deadline_s,
             leader_id=leader_id,
+            encoder_token_ids=encoder_token_ids,
+            cache_salt=cache_salt,
         )
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []

@@ -27,6 +27,7 @@ from tests.support.words import open_pair, words_config
 from workers.assembly import WorkerSettings, assemble
 from workers.borrower import Borrower
 from workers.decode import DecodeStage
+from workers.encode_fetch import OutputFetches
 from workers.fetch import SILENT_READ_S
 from workers.pairs import Pairs
 from workers.reads import Reads
@@ -74,7 +75,8 @@ class Scene:
         me = pb.WorkerRef(name=settings.name, incarnation=settings.incarnation)
         reads = self.reads = Reads(self.parts, self.pairs, metrics)
         borrower = Borrower(self.parts, self.pairs, reads, metrics, settings.incarnation)
-        self.stage = DecodeStage(self.parts, self.pairs, reads, borrower, metrics, config.scheduler, me)
+        outputs = OutputFetches(self.parts, self.pairs, reads, metrics, config.scheduler, me)
+        self.stage = DecodeStage(self.parts, self.pairs, reads, borrower, outputs, metrics, config.scheduler, me)
 
         self.to_source, self.to_ingress = open_pair(words), open_pair(words)
         self.session = self.to_source.dialed

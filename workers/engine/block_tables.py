@@ -79,15 +79,22 @@ class BlockTables:
         self._measure(seq)
         return True
 
-    def occupy_output(self, seq: Sequence) -> bool:
+    def occupy_output(self, seq: Sequence, *, for_transfer: bool = False) -> bool:
         """Blocks for the output of its encoder and nothing else. False and nothing changed if there is no room."""
         assert not any(seq.block_tables), f"{seq} has blocks"
         totals = self.totals(seq, 0)
-        got = self._blocks.reserve([0 if seq.grows(index) else totals[index] for index in self._indexes])
+        counts = [0 if seq.grows(index) else totals[index] for index in self._indexes]
+        got = self._blocks.reserve(counts, for_transfer=for_transfer)
         if got is None:
             return False
         seq.block_tables = got
         return True
+
+    def take_cached_output(self, seq: Sequence) -> None:
+        """`has_cached_output` said that it is there."""
+        seq.block_tables = self._hits(seq, 0)
+        for index, hit in enumerate(seq.block_tables):
+            self._blocks.acquire(index, hit)
 
     def has_cached_output(self, seq: Sequence) -> bool:
         hits = self._hits(seq, 0)

@@ -17,6 +17,7 @@ class BatchSize(NamedTuple):
 
     num_sequences: int
     num_tokens: int
+    num_encoder_tokens: int = 0
 
 
 class Engine:
@@ -55,9 +56,10 @@ class Engine:
         else:
             outcome, num_tokens = self._collect(plan, launched)
         self.num_steps += 1
-        self.last_batch = BatchSize(len(plan.sequences), num_tokens)
+        num_encoder_tokens = sum(len(row.tokens) for row in plan.encodes)
+        self.last_batch = BatchSize(len(plan.sequences), num_tokens, num_encoder_tokens)
         self.last_step_at = self._clock()
-        return outcome if plan.computes or outcome.preempted else None
+        return outcome if plan.computes or outcome.preempted or outcome.encoded else None
 
     def _collect(self, plan: StepPlan, launched: Launched) -> tuple[StepOutcome, int]:
         """Waits for a launched step and settles it: its outcome, and how many tokens it computed."""

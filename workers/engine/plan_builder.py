@@ -26,18 +26,19 @@ class Launched(NamedTuple):
     step: int
     rows: list[tuple[Sequence, int]]
     preempted: list[Sequence]
-    encoded: list[Sequence]
+    encoded: list[Sequence]  # those whose output was found, too
 
 
 class PlanBuilder:
     """Collects rows under a token budget. Rows keep their order; a victim of preemption loses its row."""
 
-    __slots__ = ("budget", "encoded", "encoder_budget", "preempted", "rows", "stalled")
+    __slots__ = ("budget", "encoded", "encoder_budget", "found", "preempted", "rows", "stalled")
 
     def __init__(self, budget: int, encoder_budget: int) -> None:
         self.budget = budget
         self.encoder_budget = encoder_budget
         self.encoded: list[Sequence] = []
+        self.found: list[Sequence] = []  # only encode, and what they want is cached
         self.rows: dict[int, tuple[Sequence, int]] = {}
         self.preempted: list[Sequence] = []
         self.stalled = False  # somebody who runs found no blocks
@@ -103,14 +104,13 @@ class PlanBuilder:
             num_tokens=num_total,
             encodes=tuple(_encode_row(seq, step) for seq in self.encoded),
         )
-        return plan, Launched(step, launched, self.preempted, self.encoded)
+        return plan, Launched(step, launched, self.preempted, self.encoded + self.found)
 
 
 def _encode_row(seq: Sequence, step: int) -> EncodeRow:
     assert seq.encoder_input is not None
-    ((group, blocks),) = [(group, table) for group, table in enumerate(seq.block_tables) if not seq.grows(group)]
     seq.last_step = step
-    return EncodeRow(seq.id, seq.encoder_input.tokens, group, tuple(blocks))
+    return EncodeRow(seq.id, seq.encoder_input.tokens, *seq.output_blocks())
 
 
 def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSequence]) -> None:

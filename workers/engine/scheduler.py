@@ -43,7 +43,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._tables = BlockTables(blocks, chain_root)
         self._pulls = Pulls(blocks, self._tables, limits)
-        self._encodes = Encodes(self._tables)
+        self._encodes = Encodes(blocks, self._tables, limits)
         self._sequences: dict[int, Sequence] = {}  # everything not finished
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
@@ -148,7 +148,7 @@ class Scheduler:
         self._sequences.pop(seq.id, None)
         if seq.is_known_to_ranks:
             self._ended.append(seq.id)
-        if seq.stop_after_first and reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if (seq.stop_after_first or seq.only_encodes) and reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._lingering.append(seq)
         else:
             self._tables.drop(seq)
@@ -199,6 +199,22 @@ class Scheduler:
         self._pulls.remove(seq)
         self._tables.drop(seq)
         seq.enter(SequenceStatus.WAITING)
+
+    def lacks_output(self, seq: Sequence) -> bool:
+        """Whether its encoder input must be read, here or elsewhere, before it can be admitted or pulled."""
+        return self._encodes.lacks(seq)
+
+    def reserve_output(self, seq: Sequence) -> PullReservation | None:
+        """WAITING and parked -> ENCODING: blocks for what its encoder makes elsewhere. None: no room now, or the output
+        of an equal input is on its way already. Raises as `add`."""
+        assert not seq.is_queued, f"{seq} is to be encoded here"
+        self._limits.check_output_pull(seq, self._blocks.groups)
+        self._accept(seq)
+        return None if seq.is_unreported else self._encodes.reserve(seq)
+
+    def output_done(self, seq: Sequence, *, is_here: bool) -> None:
+        """ENCODING -> WAITING, parked: the output has arrived, or its blocks are given back."""
+        self._encodes.landed(seq, is_here=is_here)
 
     # ------------------------------------------------------------------ the plan
 
@@ -285,6 +301,10 @@ class Scheduler:
                     self._blocked = seq
                     return
                 continue
+            if seq.only_encodes:
+                self._dequeue(seq)
+                self._encodes.find(seq, batch)
+                continue
             room = (
                 not batch.preempted
                 and not batch.stalled
@@ -305,8 +325,7 @@ class Scheduler:
         """Has its encoder input read in this step; no further ahead than there are rows for."""
         if seq.is_unreported or len(self._running) + self._encodes.num_reading >= self._limits.max_sequences:
             return False
-        behind = (other for other in reversed(self._waiting) if other.order > seq.order)
-        if not self._encodes.start(seq, batch, behind):
+        if not self._encodes.start(seq, batch):
             return False
         self._dequeue(seq)
         seq.enter(SequenceStatus.ENCODING)
@@ -355,8 +374,12 @@ class Scheduler:
         for seq in launched.encoded:
             if seq.status is SequenceStatus.ENCODING:
                 self._encodes.done(seq)
-                seq.enter(SequenceStatus.WAITING)
-                self._enqueue(seq)
+                if seq.only_encodes:
+                    self._finish(seq, FinishReason.STOP)
+                    outcome.encoded.append(seq)
+                else:
+                    seq.enter(SequenceStatus.WAITING)
+                    self._enqueue(seq)
         for seq in launched.preempted:
             seq.is_unreported = False
             if seq.status is SequenceStatus.WAITING:

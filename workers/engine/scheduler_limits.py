@@ -31,7 +31,7 @@ class SchedulerLimits:
 
     def max_total_tokens(self, seq: Sequence) -> int:
         """Length at which the sequence ends with LENGTH, over all attempts."""
-        if seq.stop_after_first or seq.params.pooling is not None:
+        if seq.stop_after_first or seq.only_encodes or seq.params.pooling is not None:
             return len(seq.tokens) + 1
         return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len)
 
@@ -46,6 +46,10 @@ class SchedulerLimits:
     def check(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
         """Raises for a sequence that could never finish here, however empty the pool: it would starve unseen."""
         self._check_encoder_input(seq, groups)
+        if seq.only_encodes:
+            self._check_tokens(seq)
+            self._check_pool(seq, groups, 0, None)
+            return
         assert len(seq.extents) in (0, len(groups)), f"{seq}: extents {seq.extents} for {len(groups)} groups"
         growing = [group for index, group in enumerate(groups) if seq.grows(index)]
         assert growing and all(g.block_size == groups[0].block_size for g in growing), f"{seq}: growing groups differ"
@@ -108,6 +112,10 @@ class SchedulerLimits:
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
                 wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
                 raise InvalidRequest(f"token id {wrong}: the model has {self.vocab_size}, from 0 on", name)
+
+    def check_output_pull(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
+        """As `check_pull`, for the output of its encoder alone."""
+        self._check_pool(seq, groups, 0, self.prefill_reserve)
 
     def check_pull(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
         """Raises RequestTooLong if reservations of pulls may never hold that much: compute it locally instead."""

@@ -22,7 +22,7 @@ class SequenceStatus(Enum):
       ├───────────────────────────│──── admitted ─────────│─┘
       └─────> FINISHED <──────────┴───────────────────────┘
 
-    WAITING ── encoder input is read ──> ENCODING ── its output is here ──> WAITING
+    WAITING ── encoder input is read, here or elsewhere ──> ENCODING ── its output is here, or lost ──> WAITING
     """
 
     WAITING = "waiting"
@@ -99,6 +99,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_ready_blocks",
+        "only_encodes",
         "order",
         "params",
         "prefix_hit_tokens",
@@ -125,16 +126,21 @@ class Sequence:
         encoder_input: EncoderInput | None = None,
         forced: ForcedTokens = NOTHING_FORCED,
         stop_after_first: bool = False,
+        only_encodes: bool = False,
     ) -> None:
         """`id` is unique in the engine, `arrival` rises; larger `priority` comes first.
 
         tokens: prompt + emitted, taken over. hashes: of their full blocks, as far as they are known already.
-        chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA) nor the encoder input's.
+        chain_root: of the block hashes, if it is not the scheduler's (salt, LoRA). With an encoder input it is that
+        one's, which then covers salt and LoRA, too: two roots would let those share the output that may not.
         extents: per group, the fixed number of tokens it holds for this sequence, or None where it grows with
         `tokens`; () means that all groups grow, or with an encoder input that one more holds its output.
         stop_after_first: a source sequence; it ends with LENGTH after one sampled token, the handoff. (A pooled one
         ends with STOP after its prompt, on a source as elsewhere.)
+        only_encodes: without tokens; it ends with STOP when the output of its encoder is in its blocks.
         """
+        assert encoder_input is None or chain_root in (None, encoder_input.root), "two roots of one chain"
+        assert encoder_input is not None or not only_encodes, "nothing to encode"
         self.id = id
         self.key = key
         self.tokens = tokens
@@ -151,6 +157,7 @@ class Sequence:
         self.extents = extents or (() if encoder_input is None else (None, len(encoder_input.tokens)))
         self.forced = forced
         self.stop_after_first = stop_after_first
+        self.only_encodes = only_encodes
         self.status = SequenceStatus.WAITING
         self.finish: FinishReason | None = None
         self.forced_end = 0  # where `forced.last` stands; set with the next
@@ -186,6 +193,11 @@ class Sequence:
 
     def grows(self, group: int) -> bool:
         return not self.extents or self.extents[group] is None
+
+    def output_blocks(self) -> tuple[int, tuple[int, ...]]:
+        """The fixed group, and its blocks in it: of the output of its encoder."""
+        ((group, blocks),) = [(group, table) for group, table in enumerate(self.block_tables) if not self.grows(group)]
+        return group, tuple(blocks)
 
     def accept(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Appends a sampled token; says whether and why the stream ends with it.

@@ -152,6 +152,7 @@ class StepOutcome:
     vectors: list[PooledVector] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
+    encoded: list[Sequence] = field(default_factory=list)  # FINISHED: they wanted the output of their encoder alone
     failed: list[Sequence] = field(
         default_factory=list
     )  # FINISHED without a reason: the step raised, or their rows did

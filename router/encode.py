@@ -1,0 +1,58 @@
+"""Which worker reads the encoder input of a request, once it is known who runs its decoder. Pure.
+
+    an encode worker whose output can be read wherever the decoder runs; it costs what waits there, and the input itself
+    unless it is the input's home
+    else the worker that computes the decoder prompt
+
+The home of an input is the same for every router, so equal inputs meet in one cache; when a worker leaves or comes,
+only inputs of its own move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config import Role
+from router.plan import Candidate, Plan
+from router.policy import at_home
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDemand:
+    """What is known of an input when its request is placed."""
+
+    name: str  # the same for equal inputs that may share an output
+    num_tokens: int
+
+
+def with_encode(
+    plan: Plan, candidates: Sequence[Candidate], demand: EncoderDemand, avoided: Collection[str] = ()
+) -> Plan:
+    """The same plan, with its encode stage. `avoided` incarnations are chosen when there is no other."""
+    prefill = plan.prefill
+    encoders = [each for each in candidates if Role.ENCODE in each.roles and _serves(each, plan)]
+    encoders = [each for each in encoders if each.incarnation not in avoided] or encoders
+    if not encoders:
+        return replace(plan, encode=prefill, encode_spare=plan.spare)
+    home = at_home(demand.name, encoders)
+
+    def cost(each: Candidate) -> tuple[int, int, str]:
+        return each.queued_encoder_tokens + demand.num_tokens * (each is not home), each.num_requests, each.name
+
+    first, *others = sorted(encoders, key=cost)
+    return replace(plan, encode=first, encode_spare=others[0] if others else None)
+
+
+def _serves(encoder: Candidate, plan: Plan) -> bool:
+    """Whether its output can be read where the decoder runs. A worker reads what it has itself."""
+    runs = {plan.prefill.incarnation: plan.prefill, plan.decode.incarnation: plan.decode}
+    return all(
+        encoder.incarnation == incarnation
+        or (
+            encoder.incarnation in each.warm_sources
+            and encoder.compatibility_hash == each.compatibility_hash
+            and encoder.connected
+        )
+        for incarnation, each in runs.items()
+    )
