@@ -139,11 +139,10 @@ class HolderTable:
         lanes = self._buckets.take(home, axis=0, mode="wrap")  # none is out of range, and this mode is quicker
         match = _matches(lanes, keys)
         bits = self._holders.take(home * _LANES + _lane(match), axis=0, mode="wrap")
-        absent = match == 0
-        if absent.any():
+        absent = (match == 0).nonzero()[0]
+        if absent.size:
             bits[absent] = 0
-            absent &= lanes[:, -1] != 0
-            for index in absent.nonzero()[0].tolist():
+            for index in absent[lanes[absent, -1] != 0].tolist():
                 row = self._row(int(keys[index]), int(home[index]) + 1)
                 if row >= 0:
                     bits[index] = self._holders[row]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.holding import spared_blocks
-from router.pairing import Floats, Loads, Mask, Pairing, Rates
+from router.pairing import Floats, Loads, Mask, Pairing, Rates, barriers
 from router.plan import Candidate
 
 
@@ -34,6 +34,7 @@ class Offer:
     candidates: Sequence[Candidate]
     pairing: Pairing
     ways: Mask
+    barriers: Floats  # of these ways; see router/pairing.py
     demand: Demand
     reusable: NDArray[np.int64]  # of each candidate, blocks of the request that it need not compute
     spared: (
@@ -43,14 +44,22 @@ class Offer:
     rates: Rates
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate], pairing: Pairing, ways: Mask, demand: Demand) -> Offer:
-        """What comes after the last whole block is always computed, and is at least a token."""
+    def of(
+        cls,
+        candidates: Sequence[Candidate],
+        pairing: Pairing,
+        ways: Mask,
+        demand: Demand,
+        closed: Floats | None = None,
+    ) -> Offer:
+        """`closed`: the barriers, where the caller has them. What comes after the last whole block is always computed, and is at least a token."""
         hit_blocks = np.zeros(len(candidates), np.int64) if demand.hit_blocks is None else demand.hit_blocks
         reusable = np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size)
         return cls(
             candidates=candidates,
             pairing=pairing,
             ways=ways,
+            barriers=barriers(ways) if closed is None else closed,
             demand=demand,
             reusable=reusable,
             spared=(

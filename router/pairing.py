@@ -33,11 +33,11 @@ class Loads(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Of each decode worker m and source n, [m, n] each. Nobody writes into them."""
+    """Of each decode worker m and source n. Nobody writes into them."""
 
-    readable: Mask  # by that decode worker, now
-    s_per_byte: Floats  # 0: not measured
-    tokens_per_byte: Floats  # that the source computes while it is read; 0: not measured
+    readable: Mask  # [m, n]: by that decode worker, now
+    s_per_byte: Floats  # [m, n]; 0: not measured
+    tokens_per_byte: Floats  # [m, n + 1]: that the source computes while it is read; 0: not measured, or nothing moves
 
 
 class Gains(NamedTuple):
@@ -55,15 +55,17 @@ class Opening(NamedTuple):
     usable: Mask  # [m]
     rows: Mask  # [m]: of them, the better ones
     ways: Mask  # [m, n + 1] of these rows; the last column: computing the prompt there, for want of a source
+    barriers: Floats  # [m, n + 1]: see `barriers`
     is_empty: bool  # no way at all
 
-    def ways_of(self, rows: Mask) -> tuple[Mask, Mask]:
-        """The better ones of `rows`, and their ways. A remote source, or the local one that the configuration asks
-        for, is better than a fallback."""
+    def narrowed(self, rows: Mask) -> Opening:
+        """To the better ones of `rows`. A remote source, or the local one that the configuration asks for, is better
+        than a fallback."""
         has_source = np.asarray(self.remote.any(axis=1), np.bool_)
         better = rows & (has_source | self.bound)
         rows = better if better.any() else rows
-        return rows, np.column_stack((self.remote & rows[:, None], rows & ~has_source))
+        ways = np.column_stack((self.remote & rows[:, None], rows & ~has_source))
+        return self._replace(rows=rows, ways=ways, barriers=barriers(ways), is_empty=not rows.any())
 
 
 class Pairing:
@@ -108,7 +110,7 @@ class Pairing:
         self._reach: Floats = np.full((len(candidates), len(candidates)), inf)  # seconds per byte
         self._fetch_tokens: Floats = np.full_like(self._reach, FAR)  # [i, j]: that i computes while it fetches a block
         self._gains: tuple[int, Gains] | None = None  # block size
-        self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros(shape))
+        self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros((shape[0], shape[1] + 1)))
         self._seen: list[Candidate | None] = [None] * len(candidates)
         self._openings: dict[LocalPrefill, Opening] = {}
         self.read(candidates)
@@ -119,18 +121,23 @@ class Pairing:
         changed = list(compress(range(len(seen)), map(is_not, candidates, seen)))
         if not changed:
             return
-        loads = self._table.copy()
+        self._table = self._table.copy()
+        queued_tokens, num_requests, num_available_blocks, block_bytes, tokens_per_s = self.loads = Loads(*self._table)
         slower, other = False, []
         for index in changed:
             now, before = candidates[index], seen[index]
-            room = inf if now.num_available_blocks is None else now.num_available_blocks
-            loads[:, index] = now.queued_tokens, now.num_requests, room, now.block_bytes, now.prefill_tokens_per_s
-            slower |= before is None or before.prefill_tokens_per_s != now.prefill_tokens_per_s
-            slower |= before is None or before.block_bytes != now.block_bytes
+            queued_tokens[index] = now.queued_tokens
+            num_requests[index] = now.num_requests
+            num_available_blocks[index] = inf if now.num_available_blocks is None else now.num_available_blocks
+            if before is None or (before.block_bytes, before.prefill_tokens_per_s) != (
+                now.block_bytes,
+                now.prefill_tokens_per_s,
+            ):
+                block_bytes[index], tokens_per_s[index] = now.block_bytes, now.prefill_tokens_per_s
+                slower = True
             if before is None or before.warm_sources is not now.warm_sources:
                 other.append(index)
         self._seen = list(candidates)
-        self._table, self.loads = loads, Loads(*loads)
         if slower or other:
             self._read_rates(candidates, set(other))
 
@@ -155,7 +162,9 @@ class Pairing:
         readable = np.isfinite(pairs)
         s_per_byte = np.where(readable, pairs, 0.0)
         self._openings.clear()
-        self.rates = Rates(readable, s_per_byte, s_per_byte * self.loads.tokens_per_s[self.sources])
+        tokens_per_byte = np.zeros((len(self.serving), len(self.supplying) + 1))
+        tokens_per_byte[:, :-1] = s_per_byte * loads.tokens_per_s[self.sources]
+        self.rates = Rates(readable, s_per_byte, tokens_per_byte)
 
     def gains(self, block_size: int) -> Gains:
         if self._gains is None or self._gains[0] != block_size:
@@ -169,14 +178,18 @@ class Pairing:
             bound = self._prefills if mode == "always" else np.zeros_like(self._prefills)
             remote = self.rates.readable & ~bound[:, None]
             usable = np.asarray(remote.any(axis=1), np.bool_) | (mode != "never")
-            whole = Opening(bound, remote, usable, usable, remote, not usable.any())
-            rows, ways = whole.ways_of(usable)
-            opening = self._openings[mode] = whole._replace(rows=rows, ways=ways)
+            whole = Opening(bound, remote, usable, usable, remote, barriers(remote), not usable.any())
+            opening = self._openings[mode] = whole.narrowed(usable)
         return opening
 
     def rows(self, candidates: Sequence[Candidate], incarnations: Collection[str]) -> Mask:
         """[m]: the decode workers among `incarnations`."""
         return np.array([candidates[index].incarnation in incarnations for index in self.serving], np.bool_)
+
+
+def barriers(ways: Mask) -> Floats:
+    """What is added to the cost of each way, so that it is the cheapest only if it may be taken: 0 or inf."""
+    return np.where(ways, 0.0, inf)
 
 
 def _picker(indices: Sequence[int]) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -63,17 +63,16 @@ def make_plan(
     if excluded or shunned:
         allowed = opening.usable & ~pairing.rows(candidates, excluded)
         rows = allowed & ~pairing.rows(candidates, shunned)
-        rows, ways = opening.ways_of(rows if rows.any() else allowed)
-        is_empty = not rows.any()
-    else:
-        rows, ways, is_empty = opening.rows, opening.ways, opening.is_empty
-    if is_empty:
+        opening = opening.narrowed(rows if rows.any() else allowed)
+    if opening.is_empty:
         return _explain(candidates, bool(pairing.serving), bool(opening.usable.any()))
+    ways, barriers = opening.ways, opening.barriers
     if local.mode == "conditional":
-        ways = ways.copy()
-    offer = Offer.of(candidates, pairing, ways, demand)
+        ways, barriers = ways.copy(), barriers.copy()
+    offer = Offer.of(candidates, pairing, ways, demand, barriers)
     if local.mode == "conditional":
-        ways[:, -1] |= rows & (local.short(offer) | local.saturated(offer))
+        alone = opening.rows & (local.short(offer) | local.saturated(offer))
+        ways[alone, -1], barriers[alone, -1] = True, 0.0
     return with_holding(_planned(policy.choose(offer), local, opening.bound, want_spare=want_spare))
 
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from math import inf
 from random import Random
 from types import MappingProxyType
 from typing import Final
@@ -93,8 +92,9 @@ class KvAware:
         self._turns: dict[tuple[Role, str, int], int] = {}  # when each worker was last chosen
 
     def choose(self, offer: Offer) -> Choice:
-        total = np.where(offer.ways, total_of(offer, self._weights), inf)
-        least = total.min()
+        total = total_of(offer, self._weights)
+        total += offer.barriers
+        least = total.item(int(total.argmin()))
         way = self._home(offer, total, least) if offer.demand.session else None
         if way is None:
             way = self._draw(total, least) if self._temperature else self._cheapest(offer, total, least)
