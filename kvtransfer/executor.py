@@ -206,7 +206,8 @@ class Executor:
 
     def _run(self) -> None:
         try:
-            self._drive()
+            with self._pool.own_stream():
+                self._drive()
         except BaseException as error:
             self.failure = error
             log.critical("the bytes thread of rank %d has ended: no pull is reported any more", self._rank)

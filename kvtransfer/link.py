@@ -76,6 +76,7 @@ class Landing:
         """Grows, and registers, on demand: one lane per source rank of the widest peer."""
         while len(self._lanes) <= index:
             tables = [torch.zeros_like(table.entries) for table in self._pool.generations]
+            self._pool.synchronize()  # zeros that come late would overwrite what was read
             for table in tables:
                 self._transport.register(span_of(table))
             self._lanes.append(tables)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,7 +22,7 @@ class GenerationTable:
 
     The rank raises the entry of a block before the first write into the reused block; a sink that reads the entry
     after the data therefore sees whether what it read was still there. On a GPU `raise_to` is ordered on the current
-    stream, which must be the one that writes the blocks, or be waited for.
+    stream, which must be the one that writes the blocks, or be waited for; raises on several streams may overlap.
     """
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
@@ -31,10 +32,11 @@ class GenerationTable:
 
     def raise_to(self, blocks: Sequence[int], generations: Sequence[int]) -> None:
         """Entries become the larger of what they are and `generations`. Any thread; repeated raises do nothing."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.entries.device)
-        wanted = torch.tensor(generations, dtype=torch.int64, device=self.entries.device)
+        device = self.entries.device
+        index = torch.tensor(blocks, dtype=torch.int64).to(device, non_blocking=True)
+        wanted = torch.tensor(generations, dtype=torch.int64).to(device, non_blocking=True)
         with self._lock:
-            self.entries[index] = torch.maximum(self.entries[index], wanted)
+            self.entries.scatter_reduce_(0, index, wanted, "amax")  # atomic on a GPU, where the lock orders nothing
 
 
 class KvPool:
@@ -83,6 +85,13 @@ class KvPool:
     @property
     def device(self) -> torch.device:
         return self.generations[0].entries.device
+
+    def own_stream(self) -> AbstractContextManager[object]:
+        """For a thread that moves blocks: inside, nothing it does with the device waits for the engine's steps. No step
+        in flight touches the blocks that it writes, which is for whoever hands them out to see to."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
 
     def synchronize(self) -> None:
         """Waits until raises made on this thread have reached memory that peers can read."""

@@ -34,11 +34,12 @@ class RankProcess:
         *,
         ucx_tls: str = "auto",
         limits: ReadLimits | None = None,
+        device: str = "cpu",
     ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, name, geometry, num_blocks, ucx_tls, limits or ReadLimits(30.0, 60.0))
+        arguments = (theirs, name, geometry, num_blocks, ucx_tls, limits or ReadLimits(30.0, 60.0), device)
         self.process: BaseProcess = context.Process(target=_main, args=arguments, name=name, daemon=True)
         self.process.start()
         theirs.close()
@@ -105,7 +106,17 @@ class RankProcess:
         return answer
 
 
-def _main(pipe: Connection, name: str, geometry: KvGeometry, num_blocks: int, ucx_tls: str, limits: ReadLimits) -> None:
+def _main(
+    pipe: Connection,
+    name: str,
+    geometry: KvGeometry,
+    num_blocks: int,
+    ucx_tls: str,
+    limits: ReadLimits,
+    device: str,
+) -> None:
+    import torch
+
     from kvtransfer.nixl_transport import NixlTransport, prepare_environment
 
     prepare_environment(ucx_tls)
@@ -118,7 +129,8 @@ def _main(pipe: Connection, name: str, geometry: KvGeometry, num_blocks: int, uc
         with sending:
             pipe.send(answer)
 
-    pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks])
+    pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks], device)
+    pool.synchronize()
     executor = Executor(pool, NixlTransport(f"{name}/0"), limits, send)
     executor.start()
     send(executor.offer().SerializeToString())
@@ -128,13 +140,17 @@ def _main(pipe: Connection, name: str, geometry: KvGeometry, num_blocks: int, uc
         pool.generations[0].raise_to(blocks, [generation] * len(blocks))
         for spec, storage in regions:
             for block, content in zip(blocks, contents, strict=True):
-                storage[block].numpy()[:] = sharded_block(spec, content, 0, 1)
+                storage[block] = torch.from_numpy(sharded_block(spec, content, 0, 1)).view_as(storage[block])
+        pool.synchronize()
         send("written")
 
     def compare(blocks: list[int], contents: list[int]) -> None:
         send(
             [
-                all((storage[block].numpy() == sharded_block(spec, content, 0, 1)).all() for spec, storage in regions)
+                all(
+                    (storage[block].cpu().numpy() == sharded_block(spec, content, 0, 1)).all()
+                    for spec, storage in regions
+                )
                 for block, content in zip(blocks, contents, strict=True)
             ]
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ def default_sizes(max_sequences: int) -> list[int]:
     return [size for size in sizes if size < max_sequences] + [next(s for s in sizes if s >= max_sequences)]
 
 
+def static_bytes(sizes: Sequence[int], hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """What the results of all graphs hold for good, about."""
+    return sum(sizes) * (hidden_size + vocab_size) * dtype.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -36,10 +42,19 @@ class _Captured:
 class GraphedModel:
     """A `StepModel` whose decode steps are replayed. One group, one thread, one stream.
 
-    max_blocks: of the longest sequence. Capturing runs every size twice; do it before the pool is in use.
+    max_blocks: of the longest sequence. dense_context: steps whose contexts are no longer have graphs of their own, of
+    another form than the others'. Capturing runs every graph twice before; do it before the pool is in use.
     """
 
-    def __init__(self, model: StepModel, sizes: Sequence[int], max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        sizes: Sequence[int],
+        max_blocks: int,
+        device: torch.device,
+        *,
+        dense_context: int | None = None,
+    ) -> None:
         self._model = model
         self._sizes = sorted(sizes)
         largest = self._sizes[-1]
@@ -48,15 +63,17 @@ class GraphedModel:
         self._positions = torch.zeros(largest, **ints)
         self._slots = torch.zeros(largest, **ints)
         self._table = torch.zeros(largest, max_blocks, **ints)
-        self._captured: dict[int, _Captured] = {}
+        self._dense_context = dense_context
+        self._captured: dict[tuple[int, bool], _Captured] = {}  # by size, and whether a context is beyond dense_context
         self._last: tuple[Tensor, Tensor] | None = None  # hidden states of the last replay, and their logits
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Largest first, so that the smaller ones fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            batch = self._batch(size)
+        forms = [False] if self._dense_context is None else [False, True]
+        for size, beyond in product(reversed(self._sizes), forms):
+            batch = self._batch(size, 1 + (self._dense_context or 0) if beyond else 1)
             for _ in range(2):  # compiles, and fills caches that must not be filled while capturing
                 self._model.logits(self._model.forward(self._input_ids[:size], batch))
             torch.cuda.synchronize()
@@ -64,7 +81,7 @@ class GraphedModel:
             with torch.cuda.graph(graph, pool=pool):
                 hidden = self._model.forward(self._input_ids[:size], batch)
                 logits = self._model.logits(hidden)
-            self._captured[size] = _Captured(graph, hidden, logits)
+            self._captured[size, beyond] = _Captured(graph, hidden, logits)
 
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
         self._last = None
@@ -84,7 +101,8 @@ class GraphedModel:
         self._table[:count, :width].copy_(group.block_table)
         if count < size:
             self._table[count:size].zero_()
-        captured = self._captured[size]
+        beyond = self._dense_context is not None and max(batch.context_lens) > self._dense_context
+        captured = self._captured[size, beyond]
         captured.graph.replay()
         hidden = captured.hidden[:count]
         self._last = (hidden, captured.logits[:count])
@@ -102,13 +120,13 @@ class GraphedModel:
             return None
         return next(size for size in self._sizes if size >= batch.num_sequences)
 
-    def _batch(self, size: int) -> AttentionBatch:
+    def _batch(self, size: int, context: int) -> AttentionBatch:
         return AttentionBatch(
             num_sequences=size,
             num_decodes=size,
             query_lens=[1] * size,
             query_starts=list(range(size + 1)),
-            context_lens=[1] * size,
+            context_lens=[context] * size,
             positions=self._positions[:size],
             groups=(GroupMetadata(self._table[:size], self._slots[:size]),),
             logits_rows=torch.arange(size, device=self._positions.device),

@@ -55,11 +55,14 @@ class Engine:
             outcome, num_tokens = self._fail(plan, error), 0
         else:
             outcome, num_tokens = self._collect(plan, launched)
+        self._count(plan, num_tokens)
+        return outcome if plan.computes or outcome.preempted or outcome.encoded else None
+
+    def _count(self, plan: StepPlan, num_tokens: int) -> None:
         self.num_steps += 1
         num_encoder_tokens = sum(len(row.tokens) for row in plan.encodes)
         self.last_batch = BatchSize(len(plan.sequences), num_tokens, num_encoder_tokens)
         self.last_step_at = self._clock()
-        return outcome if plan.computes or outcome.preempted or outcome.encoded else None
 
     def _collect(self, plan: StepPlan, launched: Launched) -> tuple[StepOutcome, int]:
         """Waits for a launched step and settles it: its outcome, and how many tokens it computed."""

@@ -77,12 +77,13 @@ class Launched:
     drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
     prompts: Sequence[PromptSlice] = ()
     vectors: Mapping[int, Tensor] = field(default_factory=dict)  # sequence id -> [d] float32
-    drawn: torch.cuda.Event | None = None  # after it tokens and is_valid are on the host; None: they are there, or wait
+    over: torch.cuda.Event | None = None  # of the whole step, tokens on the host included; None: it is over
 
     def collect(self) -> StepResult:
-        """Waits for the device, but for nothing that was given to it later."""
-        if self.drawn is not None:
-            self.drawn.synchronize()
+        """Waits for the step, also if it drew nothing: what it wrote may be read by others from now on, and its blocks
+        may be given to others. Waits for nothing that was given to the device later."""
+        if self.over is not None:
+            self.over.synchronize()
         ids = self.ids
         tokens = dict(zip(ids, self.tokens.tolist(), strict=True))
         failed = {ids[row]: reason for row, reason in self.failures.items()}
@@ -147,13 +148,21 @@ class ModelRunner:
         """`launch`, then `collect`."""
         return self.launch(plan).collect()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Applies the plan and starts its step. A plan without rows is legal and runs no model.
 
         Whatever the model raises passes through; the rank has then applied the plan all the same, and goes on with
         the next one.
         """
+        launched = self._launch(plan)
+        if self._device.type != "cuda":
+            return launched
+        over = torch.cuda.Event()
+        over.record()
+        return replace(launched, over=over)
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> Launched:
         self._raise_generations(plan.raises)
         self._copy(plan.copies)
         self._mirror.apply(plan)
@@ -174,6 +183,8 @@ class ModelRunner:
         if batch.readings.prompts or batch.readings.pooled:
             prompts = [self._prompt(row, hidden) for row in batch.readings.prompts]
             vectors = self._pooler.pool(hidden, batch.readings.pooled)
+            if self._device.type == "cuda":
+                vectors = {id_: _to_host(vector) for id_, vector in vectors.items()}
             launched = replace(launched, prompts=prompts, vectors=vectors)
         return launched
 
@@ -196,12 +207,9 @@ class ModelRunner:
             logits = adjusted.apply(logits)
         tokens, is_valid = sampler.sample(logits, batch.draws)
         self._previous[batch.sampled_rows] = tokens
-        logprobs = [(rows.rows, rows.of(tokens)) for rows in kept]
-        drawn = None
+        logprobs = [(rows.rows, self._bring(rows.of(tokens))) for rows in kept]
         if self._device.type == "cuda":
             tokens, is_valid = _to_host(tokens), _to_host(is_valid)
-            drawn = torch.cuda.Event()
-            drawn.record()
         return Launched(
             step=plan.step,
             tokens=tokens,
@@ -209,16 +217,22 @@ class ModelRunner:
             ids=batch.sampled_ids,
             failures=failures,
             drawn_logprobs=logprobs,
-            drawn=drawn,
         )
 
     def _nothing_drawn(self, plan: StepPlan) -> Launched:
-        none = self._previous[:0]
+        none = torch.zeros(0, dtype=torch.int64)  # on the host: nobody is to wait for the device to learn of nothing
         return Launched(step=plan.step, tokens=none, is_valid=none.bool(), ids=[], failures={})
 
     def _prompt(self, row: PromptRow, hidden: Tensor) -> PromptSlice:
         states = hidden[row.start : row.start + len(row.targets)]
-        return PromptSlice(row.id, row.first, hidden_logprobs(states, self._model.logits, row.targets, row.num_top))
+        logprobs = hidden_logprobs(states, self._model.logits, row.targets, row.num_top)
+        return PromptSlice(row.id, row.first, self._bring(logprobs))
+
+    def _bring(self, logprobs: Logprobs) -> Logprobs:
+        """To the host, with the step: whoever reads them later waits for no other one."""
+        if self._device.type != "cuda":
+            return logprobs
+        return Logprobs(*(_to_host(each) for each in logprobs))
 
     def drain(self) -> None:
         """Waits until the device does nothing of ours any more: blocks of a failed step may then be reused."""

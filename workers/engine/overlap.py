@@ -45,6 +45,7 @@ class OverlappedEngine(Engine):
                 launched = error
             self._flights.append(_Flight(plan, launched))
             if len(self._flights) < 2 and plan.computes:
+                self.last_batch = BatchSize(0, 0)
                 return StepOutcome(plan.step)  # nothing is known yet
         if not self._flights:
             return None
@@ -56,7 +57,5 @@ class OverlappedEngine(Engine):
             outcome, num_tokens = self._fail(plan, launched), 0
         else:
             outcome, num_tokens = self._collect(plan, launched)
-        self.num_steps += 1
-        self.last_batch = BatchSize(len(plan.sequences), num_tokens)
-        self.last_step_at = self._clock()
-        return outcome if plan.computes or outcome.preempted or self._flights else None
+        self._count(plan, num_tokens)
+        return outcome if plan.computes or outcome.preempted or outcome.encoded or self._flights else None

@@ -1,0 +1,86 @@
+"""The steps that need the most memory: run once before the KV pool is there, they show what is left for it, and have
+every kernel compiled and loaded before the first request.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from cluster.errors import ConfigError
+from workers.attention.interface import AttentionBatch, GroupMetadata
+from workers.engine import sampler
+from workers.engine.model_runner import StepModel
+from workers.engine.scheduler_limits import SchedulerLimits
+
+
+def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
+    """Prompts alone, then prompts of which one has the longest context cached, then as many draws as there may be.
+
+    The model's one cache may hold the null block alone: everything is read from and written to it. Raises ConfigError
+    when the device's memory does not suffice.
+    """
+    try:
+        _run(model, limits, block_size, device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "scheduler.max_batched_tokens",
+            f"a step of {limits.max_batched_tokens} tokens with a context of {limits.max_model_len} does not fit into "
+            f"the device's memory beside the model ({error}); lower it, scheduler.chunk_tokens or model.max_model_len",
+        ) from error
+    finally:
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
+    chunk = min(limits.chunk_tokens, limits.max_batched_tokens, limits.max_model_len)
+    count = min(max(1, limits.max_batched_tokens // chunk), limits.max_sequences)
+    query_lens = [chunk] * count
+    ids = torch.arange(chunk * count, device=device) % (limits.vocab_size or 1)
+    longest = limits.max_model_len - chunk
+    hidden = model.forward(ids, batch_on_null_block(query_lens, [0] * count, block_size, device))
+    if longest:
+        hidden = model.forward(ids, batch_on_null_block(query_lens, [longest] + [0] * (count - 1), block_size, device))
+    num_draws = limits.max_sequences
+    rows = torch.arange(num_draws, device=device) % len(hidden)
+    logits = model.logits(hidden[rows])
+    zeros, ones = np.zeros(num_draws, np.int64), np.ones(num_draws, np.float32)
+    sampler.sample(
+        logits,
+        sampler.Draws(
+            temperature=ones,
+            top_k=zeros,
+            top_p=0.9 * ones,
+            min_p=0.1 * ones,
+            seed=zeros.astype(np.uint64),
+            sample=zeros,
+            position=zeros,
+        ),
+    )
+
+
+def batch_on_null_block(
+    query_lens: list[int], cached_lens: list[int], block_size: int, device: torch.device
+) -> AttentionBatch:
+    """A step in which every block of every sequence is the null block. All lengths but 1, or all 1."""
+    contexts = [query + cached for query, cached in zip(query_lens, cached_lens, strict=True)]
+    parts = [torch.arange(cached, context) for cached, context in zip(cached_lens, contexts, strict=True)]
+    positions = torch.cat(parts).to(device)
+    starts = [0, *accumulate(query_lens)]
+    width = -(-max(contexts) // block_size)
+    table = torch.zeros(len(query_lens), width, dtype=torch.int64, device=device)
+    return AttentionBatch(
+        num_sequences=len(query_lens),
+        num_decodes=len(query_lens) if query_lens[0] == 1 else 0,
+        query_lens=query_lens,
+        query_starts=starts,
+        context_lens=contexts,
+        positions=positions,
+        groups=(GroupMetadata(table, positions % block_size),),
+        logits_rows=torch.tensor(starts[1:], device=device) - 1,
+    )
