@@ -1,15 +1,15 @@
 # Without make:  python3 deploy/preflight.py && .venv/bin/python -m deploy demo
-# (for tests)    python3 deploy/preflight.py && .venv/bin/python -m pytest
+# (for tests)    python3 deploy/preflight.py --extra test && .venv/bin/python -m pytest
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test test-gpu chaos soak lint setup setup-dev proto
+.PHONY: demo test test-gpu chaos soak lint rules types setup setup-test setup-dev proto
 
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
 
 # First what starts no cluster, then the clusters, two at a time. The long form is ARGS=--full.
-test: setup
+test: setup-test
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
@@ -26,21 +26,27 @@ FAULTS ?= 300
 MINUTES ?= 30
 SEED ?= 0
 REPORT ?= .cache/chaos.jsonl
-chaos: setup
+chaos: setup-test
 	@mkdir -p $(dir $(REPORT))
 	@$(VENV)/python -m tests.chaos --seed $(SEED) --faults $(FAULTS) --minutes $(MINUTES) --report $(REPORT) $(ARGS)
 
 # Steady load with cancels; whatever grows is found by its slope. The plot goes to docs/images.
-soak: setup
+soak: setup-test
 	@$(VENV)/python -m tests.chaos.soak --minutes $(MINUTES) $(ARGS)
 
+# Types take longer than all the rest together: side by side with it.
 lint: setup-dev
+	@$(MAKE) --no-print-directory -j2 --output-sync=target rules types
+
+rules:
 	$(VENV)/ruff format --check
 	$(VENV)/ruff check
 	$(VENV)/lint-imports
 	$(VENV)/deptry . --no-ansi
 	$(VENV)/vulture
 	$(VENV)/codespell
+
+types:
 	$(VENV)/basedpyright
 
 proto: setup-dev
@@ -48,6 +54,9 @@ proto: setup-dev
 
 setup:
 	@$(PYTHON) deploy/preflight.py
+
+setup-test:
+	@$(PYTHON) deploy/preflight.py --extra test
 
 setup-dev:
 	@$(PYTHON) deploy/preflight.py --extra dev

@@ -26,9 +26,17 @@ DISK_BYTES = 10 * 10**9  # to install and run
 DISK_INSTALLED_BYTES = 2 * 10**9  # to run
 SHM_BYTES = 512 * 2**20
 GLIBC_MIN = (2, 28)  # of the torch and NIXL wheels
+EXTRAS = {"test": {"test"}, "dev": {"test", "dev"}}  # what each brings
 DOWNLOAD = (
     "about 0.5 GB to download and 2.3 GB on disk (several GB more where the package index serves torch with CUDA)"
 )
+# pip compiles every file of every package, one after the other; most are never imported. These are, by several
+# processes at once; the others are compiled as they are imported.
+COMPILE = """
+import compileall, sysconfig
+for package in ("ray", "torch"):
+    compileall.compile_dir(sysconfig.get_path("purelib") + "/" + package, quiet=2, workers=0)
+"""
 
 
 class Machine(NamedTuple):
@@ -179,11 +187,12 @@ def install(extras: Set[str]) -> int:
         if wanted is None and subprocess.call([sys.executable, "-m", "venv", "--clear", VENV]) != 0:
             return _stop("the environment could not be made", "remove .venv and look at the message above")
         extras = extras | present
-        target = "{}[{}]".format(ROOT, ",".join(sorted(extras)))
-        command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        target = "{}[{}]".format(ROOT, ",".join(sorted(extras))) if extras else ROOT
+        command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile"]
         command += ["-c", os.path.join(ROOT, "constraints.txt"), "-e", target]
         if subprocess.call(command, cwd=ROOT) != 0:
             return _stop("pip did not finish", "look at its message above; what it has loaded so far is kept")
+        subprocess.call([python, "-c", COMPILE])
         with open(os.path.join(VENV, ".sluice-stamp"), "w") as file:
             file.write("{}\n{}\n".format(stamp(ROOT, VENV), " ".join(sorted(extras))))
         print("Set up.", flush=True)
@@ -192,7 +201,7 @@ def install(extras: Set[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check this machine and set up .venv")
-    parser.add_argument("--extra", choices=["test", "dev"], default="test", help="which optional packages")
+    parser.add_argument("--extra", choices=sorted(EXTRAS), help="which optional packages")
     extra = parser.parse_args().extra
     machine = probe()
     if not PYTHON_MIN <= machine.python[:2] <= PYTHON_MAX and machine.system == "Linux":
@@ -204,7 +213,7 @@ def main() -> int:
     found = problems(machine, installed)
     for problem in found:
         _stop(problem.reason, problem.remedy)
-    return 1 if found else install({"test", extra})
+    return 1 if found else install(EXTRAS.get(extra, set()))
 
 
 def _stop(reason: str, remedy: str) -> int:

@@ -127,12 +127,22 @@ def test_a_torn_stamp_counts_as_none(tmp_path: Path) -> None:
     assert read_stamp(str(tmp_path)) == ("abc", {"dev", "test"})
 
 
-def test_a_complete_environment_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "present"),
+    [
+        ((), ""),
+        ((), "test"),
+        (("--extra", "test"), "test"),
+        (("--extra", "test"), "dev test"),
+        (("--extra", "dev"), "dev test"),
+    ],
+)
+def test_a_complete_environment_is_left_alone(tmp_path: Path, words: tuple[str, ...], present: str) -> None:
     """The script itself, in a tree whose stamp matches and whose `python` could not run: it starts nothing."""
     venv = make_tree(tmp_path)
     (tmp_path / "deploy").mkdir()
     script = tmp_path / "deploy" / "preflight.py"
     script.write_text(Path(preflight.__file__).read_text())
-    (venv / ".sluice-stamp").write_text(f"{stamp(str(tmp_path), str(venv))}\ntest\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    (venv / ".sluice-stamp").write_text(f"{stamp(str(tmp_path), str(venv))}\n{present}\n")
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
