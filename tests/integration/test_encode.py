@@ -4,6 +4,7 @@ encoder input, and whatever becomes of it meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -15,6 +16,7 @@ from cluster.request import SamplingParams
 from tests.support.checkpoints import checkpoint
 from tests.support.encoder_decoders import Text, judge, texts
 from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
+from tests.support.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -81,23 +83,86 @@ def running(family: str, *, encode: int = 1, prefill: int = 0, decode: int = 1, 
 
 
 def test_encode_prefill_decode() -> None:
-    """Every input is read once, by an encode worker; prefill and decode worker each fetch its output."""
+    """Every input is read once, by an encode worker; prefill and decode worker each fetch its output. Salts keep equal
+    texts apart."""
     wanted = texts("t5", 64)
 
     async def scene(stage: Scene) -> None:
-        answers = await stage.expect(wanted)
-        assert len({token for answer in answers for token in answer.token_ids}) >= 100
+        answers = await asyncio.gather(*(stage.ask(text) for text in wanted))
+        assert len(stage.check(wanted, answers)) >= 100
         for answer, text in zip(answers, wanted, strict=True):
             route = answer.route
             assert route.prefill.name == "prefill-0" and not route.local_prefill
-            assert route.encoded.tokens == len(text.source)
-            if route.encoded.encode.name:
-                assert route.encoded.encode.name == "encode-0"
-        fetched = sum(answer.route.encoded.blocks for answer in answers)
+            assert route.encoded.tokens == len(text.source) and route.encoded.encode.name in ("encode-0", "")
         sources = {text.source for text in wanted}
+        fetched = sum(answer.route.encoded.blocks for answer in answers)
         assert fetched == sum(-(-len(source) // BLOCK_SIZE) for source in sources)
-        assert await stage.cluster.total(READ) == sum(map(len, sources))
-        assert await stage.cluster.total(READ, "encode-0") == sum(map(len, sources))
+        read = sum(map(len, sources))
+        assert await stage.cluster.total(READ) == await stage.cluster.total(READ, "encode-0") == read
+
+        longest = max(wanted, key=lambda text: len(text.source))
+        salted = [await stage.ask(longest, salt=salt) for salt in ("one", "one", "other", "other", "")]
+        assert [answer.route.encoded.blocks > 0 for answer in salted] == [True, False, True, False, False]
+        assert await stage.cluster.total(READ) == read + 2 * len(longest.source)
+        assert len({tuple(answer.token_ids) for answer in salted}) == 1
 
     with running("t5", prefill=1) as stage:
+        stage.play(scene(stage))
+
+
+def test_encoders_die_and_requests_are_cancelled() -> None:
+    """Before, while and after they read: another one reads the input again, in the end the decode worker itself."""
+    wanted = texts("t5", 16, num_sources=16)
+
+    async def scene(stage: Scene) -> None:
+        cluster, watch = stage.cluster, Watch(stage.cluster)
+        for name in ("encode-0", "encode-1"):
+            cluster.workers[name].signal(signal.SIGSTOP)
+        asked = [asyncio.ensure_future(stage.ask(text)) for text in wanted]
+        dropped = [asyncio.ensure_future(stage.ask(text)) for text in wanted[:4]]
+
+        await watch.until("decode-0", lambda load: load.num_waiting == 20, "all wait for encoders")
+        for task in dropped:
+            task.cancel()
+        await watch.until("decode-0", lambda load: load.num_waiting == 16, "four are cancelled")
+        cluster.workers["encode-1"].signal(signal.SIGCONT)
+        await cluster.kill("encode-0")
+        answers = await asyncio.gather(*asked)
+        stage.check(wanted, answers)
+        assert {answer.route.encoded.encode.name for answer in answers} == {"encode-1"}
+        assert sum(answer.route.encoded.lost for answer in answers) > 0
+
+        # What was fetched outlives its encoder; the rest is read where the decoder runs, once nobody else is left.
+        long = asyncio.ensure_future(stage.ask(wanted[0], SamplingParams(max_tokens=24, ignore_eos=True)))
+        await cluster.kill("encode-1")
+        answers = await stage.expect(texts("t5", 32, num_sources=16)[16:])
+        assert {answer.route.encoded.encode.name for answer in answers} == {""}
+        answers = await stage.expect(texts("t5", 4, num_sources=4, longest=30))
+        assert {answer.route.encoded.encode.name for answer in answers} == {"decode-0"}
+        await long
+        watch.stop()
+
+    with running("t5", encode=2) as stage:
+        stage.play(scene(stage))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["t5-gated", "bart", "mbart"])
+def test_families(family: str) -> None:
+    """Encode and decode apart, then all on one worker: one code path. Blocks are short, so that some are preempted."""
+    wanted = texts(family, 112, num_sources=28)
+    long = SamplingParams(max_tokens=40, ignore_eos=True)
+
+    async def scene(stage: Scene) -> None:
+        hurried = [asyncio.ensure_future(stage.ask(text, long)) for text in wanted[:16]]
+        answers = await asyncio.gather(*(stage.ask(text) for text in wanted))
+        assert len(stage.check(wanted, answers)) >= 100
+        await asyncio.gather(*hurried)
+        assert await stage.cluster.total("sluice_engine_preemptions_total") > 0
+
+    few = {"kv.num_blocks": 24}
+    with running(family, **few) as stage:
+        stage.play(scene(stage))
+    one = {"pools": {"all": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}}
+    with running(family, **few, **one) as stage:
         stage.play(scene(stage))
