@@ -7,8 +7,9 @@ grows as it goes; then as much is evicted as stored. A decision is what happens 
 of 128 blocks in the index and among the predicted, the costs of all 1024 pairs, the choice, and the
 predictions that it leaves behind. Prompts have 8192 tokens in blocks of 64; cold ones are known nowhere, warm ones with
 part of their blocks on a few workers of each stage. The hash chain is timed apart: it is computed once per request,
-whoever routes. Decisions come in bursts of 100; after every eighth one a worker reports its load and its rates, which
-is what 64 workers do ten times a second at 5,000 decisions a second.
+whoever routes. Decisions a second are counted in the time that this process computes, so that neighbours on the core
+do not count; that of the clock is noted beside it. Decisions come in bursts of 100; after every eighth one a worker
+reports its load and its rates, which is what 64 workers do ten times a second at 5,000 decisions a second.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 from uuid import uuid4
 
 import psutil
 
 from benchmarks.report import Figure, Report, Setting, percentile, progress, publish
 from cluster.config import LogConfig, Role, RouterConfig
-from cluster.hashing import chain_root
+from cluster.hashing import HASH_BYTES, chain_root
 from cluster.log import Log
 from cluster.membership import Member, Membership, MemberState, Rank
 from cluster.metrics import Metrics
@@ -71,6 +73,13 @@ class Source:
     def events(self, stored: bytes, removed: bytes = b"") -> bytes:
         self.last_id += 1
         return pb.BlockEvents(id=self.last_id, stored=stored, removed=removed).SerializeToString()
+
+
+class Decided(NamedTuple):
+    seconds: list[float]  # of each decision, by the clock
+    computed_s: float  # by all of them, of this process
+    chains: list[float]  # seconds of each hash chain
+    hits: list[int]  # blocks that the chosen source need not compute
 
 
 class Bench:
@@ -180,30 +189,31 @@ class Bench:
             hashes = flight.hashes(chain_root(COMPATIBILITY), BLOCK_SIZE)
             holders = [*self.random.sample(range(NUM_WORKERS), 2), NUM_WORKERS + self.random.randrange(NUM_WORKERS)]
             for index in holders:
-                known = b"".join(hashes[: self.random.randrange(1, NUM_BLOCKS + 1)])
+                known = hashes[: HASH_BYTES * self.random.randrange(1, NUM_BLOCKS + 1)]
                 self.hear(self.sources[index], self.sources[index].events(known))
         return prompts
 
-    def decide(self, prompts: Iterator[Sequence[int]]) -> tuple[list[float], list[float], list[int]]:
-        """Seconds of each decision and of each hash chain, and the blocks that the chosen source need not compute."""
+    def decide(self, prompts: Iterator[Sequence[int]]) -> Decided:
         decisions: list[float] = []
         chains: list[float] = []
         hits: list[int] = []
+        computed_s = 0.0
         now = 0.0
         while waiting := [self.flight(prompt) for prompt in islice(prompts, BURST)]:
             for number, (flight, chain) in enumerate(waiting):
                 if number % DECISIONS_PER_REPORT == 0:
                     self.report(self.random.choice(self.sources))
                 now += 1 / MIN_DECISIONS_PER_S
-                started = time.perf_counter()
+                started, started_cpu = time.perf_counter(), time.process_time()
                 plan = self.navigator.plan(flight, now)
                 assert isinstance(plan, Plan)
                 self.navigator.placed(flight, plan, now, led=False)
+                computed_s += time.process_time() - started_cpu
                 decisions.append(time.perf_counter() - started)
                 chains.append(chain)
                 assert plan.choice is not None
                 hits.append(plan.choice.num_prefill_hits)
-        return decisions, chains, hits
+        return Decided(decisions, computed_s, chains, hits)
 
 
 def measure(num_blocks: int, num_decisions: int, batch: int) -> tuple[list[Figure], dict[str, object]]:
@@ -231,16 +241,18 @@ def measure(num_blocks: int, num_decisions: int, batch: int) -> tuple[list[Figur
     ]
     chains: list[float] = []
     for kind, prompts in kinds.items():
-        decisions, computed, hits = bench.decide(prompts)
-        chains += computed
-        share = sum(hits) / len(hits) / NUM_BLOCKS
+        decided = bench.decide(prompts)
+        decisions = decided.seconds
+        chains += decided.chains
+        by_clock = f"by the clock {len(decisions) / sum(decisions):.0f}"
+        share = sum(decided.hits) / len(decisions) / NUM_BLOCKS
         figures += [
             Figure(
                 f"decisions/s, {kind}",
-                len(decisions) / sum(decisions),
+                len(decisions) / decided.computed_s,
                 "/s",
                 MIN_DECISIONS_PER_S,
-                note=f"{share:.0%} of the blocks hit; bound: target",
+                note=f"{by_clock}; {share:.0%} of the blocks hit; bound: target",
             ),
             Figure(
                 f"decision p99, {kind}",

@@ -68,13 +68,12 @@ def total_of(offer: Offer, weights: Weights = EQUAL) -> Floats:
     missing = -(-demand.num_tokens // block_size) - of_decodes(offer.reusable)
     load = missing - of_decodes(loads.num_available_blocks)
     np.maximum(load, 0.0, out=load)
-    load += weights.decode * of_decodes(loads.num_requests)
-    moved = of_decodes(loads.block_bytes) / block_size
-    moved *= missing
+    requests = of_decodes(loads.num_requests)
+    load += requests if weights.decode == 1.0 else weights.decode * requests
 
     remote = np.zeros(offer.ways.shape[1])
     remote[:-1] = pairing.of_sources(source)
-    total = moved[:, None] * offer.rates.tokens_per_byte
+    total = missing[:, None] * pairing.per_block(block_size).transfer
     total += remote
     total += load[:, None]
     total[:, -1] += of_decodes(source)

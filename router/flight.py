@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
-from cluster.hashing import block_hashes, chain_root
+from cluster.hashing import HASH_BYTES, block_hashes, chain_root
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from router.output import Output
@@ -109,7 +109,7 @@ class Flight:
         self._finish_taken = False
         self._news = asyncio.Event()
         self._roots: dict[bytes, bytes] = {}  # by compatibility hash
-        self._hashes: dict[bytes, list[bytes]] = {}  # by root of the chain
+        self._hashes: dict[bytes, bytes] = {}  # by root of the chain
 
     @property
     def emitted(self) -> list[int]:
@@ -159,13 +159,15 @@ class Flight:
             )
         return self._roots[compatibility_hash]
 
-    def hashes(self, root: bytes, block_size: int) -> list[bytes]:
-        """Of the full blocks so far. A chain is computed once and grows with what was emitted."""
-        hashes = self._hashes.setdefault(root, [])
-        start = len(hashes) * block_size
+    def hashes(self, root: bytes, block_size: int) -> bytes:
+        """Of the full blocks so far, one after the other; the same object as long as they are the same. A chain is
+        computed once and grows with what was emitted."""
+        hashes = self._hashes.get(root, b"")
+        start = len(hashes) // HASH_BYTES * block_size
         if self.num_tokens - start >= block_size:
             known = [*self.request.prompt_token_ids, *self.emitted]
-            hashes += block_hashes(root, known[start:], block_size, hashes[-1] if hashes else None)
+            more = block_hashes(root, known[start:], block_size, hashes[-HASH_BYTES:] or None)
+            hashes = self._hashes[root] = hashes + b"".join(more)
         return hashes
 
     def submit(self, root: bytes, block_size: int, deadline_ms: int) -> pb.Submit:
@@ -183,7 +185,7 @@ class Flight:
             sampling=sampling.wire(),
             priority=request.priority,
             deadline_ms=deadline_ms,
-            block_hashes=b"".join(self.hashes(root, block_size)),
+            block_hashes=self.hashes(root, block_size),
             shard=self.plan.decode.shard,
             leader_id=request.leader_id,
             chain_root=root if request.cache_salt or request.encoder_token_ids else b"",

@@ -26,10 +26,10 @@ def spared_blocks(reusable: NDArray[np.int64], block_size: int, pairing: Pairing
     most = int(reusable.argmax()) if len(reusable) else 0
     if not len(reusable) or not reusable[most]:
         return spared
-    gains = pairing.gains(block_size)
+    per_block = pairing.per_block(block_size)
     gain = spared[most] - spared
-    gain *= gains.per_block[most]
-    gain -= gains.ask
+    gain *= per_block.gain[most]
+    gain -= per_block.ask
     spared += np.maximum(gain, 0.0, out=gain)
     return spared
 
@@ -46,8 +46,8 @@ def with_holding(plan: Plan) -> Plan:
     more = (offer.reusable > own).nonzero()[0]
     if not len(more):
         return plan
-    gains = offer.pairing.gains(demand.block_size)
-    gain = (offer.reusable.take(more) - own) * gains.per_block[more, worker] - gains.ask[worker]
+    per_block = offer.pairing.per_block(demand.block_size)
+    gain = (offer.reusable.take(more) - own) * per_block.gain[more, worker] - per_block.ask[worker]
     if not gain.max() > 0.0:
         return plan
     holder = int(more[(gain - _BUSY_BLOCKS * offer.loads.num_requests.take(more)).argmax()])

@@ -52,7 +52,7 @@ class Navigator:
         self._seats = np.zeros(0, np.int64)  # of each candidate
         self._models: tuple[bytes, ...] = ()  # compatibility hashes
         self._roots: dict[bytes, bytes] = {}  # of hash chains without a salt, by compatibility hash
-        self._last_keys: tuple[list[bytes], int, Keys] = [], 0, keys_of(b"")
+        self._last_keys = b"", keys_of(b"")  # of these hashes
         self.feed = BlockFeed(metrics, log, later)
         self.routes = RouteBook(config.policy, config.kept_routes)
 
@@ -184,8 +184,8 @@ class Navigator:
     def _keys(self, flight: Flight, root: bytes) -> Keys:
         """Of the request's full blocks. Those of the last one asked for are kept: a plan asks, then its placing."""
         hashes = flight.hashes(root, self._block_size)
-        kept, num_hashes, keys = self._last_keys
-        if kept is not hashes or num_hashes != len(hashes):
+        kept, keys = self._last_keys
+        if kept is not hashes:
             keys = keys_of(hashes)
-            self._last_keys = hashes, len(hashes), keys
+            self._last_keys = hashes, keys
         return keys

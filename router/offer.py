@@ -52,7 +52,9 @@ class Offer:
         demand: Demand,
         closed: Floats | None = None,
     ) -> Offer:
-        """`closed`: the barriers, where the caller has them. What comes after the last whole block is always computed, and is at least a token."""
+        """`closed`: the barriers, where the caller has them.
+
+        What comes after the last whole block is always computed, and is at least a token."""
         hit_blocks = np.zeros(len(candidates), np.int64) if demand.hit_blocks is None else demand.hit_blocks
         reusable = np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size)
         return cls(

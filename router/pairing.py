@@ -33,18 +33,18 @@ class Loads(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Of each decode worker m and source n. Nobody writes into them."""
+    """Of each decode worker m and source n, [m, n] each. Nobody writes into them."""
 
-    readable: Mask  # [m, n]: by that decode worker, now
-    s_per_byte: Floats  # [m, n]; 0: not measured
-    tokens_per_byte: Floats  # [m, n + 1]: that the source computes while it is read; 0: not measured, or nothing moves
+    readable: Mask  # by that decode worker, now
+    s_per_byte: Floats  # 0: not measured
 
 
-class Gains(NamedTuple):
-    """What fetching saves, in blocks that need not be computed. Nobody writes into them."""
+class PerBlock(NamedTuple):
+    """Rates in blocks of prompt that are computed meanwhile. Nobody writes into them."""
 
-    per_block: Floats  # [k, k]: by candidate j fetching one from i; far below 0 where j cannot read from i
-    ask: Floats  # [k]: what asking costs a candidate once, whatever it fetches
+    transfer: Floats  # [m, n + 1]: by the source, for each block that moves; 0: not measured, or nothing moves
+    gain: Floats  # [k, k]: that candidate j need not compute for one that it fetches from i; far below 0: it cannot
+    ask: Floats  # [k]: by a candidate that asks for blocks, once
 
 
 class Opening(NamedTuple):
@@ -75,8 +75,8 @@ class Pairing:
 
     __slots__ = (
         "_fetch_tokens",
-        "_gains",
         "_openings",
+        "_per_block",
         "_prefills",
         "_reach",
         "_seen",
@@ -109,8 +109,8 @@ class Pairing:
         self.loads = Loads(*self._table)
         self._reach: Floats = np.full((len(candidates), len(candidates)), inf)  # seconds per byte
         self._fetch_tokens: Floats = np.full_like(self._reach, FAR)  # [i, j]: that i computes while it fetches a block
-        self._gains: tuple[int, Gains] | None = None  # block size
-        self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape), np.zeros((shape[0], shape[1] + 1)))
+        self._per_block: tuple[int, PerBlock] | None = None  # block size
+        self.rates = Rates(np.zeros(shape, np.bool_), np.zeros(shape))
         self._seen: list[Candidate | None] = [None] * len(candidates)
         self._openings: dict[LocalPrefill, Opening] = {}
         self.read(candidates)
@@ -157,20 +157,22 @@ class Pairing:
         loads = self.loads
         tokens = (loads.block_bytes * loads.tokens_per_s)[:, None] * np.where(np.isfinite(reach), reach, 0.0)
         self._fetch_tokens = np.where(np.isfinite(reach), tokens, FAR)
-        self._gains = None
+        self._per_block = None
         pairs = reach[self.decodes[:, None], self.sources]
         readable = np.isfinite(pairs)
         s_per_byte = np.where(readable, pairs, 0.0)
         self._openings.clear()
-        tokens_per_byte = np.zeros((len(self.serving), len(self.supplying) + 1))
-        tokens_per_byte[:, :-1] = s_per_byte * loads.tokens_per_s[self.sources]
-        self.rates = Rates(readable, s_per_byte, tokens_per_byte)
+        self.rates = Rates(readable, s_per_byte)
 
-    def gains(self, block_size: int) -> Gains:
-        if self._gains is None or self._gains[0] != block_size:
-            per_block = np.ascontiguousarray((1 - self._fetch_tokens / block_size).T)
-            self._gains = block_size, Gains(per_block, self.loads.tokens_per_s * (ASK_S / block_size))
-        return self._gains[1]
+    def per_block(self, block_size: int) -> PerBlock:
+        if self._per_block is None or self._per_block[0] != block_size:
+            loads = self.loads
+            transfer = np.zeros((len(self.serving), len(self.supplying) + 1))
+            blocks_per_s = self.of_sources(loads.tokens_per_s) / block_size
+            transfer[:, :-1] = self.of_decodes(loads.block_bytes)[:, None] * self.rates.s_per_byte * blocks_per_s
+            gain = np.ascontiguousarray((1 - self._fetch_tokens / block_size).T)
+            self._per_block = block_size, PerBlock(transfer, gain, loads.tokens_per_s * (ASK_S / block_size))
+        return self._per_block[1]
 
     def opening(self, mode: LocalPrefill) -> Opening:
         opening = self._openings.get(mode)

@@ -91,9 +91,9 @@ def _planned(choice: Choice, local: LocalRules, bound: Mask, *, want_spare: bool
 def _spare(choice: Choice, prefill: Candidate) -> Candidate | None:
     """The source with the least to do after `prefill`; of equals the next by name. Takes no turn of the policy."""
     offer = choice.offer
-    queued = np.where(offer.ways[choice.row, :-1], offer.pairing.of_sources(offer.loads.queued_tokens), inf)
+    queued = offer.pairing.of_sources(offer.loads.queued_tokens) + offer.barriers[choice.row, :-1]
     queued[choice.column] = inf
-    least = queued.min()
+    least = queued.item(int(queued.argmin()))
     if least == inf:
         return None
     equal = [offer.candidates[offer.pairing.supplying[column]] for column in (queued == least).nonzero()[0].tolist()]
