@@ -36,6 +36,8 @@ class MlaProblem:
     dtype: torch.dtype
     scale: float
     index_topk: int | None = None  # None: every token sees its whole context
+    index_heads: int | None = None  # I and J, where there is an indexer; None: not said
+    index_head_dim: int | None = None
     sliding_window: int | None = None
     nope_size: int | None = None  # unrotated features of a query head; None: not said
     value_size: int | None = None

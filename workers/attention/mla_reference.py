@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.attention.bucketing import bucket_table, buckets_by_length, chunk_mask, clear_started
+from workers.attention.index_keys import gather_pages, write_pages
 from workers.attention.indexer import index_scores, select
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import (
@@ -139,9 +140,10 @@ class ReferenceMlaStep:
     ) -> None:
         self._problem = problem
         self._latents = cache.pages(LATENTS)  # [blocks, layers, S, L + R]
-        self._keys = cache.pages(INDEX_KEYS) if problem.index_topk is not None else None  # [blocks, layers, S, J]
+        # [blocks, layers, S, J], or uint8 [blocks, layers, S * (J + 4)]: fp8 and scales.
+        self._keys = cache.pages(INDEX_KEYS) if problem.index_topk is not None else None
         self._num_layers = self._latents.shape[1]
-        slots = batch.groups[group].slot_mapping
+        slots = self._given_slots = batch.groups[group].slot_mapping
         size = problem.block_size
         # Of layer 0, in pages seen as [blocks * layers * S, size].
         self._slots = slots // size * (self._num_layers * size) + slots % size
@@ -165,7 +167,10 @@ class ReferenceMlaStep:
         self._flat(self._latents).index_copy_(0, slots, latents)
         if self._keys is not None:
             assert index_keys is not None, "a model with an indexer caches its keys in every step"
-            self._flat(self._keys).index_copy_(0, slots, index_keys)
+            if self._keys.dtype == torch.uint8:
+                write_pages(self._keys, layer, self._given_slots, index_keys)
+            else:
+                self._flat(self._keys).index_copy_(0, slots, index_keys)
 
     def cached_rows(self, layer: int, context: DenseContext, start: int, end: int) -> Tensor:
         size = self._problem.block_size
@@ -200,6 +205,14 @@ class ReferenceMlaStep:
         copies = flat.index_select(0, bucket.blocks + layer)
         return copies.view(bucket.sequences, -1, pages.shape[3])[:, : bucket.context]
 
+    def _index_keys(self, pages: Tensor, layer: int, bucket: _Bucket, size: int) -> Tensor:
+        """[B, C, J]."""
+        if pages.dtype != torch.uint8:
+            return self._gather(pages, layer, bucket)
+        values, scales = gather_pages(pages, bucket.blocks + layer, size)
+        keys = values.float() * scales.unsqueeze(1)
+        return keys.view(bucket.sequences, -1, size)[:, : bucket.context]
+
     def _attend_all(self, layer: int, bucket: _Bucket, queries: Tensor) -> Tensor:
         """[B, H, L + R] -> [B, H, L]. The heads are query rows of one head, whole rows are values, cut afterwards."""
         rows = self._gather(self._latents, layer, bucket).unsqueeze(1)
@@ -220,7 +233,7 @@ class ReferenceMlaStep:
             scores = index_scores(
                 index.queries[start:end].unflatten(0, shape),
                 index.weights[start:end].unflatten(0, shape),
-                self._gather(keys, layer, bucket),
+                self._index_keys(keys, layer, bucket, index.queries.shape[-1]),
             )
             best = select(scores.flatten(0, 1), bucket.num_visible, topk)  # [B * n, K]: positions
             blocks = (bucket.blocks + layer).view(bucket.sequences, -1).expand(end - start, -1)

@@ -13,9 +13,22 @@ from workers.kernels.following import follow
 
 
 @triton.jit
-def _merge(parts_ptr, lse_ptr, out_ptr, out_stride, SPLITS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+def _merge(
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    out_stride,
+    lengths_ptr,
+    below,
+    SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ONLY_SHORT: tl.constexpr,
+):
     follow()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if ONLY_SHORT and tl.load(lengths_ptr + sequence) >= below:
+        return
     row = sequence * HEADS + head
     splits, features = tl.arange(0, SPLITS), tl.arange(0, SIZE)
     lse = tl.load(lse_ptr + row * SPLITS + splits)
@@ -28,10 +41,10 @@ def _merge(parts_ptr, lse_ptr, out_ptr, out_stride, SPLITS: tl.constexpr, HEADS:
     tl.store(out_ptr + sequence * out_stride + head * SIZE + features, out.to(out_ptr.dtype.element_ty))
 
 
-def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> None:
+def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None = None, below: int = 0) -> None:
     """parts fp32 [B, H, splits, V], lse fp32 [B, H, splits] (-inf: saw nothing, at least one did not) -> out [B, H, V].
 
-    Splits and V are powers of two.
+    With `lengths` [B] only sequences with a length under `below` are merged. Splits and V are powers of two.
     """
     num_sequences, heads, splits, size = parts.shape
     _merge[(num_sequences, heads)](
@@ -39,9 +52,12 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> None:
         lse,
         out,
         out.stride(0),
+        lse if lengths is None else lengths,
+        below,
         SPLITS=splits,
         HEADS=heads,
         SIZE=size,
+        ONLY_SHORT=lengths is not None,
         num_warps=4 if splits * size > 512 else 1,
         launch_pdl=True,
     )

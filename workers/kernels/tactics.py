@@ -61,6 +61,15 @@ def latent_tactic(num_sequences: int, num_heads: int) -> DecodeTactic:
     return DecodeTactic(num_splits(programs), tile=32, warps=4, stages=3)
 
 
+def sparse_tactic(num_queries: int, num_heads: int) -> DecodeTactic:
+    """Of rows chosen one by one."""
+    splits = num_splits(2 * max(num_queries, 1) * -(-num_heads // 64))
+    return DecodeTactic(splits, tile=64, warps=8, stages=2)
+
+
+SHORT_ROWS = DecodeTactic(4, tile=64, warps=8, stages=2)  # of the few queries of a step that choose fewer rows
+
+
 def expert_tactics(num_entries: int, num_slots: int) -> tuple[ExpertTactic, ExpertTactic]:
     """Of the two products of `num_entries` rows over `num_slots` experts; both have the same tile of rows."""
     per_slot = num_entries / num_slots

@@ -6,6 +6,8 @@ query/key features, V value size, L latent size, C cached tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from workers.attention.merging import PartialAttention, merge
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
 from workers.layers.attention import GroupedQueryAttention
+from workers.layers.linear import Linear
 from workers.layers.mla import LatentAttention
 from workers.layers.packed_weights import PackedLinear
 
@@ -39,18 +42,19 @@ class FusedGqa:
 class FusedMla:
     """x [T, d] -> [T, d]: what makes queries and latents is one product, norm, rotation and cache are one pass."""
 
-    def __init__(self, attention: LatentAttention) -> None:
+    def __init__(self, attention: LatentAttention, extra: Sequence[Linear] = ()) -> None:
+        """extra: what else is projected from x, behind queries and latents."""
         self._layer = attention.layer
         self._shape = attention.shape
         self._attention = attention
-        shape = attention.shape
-        queries = attention.q_proj if shape.query_latent_size is None else attention.q_a_proj
-        self._first = PackedLinear([queries, attention.kv_a_proj_with_mqa])
-        self._sizes = [queries.weight.shape[0], shape.latent_size + shape.rope_dim]
+        queries = attention.q_proj if attention.shape.query_latent_size is None else attention.q_a_proj
+        parts = [queries, attention.kv_a_proj_with_mqa, *extra]
+        self._first = PackedLinear(parts)
+        self._sizes = [part.weight.shape[0] for part in parts]
 
     def __call__(self, x: Tensor, rotation: RotationTable, step: HopperMlaStep) -> Tensor:
         shape, attention = self._shape, self._attention
-        queries, kv = self._first(x).split(self._sizes, -1)
+        queries, kv = self.project(x)
         if shape.query_latent_size is not None:
             norm = attention.q_a_layernorm
             queries = attention.q_b_proj(rms_norm(queries, norm.weight, norm.eps))
@@ -60,16 +64,23 @@ class FusedMla:
         out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         singles = step.num_decodes
         if singles:
-            self._generate(q[:singles], out[:singles], step)
+            self.generate(q[:singles], out[:singles], lambda a, rope: step.decode(self._layer, a, rope))
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
         return attention.o_proj(out.flatten(1))
 
-    def _generate(self, q: Tensor, out: Tensor, step: HopperMlaStep) -> None:
-        """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it."""
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, d] -> of each projection its features, [T, …]."""
+        return self._first(x).split(self._sizes, -1)
+
+    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it.
+
+        attend: [A, H, L], [A, H, R] -> [A, H, L].
+        """
         nope, rope = q.split([self._shape.nope_dim, self._shape.rope_dim], -1)
         absorbed = torch.bmm(nope.transpose(0, 1), self._attention.key_weights).transpose(0, 1)
-        seen = step.decode(self._layer, absorbed, rope)
+        seen = attend(absorbed, rope)
         values = self._attention.value_weights.transpose(1, 2)
         torch.bmm(seen.transpose(0, 1), values, out=out.transpose(0, 1))
 

@@ -50,6 +50,7 @@ class Indexer(nn.Module):
         assert shape.query_latent_size is not None, "index queries are made of the query latent"
         self.rope_dim = shape.rope_dim
         self.num_heads = indexer.num_heads
+        self.head_dim = indexer.head_dim
         self.scale = (indexer.num_heads * indexer.head_dim) ** -0.5
         # Every rank has all index heads: the choice must be the same everywhere.
         replicated, width = Partition.REPLICATED, indexer.num_heads * indexer.head_dim

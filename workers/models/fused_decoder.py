@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.attention.hopper_dsa import HopperDsaStep
 from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.attention.interface import AttentionStep
@@ -22,6 +23,7 @@ from workers.kernels.tactics import SKINNY, SKINNY_ROWS
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.fused_attention import FusedGqa, FusedMla
 from workers.layers.fused_mlp import FusedExperts, FusedMlp
+from workers.layers.fused_sparse_attention import FusedDsa
 from workers.layers.mla import LatentAttention
 from workers.layers.moe import SparseMlp
 from workers.layers.norm import RmsNorm
@@ -43,10 +45,12 @@ class FusedDecoder:
     def forward(
         self,
         input_ids: Tensor,
-        step: AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep,
+        step: AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep | HopperDsaStep,
         capture: Sequence[int],
     ) -> Tensor:
-        assert isinstance(step, HopperGqaStep | HopperMlaStep), "fused layers run on the backend they were made for"
+        assert isinstance(step, HopperGqaStep | HopperMlaStep | HopperDsaStep), (
+            "fused layers run on the backend they were made for"
+        )
         x = self._embed(input_ids)
         delta: Tensor | None = None
         entering: list[Tensor] = []
@@ -75,11 +79,15 @@ class _FusedLayer:
         self.mlp = FusedExperts(layer.mlp) if isinstance(layer.mlp, SparseMlp) else FusedMlp(layer.mlp)
         attention = layer.self_attn
         self._gqa = FusedGqa(attention) if isinstance(attention, GroupedQueryAttention) else None
-        self._mla = FusedMla(attention) if isinstance(attention, LatentAttention) else None
+        latent = attention if isinstance(attention, LatentAttention) else None
+        self._dsa = FusedDsa(latent) if latent is not None and latent.indexer is not None else None
+        self._mla = FusedMla(latent) if latent is not None and latent.indexer is None else None
 
-    def attend(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep | HopperMlaStep) -> Tensor:
+    def attend(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep | HopperMlaStep | HopperDsaStep) -> Tensor:
         if self._gqa is not None and isinstance(step, HopperGqaStep):
             return self._gqa(x, rotation, step)
+        if self._dsa is not None and isinstance(step, HopperDsaStep):
+            return self._dsa(x, rotation, step)
         assert self._mla is not None and isinstance(step, HopperMlaStep), "the step belongs to another kind of model"
         return self._mla(x, rotation, step)
 
