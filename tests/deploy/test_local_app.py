@@ -140,6 +140,7 @@ def test_sigterm_while_starting_leaves_nothing() -> None:
         assert command.ended(family) == 0
 
 
+@pytest.mark.full
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(tmp_path: Path) -> None:
     """The front door reads config.json only: the workers are the ones that find the weights missing."""
     model = checkpoint("llama")
