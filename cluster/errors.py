@@ -130,6 +130,10 @@ class SessionBroken(SessionError):
     reason = "gone"
 
 
+class NobodyListens(SessionBroken):
+    """At the peer's address, whose host answered: its process is gone."""
+
+
 class SessionClosed(SessionBroken):
     reason = "closed"
 

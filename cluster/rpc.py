@@ -24,7 +24,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from cluster.errors import ConfigError, Refused, SessionBroken, SessionError
+from cluster.errors import ConfigError, NobodyListens, Refused, SessionBroken, SessionError
 from cluster.handshake import DialerHandshake, EpochBook, ListenerHandshake, refusal
 from cluster.own_address import announced
 from cluster.parts import MAX_FRAME_BYTES
@@ -38,6 +38,7 @@ from cluster.streams import (
     bracketed,
     broken,
     is_free,
+    nobody_listens,
     open_stream,
     say_why,
 )
@@ -290,7 +291,7 @@ class Dialer:
             except SessionError as error:
                 self._note(link, error)
             except STREAM_ERRORS as error:
-                self._note(link, broken(link.address, error))
+                self._note(link, await self._why(link.address, broken(link.address, error)))
             except TimeoutError:
                 timeout_s = self._words.config.connect_timeout_s
                 self._note(link, SessionBroken(f"no session with {link.address} within {timeout_s:g} s"))
@@ -298,6 +299,13 @@ class Dialer:
                 backoff_s = _FIRST_BACKOFF_S
             await asyncio.sleep(backoff_s * self._random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, self._words.config.redial_max_s)
+
+    async def _why(self, address: str, error: SessionBroken) -> SessionBroken:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._words.config.connect_timeout_s):
+                if await nobody_listens(address):
+                    return NobodyListens(f"nobody listens at {address}")
+        return error
 
     def _note(self, link: _Link, error: SessionError) -> None:
         if link.error is None or str(link.error) != str(error):

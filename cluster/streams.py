@@ -72,6 +72,19 @@ def broken(name: str, error: Exception) -> SessionBroken:
     return SessionBroken(f"the stream to {name} broke: {error!r}")
 
 
+async def nobody_listens(address: str) -> bool:
+    """Whether its host refuses connections there, which gRPC tells only in words. False where it says nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return False
+
+
 def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 

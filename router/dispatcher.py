@@ -9,7 +9,15 @@ import asyncio
 from collections.abc import Iterator
 
 from cluster.config import RouterConfig
-from cluster.errors import DeadlineExceeded, InvalidRequest, NoWorker, Refused, RequestError, SessionError
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NobodyListens,
+    NoWorker,
+    Refused,
+    RequestError,
+    SessionError,
+)
 from cluster.log import Log
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
@@ -17,6 +25,7 @@ from router.fleet import Fleet
 from router.flight import Flight, RouterRequest, State
 from router.navigator import Navigator
 from router.plan import NoPlan, Plan
+from router.siblings import Siblings
 from router.trial import Trial, blamed
 
 
@@ -35,6 +44,7 @@ class Dispatcher:
         self._give_ups: dict[str, asyncio.TimerHandle] = {}
         self._deadlines: dict[str, float] = {}  # loop time
         self._alarms: dict[str, asyncio.TimerHandle] = {}
+        self._siblings = Siblings()
         self._trial = Trial()
         self._gone: set[str] = set()  # members of which a dial said that they are lost
 
@@ -84,7 +94,12 @@ class Dispatcher:
         assert session is not None, "only connected workers are planned for decode"
         self._stop_waiting(flight)
         key = flight.place(plan, session.id)
-        submit = flight.submit(self._navigator.root(plan.decode, flight), self._block_size, self._remaining_ms(flight))
+        root = self._navigator.root(plan.decode, flight)
+        sibling = ""
+        if self._navigator.uses_blocks:
+            hashes = flight.hashes(root, self._block_size)
+            sibling = self._siblings.join(flight, plan.decode.incarnation, hashes)
+        submit = flight.submit(root, self._block_size, self._remaining_ms(flight), sibling=sibling)
         session.send(pb.Frame(submit=submit), key)
         self._navigator.placed(flight, plan, _now(), led=led is not None)
         if flight.is_replay:
@@ -146,7 +161,7 @@ class Dispatcher:
 
     def unreachable(self, incarnation: str, error: SessionError) -> None:
         """A dial failed. Nobody listens, or another one does, or it hangs: whoever it was, it is lost."""
-        if isinstance(error, Refused) or "Connection refused" in str(error):
+        if isinstance(error, Refused | NobodyListens):
             self._gone.add(incarnation)
             self.place_waiting()
 
@@ -191,6 +206,7 @@ class Dispatcher:
         self.cancel(flight, reason)
         self._stop_waiting(flight)
         self._navigator.ended(flight)
+        self._siblings.left(flight)
         self._flights.pop(flight.request.request_id, None)
         self._deadlines.pop(flight.request.request_id, None)
         alarm = self._alarms.pop(flight.request.request_id, None)

@@ -170,8 +170,9 @@ class Flight:
             hashes = self._hashes[root] = hashes + b"".join(more)
         return hashes
 
-    def submit(self, root: bytes, block_size: int, deadline_ms: int) -> pb.Submit:
-        """The words for the running attempt."""
+    def submit(self, root: bytes, block_size: int, deadline_ms: int, *, sibling: str = "") -> pb.Submit:
+        """The words for the running attempt. `sibling`: a request there with the same prompt, whose blocks it shares
+        if it has no leader of its own."""
         assert self.plan is not None
         request = self.request
         sampling = request.sampling
@@ -187,7 +188,7 @@ class Flight:
             deadline_ms=deadline_ms,
             block_hashes=self.hashes(root, block_size),
             shard=self.plan.decode.shard,
-            leader_id=request.leader_id,
+            leader_id=request.leader_id or sibling,
             chain_root=root if request.cache_salt or request.encoder_token_ids else b"",
             encoder_token_ids=request.encoder_token_ids,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.errors import ConfigError, SessionError
+from cluster.errors import ConfigError, NobodyListens, SessionBroken, SessionError
 from cluster.heart import StepAge
 from cluster.parts import MAX_FRAME_BYTES
 from cluster.protos import worker_pb2 as pb
@@ -209,6 +209,32 @@ def test_another_secret_is_refused_and_told_once(words: WordsThread, pair: Pair)
     assert error.code == pb.UNAUTHENTICATED and "set the same secret" in str(error)
     assert told.empty() and not at_stranger.events
     assert pair.dialed.open and pair.at_worker.count("open") == 1
+
+
+def test_a_port_where_nobody_listens_is_told_apart_from_one_that_hangs_up(words: WordsThread) -> None:
+    told: queue.SimpleQueue[tuple[str, SessionError]] = queue.SimpleQueue()
+    with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as rude:
+        closed.bind(("127.0.0.1", 0))  # a port that stays free of others
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    rude.accept()[0].close()
+                except OSError:
+                    return
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        dialer = Dialer(words, INGRESS, SECRET, Recorder(), on_failed=lambda *args: told.put(args))
+        for name, listener in (("closed", closed), ("rude", rude)):
+            dialer.keep(f"127.0.0.1:{listener.getsockname()[1]}", name)
+        errors: dict[str, SessionError] = {}
+        while len(errors) < 2:
+            name, error = told.get(timeout=DEADLINE_S)
+            errors[name] = error
+        dialer.stop()
+        rude.shutdown(socket.SHUT_RDWR)
+    assert isinstance(errors["closed"], NobodyListens)
+    assert isinstance(errors["rude"], SessionBroken) and not isinstance(errors["rude"], NobodyListens)
 
 
 def test_a_restarted_worker_at_the_same_address_is_not_mistaken_for_the_old_one(words: WordsThread, pair: Pair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
@@ -68,6 +69,39 @@ def test_they_move_together_when_their_worker_is_lost(words: WordsThread, stage:
             assert [last.attempt for _, last in answers] == [2] * (NUM_FOLLOWERS + 1)
             leader = other.submits[0].key.request_id
             assert leaders(other) == ["", *[leader] * NUM_FOLLOWERS]
+
+    play(scene)
+
+
+def test_equal_prompts_that_arrive_together_are_read_once(words: WordsThread, stage: Stage) -> None:
+    """As long as the first one has no token, and where both go to one worker."""
+    worker = stage.decode("decode-0", Wait(), FOREVER)
+
+    async def scene() -> None:
+        async with desk(words, local_prefill="always") as at:
+            await at.connect(worker)
+
+            def ask(**options: Any) -> asyncio.Task[tuple[list[int], TokenDelta]]:
+                return asyncio.create_task(gather(at.router, at.request(**options)))
+
+            tasks = [ask(), ask()]
+            await eventually(lambda: len(worker.submits) == 2)
+            unlike: list[dict[str, Any]] = [{"prompt_token_ids": (5, 4, 3, 2, 1)}, {"prompt_token_ids": PROMPT[:3]}]
+            tasks += [ask(**options) for options in [*unlike, {"cache_salt": "another"}]]
+            await eventually(lambda: len(worker.submits) == 5)
+            first = worker.submits[0].key.request_id
+            assert leaders(worker) == ["", first, "", "", ""]
+            worker.go_on()
+            await asyncio.gather(*tasks)
+            worker.script = [Say(1), Wait(), FOREVER]
+            begun = at.router.generate(at.request())
+            await anext(begun)
+            late = ask()
+            await eventually(lambda: len(worker.submits) == 7)
+            assert leaders(worker)[5:] == ["", ""]
+            await begun.aclose()
+            worker.go_on()
+            await late
 
     play(scene)
 
