@@ -23,6 +23,7 @@ def lone_engine(config: SluiceConfig, pool: str) -> Assembly:
         pool=pool,
         resources=config.pools[pool],
         model=config.model,
+        engine=config.engine,
         kv=config.kv,
         scheduler=config.scheduler,
         transfer=config.transfer,

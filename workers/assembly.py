@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig
+from cluster.engine_config import EngineConfig
 from cluster.hashing import chain_root
 from cluster.membership import Member, MemberState, Rank
 from cluster.words_config import WordsConfig
 from kvtransfer.connector import Done, Executor, ReadLimits, Sink, Source
-from kvtransfer.layout import GroupSpec, KvGeometry, RankLayout, compatibility_hash
+from kvtransfer.layout import KvGeometry, compatibility_hash
 from kvtransfer.ledger import Ledger
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pool import KvPool
-from workers.attention.kv_views import kv_cache
+from workers.attention.environment import choose_device
+from workers.bound_model import bind_model
 from workers.engine.block_manager import BlockManager, GroupCapacity
-from workers.engine.capacity import default_fixed_fraction, num_blocks_per_group
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.engine import Engine
 from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
 from workers.engine.model_runner import ModelRunner
+from workers.engine.overlap import OverlappedEngine
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
 from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
-
 from workers.models.model import EncoderSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
@@ -41,6 +42,7 @@ class WorkerSettings:
     pool: str
     resources: PoolConfig
     model: ModelConfig
+    engine: EngineConfig
     kv: KvConfig
     scheduler: SchedulerConfig
     transfer: TransferConfig
@@ -83,18 +85,20 @@ class Assembly:
     pool: KvPool  # kept alive for as long as a peer may read it
     next_id: Callable[[], int]
     constraints: ConstraintCompiler | None = None  # None: no grammars
-
-
     encoder: EncoderSpec | None = None  # None: the model has none
+
+
 def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assembly:
     """Loads the model, allocates the KV pool, registers it. Raises CheckpointError and ConfigError."""
     torch.set_num_threads(settings.resources.threads)
-    model_config, kv = settings.model, settings.kv
+    model_config, kv, engine = settings.model, settings.kv, settings.engine
+    device = choose_device(engine.device, num_gpus=settings.resources.gpus, strict=engine.strict).device
     loaded = loader.load(
         Path(model_config.path),
         dtype=model_config.dtype,
         load_format=model_config.load_format,
         dummy_seed=model_config.dummy_seed,
+        device=device,
     )
     model, spec = loaded.model, loaded.model.spec
     groups = model.kv_groups(kv.block_size)
@@ -103,45 +107,46 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     max_model_len = min(model_config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     block_bytes = sum(group.block_bytes() for group in groups)
     encoder = model if isinstance(model, EncoderDecoderModel) else None
-    max_lens = (max_model_len, *(() if spec.encoder is None else (spec.encoder.max_source_tokens,)))
-    num_blocks = _num_blocks(settings, groups, max_lens)
-    capacities = [
-        GroupCapacity(group.name, count, group.block_size, is_fixed=encoder is not None and group.name == CROSS)
-        for group, count in zip(groups, num_blocks, strict=True)
-    ]
-    pool = KvPool.allocate(geometry, RankLayout(0), num_blocks)
-    caches = [kv_cache(group, storages) for group, storages in zip(groups, pool.regions, strict=True)]
-    model.bind_kv(caches)
-
-    eos = frozenset(spec.eos_token_ids)
-    limits = settings.scheduler
-    blocks = BlockManager(capacities, enable_prefix_cache=kv.prefix_cache)
-    scheduler = Scheduler(
-        blocks,
-        SchedulerLimits(
-            max_batched_tokens=limits.max_batched_tokens,
-            max_sequences=limits.max_sequences,
-            max_model_len=max_model_len,
-            prefill_reserve=kv.prefill_reserve,
-            chunk_tokens=limits.chunk_tokens,
-            vocab_size=spec.vocab_size,
-            max_encoder_tokens=0 if encoder is None else limits.max_encoder_tokens,
-            max_source_tokens=None if spec.encoder is None else spec.encoder.max_source_tokens,
-        ),
-        chain_root(compatibility),
-        eos_token_ids=eos,
+    limits = SchedulerLimits(
+        max_batched_tokens=settings.scheduler.max_batched_tokens,
+        max_sequences=settings.scheduler.max_sequences,
+        max_model_len=max_model_len,
+        prefill_reserve=kv.prefill_reserve,
+        chunk_tokens=settings.scheduler.chunk_tokens,
+        vocab_size=spec.vocab_size,
+        max_encoder_tokens=0 if encoder is None else settings.scheduler.max_encoder_tokens,
+        max_source_tokens=None if spec.encoder is None else spec.encoder.max_source_tokens,
     )
+    bound = bind_model(
+        model,
+        geometry,
+        limits,
+        device=device,
+        engine=engine,
+        kv=kv,
+        pool=settings.pool,
+        resources=settings.resources,
+    )
+    pool = bound.pool
+    capacities = [
+        GroupCapacity(group.name, count - 1, group.block_size, is_fixed=encoder is not None and group.name == CROSS)
+        for group, count in zip(groups, pool.num_blocks, strict=True)
+    ]
+    eos = frozenset(spec.eos_token_ids)
+    blocks = BlockManager(capacities, enable_prefix_cache=kv.prefix_cache)
+    scheduler = Scheduler(blocks, limits, chain_root(compatibility), eos_token_ids=eos)
     constraints = GrammarCompiler(Path(model_config.path) / TOKENIZER_FILE, spec.vocab_size, eos)
     runner = ModelRunner(
-        model,
-        caches,
+        bound.steps,
+        bound.caches,
         pool.generations,
         [group.block_size for group in groups],
-        device=torch.device("cpu"),
+        device=device,
         eos_token_ids=eos,
         constraints=constraints,
         encoder=encoder,
     )
+    is_overlapped = device.type == "cuda" if engine.overlap is None else engine.overlap
     transfer = settings.transfer
     ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
     transport = NixlTransport(f"{settings.name}-{settings.incarnation}-0")
@@ -152,7 +157,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         block_bytes=block_bytes,
         blocks=blocks,
         scheduler=scheduler,
-        engine=Engine(scheduler, runner),
+        engine=(OverlappedEngine if is_overlapped else Engine)(scheduler, runner),
         ledger=ledger,
         source=Source(ledger),
         sink=Sink(ledger),
@@ -160,19 +165,5 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         pool=pool,
         next_id=itertools.count(1).__next__,
         constraints=constraints,
-    )
-
-
-def _num_blocks(settings: WorkerSettings, groups: Sequence[GroupSpec], max_lens: Sequence[int]) -> list[int]:
-    """Blocks per group. `max_lens`: tokens that each holds for a sequence of full length."""
         encoder=spec.encoder,
-    kv = settings.kv
-    if (count := settings.resources.num_blocks or kv.num_blocks) is not None:
-        return [count] * len(groups)
-    memory = kv.memory_bytes or int(psutil.virtual_memory().available * kv.memory_fraction)
-    block_bytes = [group.block_bytes() for group in groups]
-    if len(groups) == 1:
-        return num_blocks_per_group(memory, block_bytes, [1.0])
-    full = [size * -(-n // group.block_size) for size, n, group in zip(block_bytes, max_lens, groups, strict=True)]
-    fixed = default_fixed_fraction(full) if kv.cross_kv_fraction is None else kv.cross_kv_fraction
-    return num_blocks_per_group(memory, block_bytes, [1.0 - fixed, fixed])
+    )

@@ -35,6 +35,7 @@ def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes, incar
         pool=pool,
         resources=config.pools[pool],
         model=config.model,
+        engine=config.engine,
         kv=config.kv,
         scheduler=config.scheduler,
         transfer=config.transfer,

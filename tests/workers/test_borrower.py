@@ -49,6 +49,7 @@ class Side:
             pool="prefill",
             resources=config.pools["prefill"],
             model=config.model,
+            engine=config.engine,
             kv=config.kv,
             scheduler=config.scheduler,
             transfer=config.transfer,

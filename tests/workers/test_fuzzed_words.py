@@ -106,6 +106,7 @@ def member(crashes: list[BaseException], tmp_path_factory: pytest.TempPathFactor
         pool="decode",
         resources=config.pools["decode"].model_copy(update={"roles": (Role.PREFILL, Role.DECODE)}),
         model=config.model,
+        engine=config.engine,
         kv=config.kv,
         scheduler=config.scheduler,
         transfer=config.transfer,

@@ -58,6 +58,7 @@ class Scene:
             pool="decode",
             resources=config.pools["decode"],
             model=config.model,
+            engine=config.engine,
             kv=config.kv,
             scheduler=config.scheduler,
             transfer=config.transfer,

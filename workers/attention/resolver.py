@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 from cluster.errors import ConfigError
 from workers.attention.environment import Environment
+from workers.attention.index_keys import HEAD_DIM
+from workers.attention.index_tools import PAGE, IndexTools, lacking_tools
 from workers.attention.interface import AttentionBackend, AttentionProblem
 from workers.attention.mla_interface import MlaBackend, MlaProblem
 from workers.attention.mla_reference import ReferenceMla
 from workers.attention.reference import ReferenceAttention
 
 if TYPE_CHECKING:
+    from workers.attention.hopper_dsa import HopperDsa
     from workers.attention.hopper_mla import HopperMla
 
 HOPPER = "hopper"  # the backend whose models run fused
+CAPTURED = frozenset({HOPPER})  # backends whose decode steps can be replayed as CUDA graphs
 
 _P_contra = TypeVar("_P_contra", contravariant=True)
 _B_co = TypeVar("_B_co", covariant=True)
@@ -27,10 +31,16 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`rejected` says why of every candidate that came before the chosen one."""
+    """`rejected` says why of every candidate that came before the chosen one, and of what that one does without."""
 
     chosen: str
     rejected: tuple[tuple[str, str], ...]
+    dense_context: int | None = None  # a decode step of a longer context launches other kernels; None: never
+
+    @property
+    def replays(self) -> bool:
+        """Whether decode steps can be CUDA graphs."""
+        return self.chosen in CAPTURED
 
     def __str__(self) -> str:
         return "; ".join([f"attention: {self.chosen}", *(f"not {name}: {reason}" for name, reason in self.rejected)])
@@ -72,9 +82,25 @@ def _hopper_mla_refuses(problem: MlaProblem, environment: Environment) -> str | 
     shape = (problem.latent_size, problem.rope_size, problem.nope_size, problem.value_size)
     if shape != (512, 64, 128, 128):
         return f"latent, rotated, unrotated and value sizes of 512, 64, 128, 128, not {', '.join(map(str, shape))}"
-    if problem.index_topk is not None:
-        return "every token sees its whole context, not the index_topk best"
-    return _mla_reference_refuses(problem, environment) or _hopper_lacks(problem.dtype, problem.block_size, environment)
+    reason = _mla_reference_refuses(problem, environment)
+    reason = reason or _hopper_lacks(problem.dtype, problem.block_size, environment)
+    return reason or (None if problem.index_topk is None else _hopper_dsa_refuses(problem, environment))
+
+
+def _hopper_dsa_refuses(problem: MlaProblem, environment: Environment) -> str | None:
+    """Of the indexer alone. Pieces that are missing are done without, unless degrading is forbidden."""
+    if problem.index_head_dim != HEAD_DIM:
+        return f"index heads of {HEAD_DIM} features, not {problem.index_head_dim}"
+    if problem.block_size != PAGE:
+        return f"index keys lie in blocks of {PAGE} tokens, not {problem.block_size}"
+    lacking = _lacking_tools(problem, environment)
+    return "; ".join(f"{name}: {reason}" for name, reason in lacking) if environment.strict and lacking else None
+
+
+def _lacking_tools(problem: MlaProblem, environment: Environment) -> tuple[tuple[str, str], ...]:
+    if problem.index_topk is None:
+        return ()
+    return lacking_tools(environment, problem.index_heads or 0, problem.index_topk)
 
 
 def _trtllm_gen_refuses(problem: MlaProblem, environment: Environment) -> str | None:
@@ -143,7 +169,11 @@ def resolve(problem: AttentionProblem | MlaProblem, environment: Environment, wa
     Raises ConfigError with every reason when none does, or only the reference on a GPU and degrading is forbidden.
     """
     if isinstance(problem, MlaProblem):
-        return _resolve(problem, environment, wanted, _MLA_CANDIDATES)
+        choice = _resolve(problem, environment, wanted, _MLA_CANDIDATES)
+        if choice.chosen != HOPPER:
+            return choice
+        missing = _lacking_tools(problem, environment)
+        return replace(choice, rejected=choice.rejected + missing, dense_context=problem.index_topk)
     return _resolve(problem, environment, wanted, _CANDIDATES)
 
 
@@ -160,7 +190,9 @@ def _resolve(
         reason = (
             f"no such backend, known are {', '.join(meant)}"
             if candidate is None
-            else _elsewhere(candidate.devices, environment) or candidate.refuses(problem, environment)
+            else _elsewhere(candidate.devices, environment)
+            or _switched_off(name, environment)
+            or candidate.refuses(problem, environment)
         )
         if reason is None:
             if environment.strict and name == "reference" and environment.device_type != "cpu" and not wanted:
@@ -168,8 +200,14 @@ def _resolve(
             return Choice(name, tuple(rejected))
         rejected.append((name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
-    what = "no fast backend" if environment.strict else "no backend"
-    raise ConfigError("attention", f"{what} computes this model here ({reasons})")
+    if environment.strict:
+        remedy = "set engine.strict=false to compute with the reference"
+        raise ConfigError("engine.strict", f"no fast backend computes this model here ({reasons}); {remedy}")
+    raise ConfigError("attention", f"no backend computes this model here ({reasons})")
+
+
+def _switched_off(name: str, environment: Environment) -> str | None:
+    return "is switched off" if name in environment.disabled else None
 
 
 def _elsewhere(devices: tuple[str, ...], environment: Environment) -> str | None:
@@ -181,5 +219,9 @@ def build(choice: Choice, problem: AttentionProblem) -> AttentionBackend:
     return _CANDIDATES[choice.chosen].build(problem)
 
 
-def build_mla(choice: Choice, problem: MlaProblem) -> MlaBackend | HopperMla:
+def build_mla(choice: Choice, problem: MlaProblem) -> MlaBackend | HopperMla | HopperDsa:
+    if choice.chosen == HOPPER and problem.index_topk is not None:
+        from workers.attention.hopper_dsa import HopperDsa
+
+        return HopperDsa(problem, IndexTools.without(dict(choice.rejected)))
     return _MLA_CANDIDATES[choice.chosen].build(problem)

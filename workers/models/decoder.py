@@ -29,6 +29,7 @@ from workers.models.model import ModelSpec
 from workers.models.rope import Rope
 
 if TYPE_CHECKING:
+    from workers.attention.hopper_dsa import HopperDsaStep
     from workers.attention.hopper_gqa import HopperGqaStep
     from workers.attention.hopper_mla import HopperMlaStep
     from workers.models.fused_decoder import FusedDecoder
@@ -168,7 +169,9 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
         """Features of a query that are rotated."""
 
     @abstractmethod
-    def _begin(self, batch: AttentionBatch) -> AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep: ...
+    def _begin(
+        self, batch: AttentionBatch
+    ) -> AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep | HopperDsaStep: ...
 
     @abstractmethod
     def kv_groups(self, block_size: int) -> tuple[GroupSpec, ...]: ...
@@ -181,8 +184,8 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
         return self._fused
 
     def _fuse(self, choice: Choice) -> None:
-        """Packs the weights for the backend that has more than attention to offer."""
-        if choice.chosen == HOPPER:
+        """Packs the weights, once, for the backend that has more than attention to offer."""
+        if choice.chosen == HOPPER and self._fused is None:
             from workers.models.fused_decoder import FusedDecoder
 
             self._fused = FusedDecoder(self.model, self.spec.max_position_embeddings)

@@ -118,18 +118,21 @@ class EncoderDecoderModel(nn.Module, ABC):
         )
         return (GroupSpec(SELF, block_size, (region,)), GroupSpec(CROSS, block_size, (region,)))
 
-    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
-        own, _ = self._caches = tuple(caches)
-        pages = own.pages(REGION)
-        problem = AttentionProblem(
+    def attention_problem(self, block_size: int) -> AttentionProblem:
+        return AttentionProblem(
             kind="encoder_decoder",
             num_heads=self._shape.num_heads,
             num_kv_heads=self._shape.num_heads,
             head_dim=self._shape.head_dim,
-            block_size=pages.shape[-2],
-            dtype=pages.dtype,
+            block_size=block_size,
+            dtype=self.spec.torch_dtype,
             scale=self._shape.scale,
         )
+
+    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
+        own, _ = self._caches = tuple(caches)
+        pages = own.pages(REGION)
+        problem = self.attention_problem(pages.shape[-2])
         choice = resolve(problem, environment or Environment.probe(pages.device))
         assert choice.chosen == "reference", f"{choice}: nothing else has a cross group"
         self._problem, self._backend = problem, ReferenceAttention(problem)

@@ -106,19 +106,22 @@ class GqaForCausalLM(DecoderForCausalLM[GqaConfig]):
         )
         return (GroupSpec("self", block_size, (region,)),)
 
-    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
-        (self._cache,) = caches
-        pages = self._cache.pages(REGION)
+    def attention_problem(self, block_size: int) -> AttentionProblem:
         attention = self.config.attention
-        problem = AttentionProblem(
+        return AttentionProblem(
             kind="gqa",
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim,
-            block_size=pages.shape[-2],
-            dtype=pages.dtype,
+            block_size=block_size,
+            dtype=self.spec.torch_dtype,
             scale=attention.head_dim**-0.5,
         )
+
+    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
+        (self._cache,) = caches
+        pages = self._cache.pages(REGION)
+        problem = self.attention_problem(pages.shape[-2])
         choice = resolve(problem, environment or Environment.probe(pages.device))
         self._backend = build(choice, problem)
         self._fuse(choice)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvtransfer.layout import GroupSpec
 from workers.attention.environment import Environment
-from workers.attention.interface import AttentionBatch, KvCache
+from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
+from workers.attention.mla_interface import MlaProblem
 from workers.attention.resolver import Choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,8 +60,13 @@ class CausalModel(Protocol):
         """The logical, unsharded KV of the model."""
         ...
 
+    def attention_problem(self, block_size: int) -> AttentionProblem | MlaProblem:
+        """What its attention asks of a backend, with blocks of that size."""
+        ...
+
     def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
-        """One cache per group of `kv_groups`, with that block size. Called once, before the first forward.
+        """One cache per group of `kv_groups`, with that block size. Called before the first forward, and again for
+        other caches.
 
         Returns which attention backend was chosen and why, for the log. The environment is probed when not given.
         Raises ConfigError when no backend computes this model here.

@@ -78,6 +78,8 @@ DEEPSEEK = MlaProblem(
     scale=0.1,
 )
 
+SPARSE = replace(DEEPSEEK, index_topk=2048, index_heads=64, index_head_dim=128)
+
 
 def test_hopper_gets_its_own_backend() -> None:
     assert resolve(LLAMA, H200) == Choice("hopper", ())
@@ -93,7 +95,8 @@ def test_hopper_gets_its_own_backend() -> None:
         (replace(LLAMA, dtype=torch.float32), H200, "computes bfloat16 and float16, not float32"),
         (replace(LLAMA, head_dim=96), H200, "heads of 64 or 128 features, not 96"),
         (replace(LLAMA, block_size=48), H200, "blocks of 48 tokens are no multiple of 64"),
-        (replace(DEEPSEEK, index_topk=2048), H200, "not the index_topk best"),
+        (replace(SPARSE, index_head_dim=64), H200, "index heads of 128 features, not 64"),
+        (replace(SPARSE, block_size=128), H200, "index keys lie in blocks of 64 tokens, not 128"),
         (replace(DEEPSEEK, value_size=256), H200, "of 512, 64, 128, 128, not 512, 64, 128, 256"),
     ],
 )
@@ -104,6 +107,35 @@ def test_what_hopper_lacks_falls_to_the_reference_or_is_an_error(
     assert choice.chosen == "reference"
     assert reason in dict(choice.rejected)["hopper"]
     with pytest.raises(ConfigError, match=reason):
+        resolve(problem, replace(environment, strict=True))
+
+
+TOOLS = (("deep_gemm", "0.1.4"), ("flashinfer_topk", "0.7.2"))
+
+
+def test_an_indexer_has_two_forms_of_decode_steps() -> None:
+    choice = resolve(SPARSE, replace(H200, libraries=(*LIBRARIES, *TOOLS), strict=True))
+    assert (choice.chosen, choice.dense_context) == ("hopper", 2048)
+    assert dict(choice.rejected).keys() == {"trtllm-gen"}
+    assert resolve(DEEPSEEK, H200).dense_context is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "libraries", "tool", "reason"),
+    [
+        (SPARSE, TOOLS[1:], "deep_gemm", "deep_gemm is not installed"),
+        (replace(SPARSE, index_heads=16), TOOLS, "deep_gemm", "scores 32 or 64 index heads, not 16"),
+        (SPARSE, TOOLS[:1], "flashinfer_topk", "flashinfer_topk is not installed"),
+        (replace(SPARSE, index_topk=4096), TOOLS, "flashinfer_topk", "chooses at most 2048 rows, not 4096"),
+    ],
+)
+def test_an_indexer_does_without_what_is_missing(
+    problem: MlaProblem, libraries: tuple[tuple[str, str], ...], tool: str, reason: str
+) -> None:
+    environment = replace(H200, libraries=(*LIBRARIES, *libraries))
+    choice = resolve(problem, environment)
+    assert choice.chosen == "hopper" and dict(choice.rejected)[tool] == reason
+    with pytest.raises(ConfigError, match=f"{tool}: {reason}"):
         resolve(problem, replace(environment, strict=True))
 
 
