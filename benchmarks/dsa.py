@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -260,7 +259,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     told = {"context": arguments.context, "batch": arguments.batch, "layers": arguments.layers}
     what = f"a layer's decode with a sparse indexer on {torch.cuda.get_device_name()}"
-    details = {"gpu": torch.cuda.get_device_name(), "without": dict(lacking), "deep_gemm": version("sgl-deep-gemm")}
+    details = {"gpu": torch.cuda.get_device_name(), "without": dict(lacking)}
     publish(
         Report("dsa", what, told | {"repeats": arguments.repeats}, figures, Setting.here(), details), arguments.json
     )

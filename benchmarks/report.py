@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "nixl", "grpcio", "ray", "uvicorn", "triton", "flashinfer-python")
+PACKAGES = ("torch", "transformers", "nixl", "grpcio", "ray", "uvicorn", "triton", "flashinfer-python", "sgl-deep-gemm")
 _WIDTH = 175
 
 

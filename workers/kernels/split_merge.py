@@ -23,22 +23,25 @@ def _merge(
     SPLITS: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
     ONLY_SHORT: tl.constexpr,
 ):
     follow()
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence = tl.program_id(0).to(tl.int64)
     if ONLY_SHORT and tl.load(lengths_ptr + sequence) >= below:
         return
-    row = sequence * HEADS + head
     splits, features = tl.arange(0, SPLITS), tl.arange(0, SIZE)
-    lse = tl.load(lse_ptr + row * SPLITS + splits)
-    weights = tl.exp2(lse - tl.max(lse))
-    weights = weights / tl.sum(weights)
-    at = parts_ptr + (row * SPLITS + splits[:, None]) * SIZE + features[None, :]
-    # A part that saw nothing was not written.
-    parts = tl.load(at, mask=(lse > float("-inf"))[:, None], other=0.0)
-    out = tl.sum(parts * weights[:, None], 0)
-    tl.store(out_ptr + sequence * out_stride + head * SIZE + features, out.to(out_ptr.dtype.element_ty))
+    first = tl.program_id(1) * PER_PROGRAM
+    for head in range(first, tl.minimum(first + PER_PROGRAM, HEADS)):
+        row = sequence * HEADS + head
+        lse = tl.load(lse_ptr + row * SPLITS + splits)
+        weights = tl.exp2(lse - tl.max(lse))
+        weights = weights / tl.sum(weights)
+        at = parts_ptr + (row * SPLITS + splits[:, None]) * SIZE + features[None, :]
+        # A part that saw nothing was not written.
+        parts = tl.load(at, mask=(lse > float("-inf"))[:, None], other=0.0)
+        out = tl.sum(parts * weights[:, None], 0)
+        tl.store(out_ptr + sequence * out_stride + head * SIZE + features, out.to(out_ptr.dtype.element_ty))
 
 
 def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None = None, below: int = 0) -> None:
@@ -47,7 +50,9 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
     With `lengths` [B] only sequences with a length under `below` are merged. Splits and V are powers of two.
     """
     num_sequences, heads, splits, size = parts.shape
-    _merge[(num_sequences, heads)](
+    # Most programs have nothing to merge where few sequences are short, and starting them is what costs.
+    per_program = 1 if lengths is None else 16
+    _merge[(num_sequences, triton.cdiv(heads, per_program))](
         parts,
         lse,
         out,
@@ -57,6 +62,7 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
         SPLITS=splits,
         HEADS=heads,
         SIZE=size,
+        PER_PROGRAM=per_program,
         ONLY_SHORT=lengths is not None,
         num_warps=4 if splits * size > 512 else 1,
         launch_pdl=True,

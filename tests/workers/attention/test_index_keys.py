@@ -8,6 +8,9 @@ from kvtransfer.layout import PageFormat
 from workers.attention.index_keys import gather_pages, index_key_region, quantize_rows, write_pages
 from workers.attention.index_tools import PAGE, QuantizedQueries, TorchScores, choose_torch
 from workers.attention.indexer import index_scores, select
+from workers.attention.interface import AttentionBatch, GroupMetadata, KvCache
+from workers.attention.mla_interface import INDEX_KEYS, LATENTS, IndexQueries, MlaProblem
+from workers.attention.mla_reference import ReferenceMla
 
 SIZE = 128
 
@@ -108,3 +111,43 @@ def test_choices_are_slots(topk: int) -> None:
         assert chosen[row].tolist() == slots + [-1] * (topk - count)
     one = choose_torch(scores.clone(), asked.lengths, asked.table[:1] * 2, topk)
     assert torch.equal(one[0], chosen[0])
+
+
+def test_the_reference_reads_what_it_wrote_in_fp8() -> None:
+    """As it does rows that hold the same numbers, for a prompt whose tokens choose, and a single token after it."""
+    generator = torch.Generator().manual_seed(4)
+    block, layers, layer, blocks = 8, 2, 1, 6
+    problem = MlaProblem(
+        num_heads=3, latent_size=16, rope_size=8, block_size=block, dtype=torch.float32, scale=0.2, index_topk=6
+    )
+    caches = [
+        KvCache({LATENTS: torch.zeros(blocks, layers, block, 24), INDEX_KEYS: keys})
+        for keys in (
+            torch.zeros(blocks, layers, block * (SIZE + 4), dtype=torch.uint8),
+            torch.zeros(blocks, layers, block, SIZE),
+        )
+    ]
+    table = torch.tensor([[4, 2, 5]])
+    for cached, new in ((0, 19), (19, 1)):
+        positions = torch.arange(cached, cached + new)
+        slots = table[0, positions // block] * block + positions % block
+        batch = AttentionBatch(
+            num_sequences=1,
+            num_decodes=int(new == 1),
+            query_lens=[new],
+            query_starts=[0, new],
+            context_lens=[cached + new],
+            positions=positions,
+            groups=(GroupMetadata(table, slots),),
+            logits_rows=torch.empty(0, dtype=torch.int64),
+        )
+        keys, latents, queries = (torch.randn(new, size, generator=generator) for size in (SIZE, 24, 3 * 24))
+        asked = IndexQueries(torch.randn(new, 4, SIZE, generator=generator), torch.randn(new, 4, generator=generator))
+        values, scales = quantize_rows(keys)
+        seen: list[Tensor] = []
+        for cache, written in zip(caches, (keys, values.float() * scales[:, None]), strict=True):
+            step = ReferenceMla(problem).begin(batch, 0, cache)
+            step.write(layer, latents, written)
+            seen.append(step.generate(layer, queries.view(new, 3, 24), asked))
+        assert torch.equal(seen[0], seen[1]) and seen[0].shape == (new, 3, 16)
+    assert not caches[0].pages(INDEX_KEYS)[:, 0].any()
