@@ -53,4 +53,5 @@ class ChosenRows:
         indices into `rows`, -1 read as 0 -> out [P, H, L], contiguous."""
         torch.clamp(chosen, min=0, out=self._chosen)
         latent = q.shape[2]
-        self._wrapper.run(q, q_rope, rows[:, None, :latent], rows[:, None, latent:], out=out)
+        pages = rows.unsqueeze(1)
+        self._wrapper.run(query=(q, q_rope), kv_cache=(pages[..., :latent], pages[..., latent:]), out=out)
