@@ -18,6 +18,7 @@ from deploy.caller import Caller
 from deploy.chat_template import ChatPrompt
 from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
+from deploy.encoder_prompt import check_fields, with_decoder
 from deploy.generation import Generation, Prompt
 from deploy.openai_answers import Text, Tokens
 from deploy.openai_errors import UnknownModel
@@ -60,14 +61,18 @@ class ApiService:
 
     async def complete(self, body: CompletionRequest, tally: Tally, caller: Caller = _NOBODY) -> Generation:
         self._check_model(body.model)
+        check_fields(body, self.model)
         prompts = [
             await self._prompt(prompt, "prompt", with_text=body.echo, add_special_tokens=body.add_special_tokens)
             for prompt in body.prompts
         ]
+        if self.model.encoder is not None:
+            prompts = await with_decoder(body, prompts, self.model, self.tokenizer)
         return await self._generation(body, prompts, body.max_tokens, "prompt", tally, None, caller)
 
     async def chat(self, body: ChatRequest, tally: Tally, caller: Caller = _NOBODY) -> Generation:
         self._check_model(body.model)
+        self._check_decoder("messages")
         prompt = ChatPrompt(
             messages=body.messages,
             tools=body.tools if may_call(body) else (),
@@ -84,6 +89,7 @@ class ApiService:
 
     async def embed(self, body: EmbeddingRequest, tally: Tally, caller: Caller = _NOBODY) -> Embeddings:
         self._check_model(body.model)
+        self._check_decoder("input")
         size = self.model.hidden_size
         if body.dimensions is not None and body.dimensions != size:
             raise InvalidRequest(
@@ -170,7 +176,8 @@ class ApiService:
                 follows = sample > 0
                 request = RouterRequest(
                     request_id=uuid4().hex if follows else leader_id,
-                    prompt_token_ids=prompt.token_ids,
+                    prompt_token_ids=prompt.continued,
+                    encoder_token_ids=prompt.encoded,
                     sampling=replace(first, sample=sample, num_prompt_logprobs=None) if follows else first,
                     priority=body.priority,
                     deadline_s=deadline_s,
@@ -211,6 +218,7 @@ class ApiService:
         if limit is not None and num_tokens > limit:
             raise RequestTooLong(f"{param}: {num_tokens} tokens are over the limit of {limit}; shorten it", param)
         key.check(num_tokens, param)
+        num_tokens = len(prompt.continued)
         left = longest - num_tokens
         if left < 1:
             raise RequestTooLong(
@@ -242,6 +250,11 @@ class ApiService:
         if name is not None and name != self.model.name:
             shown = name if len(name) <= 80 else name[:80] + "…"
             raise UnknownModel(f"the model {shown!r} does not exist; use {self.model.name!r}", "model")
+
+    def _check_decoder(self, param: str) -> None:
+        if self.model.encoder is not None:
+            told = f"{param}: {self.model.name!r} reads its prompts with an encoder; use /v1/completions"
+            raise InvalidRequest(told, param)
 
     def _tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:

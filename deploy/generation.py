@@ -22,6 +22,16 @@ class Prompt:
 
     text: str
     token_ids: tuple[int, ...]
+    decoder_token_ids: tuple[int, ...] = ()
+    """What the answer goes on from, where an encoder reads `token_ids`."""
+
+    @property
+    def continued(self) -> tuple[int, ...]:
+        return self.decoder_token_ids or self.token_ids
+
+    @property
+    def encoded(self) -> tuple[int, ...]:
+        return self.token_ids if self.decoder_token_ids else ()
 
 
 class Generation:

@@ -36,6 +36,15 @@ class RouteReport(BaseModel):
     chunks: int
     skipped_blocks: int
     """Of the prompt, that nobody computed: they were in the cache of the worker that computed the rest, or fetched."""
+    encoded_by: str | None = None
+    """Whose encoder read the prompt; None: no encoder, or its output was in the decode worker's cache."""
+    encoder_tokens: int = 0
+    """0: the model has no encoder."""
+    encoded_blocks: int = 0
+    """Of its output, moved to the decode worker."""
+    encoded_bytes: int = 0
+    encode_ms: float = 0.0
+    """Until they were there."""
     fetched_from: str | None = None
     """The worker whose cache was asked for blocks; None: none was."""
     fetched_blocks: int

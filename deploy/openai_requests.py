@@ -3,7 +3,8 @@
 Every parameter that OpenAI documents is done, accepted because it changes nothing here, or refused by name; any
 other is unknown. Fields of our own: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, bad_words,
 ignore_eos, include_stop_str_in_output, prompt_logprobs, priority, timeout_s, add_special_tokens, return_token_ids
-(the ids beside the text), cache_salt and return_route (what happened to the request, in `usage.sluice`).
+(the ids beside the text), cache_salt and return_route (what happened to the request, in `usage.sluice`). Of models with
+an encoder: decoder_prompt, source_language, target_language.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from deploy.request_fields import (
     Body,
     CacheSalt,
     Count,
+    DecoderPrompt,
     Int31,
     JsonObject,
+    Language,
     Prompts,
     Stops,
     TokenIds,
@@ -102,6 +105,9 @@ class CompletionRequest(SamplingRequest):
     logprobs: _NumLogprobs | None = None
     suffix: Annotated[Literal[""], only("", "text is not inserted before a suffix; remove it")] = ""
     add_special_tokens: bool = True
+    decoder_prompt: DecoderPrompt | None = None
+    source_language: Language | None = None
+    target_language: Language | None = None
 
     @property
     def prompts(self) -> list[str | TokenIds]:

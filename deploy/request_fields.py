@@ -170,6 +170,19 @@ BadWords = Annotated[
     ),
 ]
 
+
+def _decoder_prompt(value: object) -> object:
+    if isinstance(value, str) or (isinstance(value, list) and value and is_token_ids(value)):
+        return value
+    raise ValueError("a text, or a list of token ids that is not empty; send one of these")
+
+
+DecoderPrompt = Annotated[
+    str | TokenIds,
+    PlainValidator(_decoder_prompt),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TOKEN_IDS_SCHEMA]}),
+]
+Language = Annotated[str, Field(min_length=1, max_length=40)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 Int31 = Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]
 Count = Annotated[int, Field(ge=1, lt=MAX_TOKEN_ID)]

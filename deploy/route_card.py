@@ -19,6 +19,8 @@ def render(route: RouteReport, *, ttft_ms: float, itl_ms: float | None) -> Panel
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(overflow="fold")
     rows.add_row("plan", _plan(route))
+    if route.encoder_tokens:
+        rows.add_row("encode", _encoded(route))
     if route.prefill is not None:
         rows.add_row("prefill", _worker(route.prefill))
     rows.add_row("decode", _worker(route.decode))
@@ -95,6 +97,15 @@ def _computed(route: RouteReport) -> str:
     if route.attempts > 1:
         extra += f"; attempt {route.attempts}"
     return f"in {_count(route.chunks, 'chunk')}{where}{extra}"
+
+
+def _encoded(route: RouteReport) -> str:
+    tokens = _count(route.encoder_tokens, "token")
+    if route.encoded_by is None:
+        return f"{tokens}, found in the cache of {route.decode.name}"
+    blocks = _count(route.encoded_blocks, "block")
+    moved = f", {blocks}, {size(route.encoded_bytes)} in {route.encode_ms:.1f} ms" if route.encoded_blocks else ""
+    return f"{tokens} read by {route.encoded_by}{moved}"
 
 
 def _fetched(route: RouteReport) -> str:

@@ -56,7 +56,7 @@ class Entrance:
             client=request.client,
             weight=request.weight,
             priority=request.priority,
-            num_tokens=len(request.prompt_token_ids),
+            num_tokens=len(request.prompt_token_ids) + len(request.encoder_token_ids),
             within_s=within_s,
         )
         try:

@@ -37,10 +37,10 @@ FIELDS = {
     "CompletionChoice": "finish_reason index logprobs prompt_logprobs text token_ids",
     "CompletionLogprobs": "text_offset token_logprobs tokens top_logprobs",
     "CompletionRequest": """
-        add_special_tokens bad_words best_of cache_salt echo frequency_penalty ignore_eos include_stop_str_in_output
-        logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt prompt_logprobs
-        repetition_penalty return_route return_token_ids seed stop stop_token_ids stream stream_options suffix
-        temperature timeout_s top_k top_p user
+        add_special_tokens bad_words best_of cache_salt decoder_prompt echo frequency_penalty ignore_eos
+        include_stop_str_in_output logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority
+        prompt prompt_logprobs repetition_penalty return_route return_token_ids seed source_language stop
+        stop_token_ids stream stream_options suffix target_language temperature timeout_s top_k top_p user
     """,
     "DetokenizeRequest": "model tokens",
     "Embedding": "embedding index object",
@@ -62,7 +62,8 @@ FIELDS = {
     "PromptDetails": "cached_tokens",
     "ResponseFormat": "json_schema type",
     "RouteReport": """
-        attempts blocks bytes chunks decode decode_prefix_hit_tokens fetch_ms fetched_blocks fetched_bytes fetched_from
+        attempts blocks bytes chunks decode decode_prefix_hit_tokens encode_ms encoded_blocks encoded_by encoded_bytes
+        encoder_tokens fetch_ms fetched_blocks fetched_bytes fetched_from
         gb_per_s itl_ms local_prefill plan preemptions prefill prefill_ms prefill_prefix_hit_tokens prefix_hit_tokens
         prompt_tokens queue_ms recomputed_tokens request_id skipped_blocks spare_used transfer_ms transport ttft_ms
     """,

@@ -53,6 +53,16 @@ def shown(renderable: RenderableType, width: int = 80) -> str:
     return console.file.getvalue()
 
 
+def test_an_encoder_has_a_row() -> None:
+    fetched = report(encoded_by="encode-1", encoder_tokens=40, encoded_blocks=3, encoded_bytes=9_000, encode_ms=2.5)
+    assert "40 tokens read by encode-1, 3 blocks, 9.0 kB in 2.5 ms" in shown(
+        route_card.render(fetched, ttft_ms=1.0, itl_ms=None)
+    )
+    cached = report(encoder_tokens=1)
+    assert "1 token, found in the cache of decode-0" in shown(route_card.render(cached, ttft_ms=1.0, itl_ms=None))
+    assert "encode" not in shown(route_card.render(report(), ttft_ms=1.0, itl_ms=None))
+
+
 def test_a_disaggregated_route() -> None:
     text = shown(route_card.render(report(), ttft_ms=123.4, itl_ms=6.28))
     assert max(map(len, text.splitlines())) <= 80

@@ -18,13 +18,14 @@ from tests.support.routing import Stage
 from tests.support.scripted_worker import FOREVER
 
 ATTEMPT = (
-    "attempt block_size candidates decode fetches_from follows held_blocks local_reason num_tokens num_ways prefill "
-    "spare ways"
+    "attempt block_size candidates decode encode encode_spare fetches_from follows held_blocks local_reason "
+    "num_tokens num_ways prefill spare ways"
 )
 OUTCOME = (
-    "blocks bytes decode decode_prefix_hit_tokens fetch_ms fetched_blocks fetched_bytes fetched_from local_prefill "
-    "preemptions prefill prefill_ms prefill_prefix_hit_tokens queue_ms recomputed_tokens skipped_blocks spare_used "
-    "transfer_ms"
+    "blocks bytes decode decode_prefix_hit_tokens encode_ms encoded_blocks encoded_by encoded_bytes "
+    "encoder_tokens encoders_lost fetch_ms fetched_blocks fetched_bytes fetched_from local_prefill "
+    "preemptions prefill prefill_ms prefill_prefix_hit_tokens queue_ms recomputed_tokens skipped_blocks "
+    "spare_used transfer_ms"
 )
 
 

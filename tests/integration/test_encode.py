@@ -7,12 +7,18 @@ import asyncio
 import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import httpx
 import pytest
 
+from cluster.log import Log
 from cluster.request import SamplingParams
+from deploy.api_service import ApiService
+from deploy.openai_api import create_app
+from deploy.served_model import ServedModel
 from tests.support.checkpoints import checkpoint
 from tests.support.encoder_decoders import Text, judge, texts
 from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
@@ -60,6 +66,25 @@ class Scene:
         return answers
 
 
+async def over_http(cluster: PlainCluster, body: dict[str, object]) -> dict[str, Any]:
+    """What a front door over the cluster's router answers."""
+    config = cluster.config
+    service = ApiService(
+        router=cluster.router,
+        tokenizer=None,
+        model=replace(ServedModel.read(config), name="t5"),
+        http=config.http,
+        limits=config.limits,
+        metrics=cluster.metrics,
+        log=Log.open("ingress", config.log),
+    )
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://sluice", timeout=60) as client:
+        answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @contextmanager
 def running(family: str, *, encode: int = 1, prefill: int = 0, decode: int = 1, **more: object) -> Iterator[Scene]:
     pools = {"encode": encode, "prefill": prefill, "decode": decode}
@@ -105,6 +130,13 @@ def test_encode_prefill_decode() -> None:
         assert [answer.route.encoded.blocks > 0 for answer in salted] == [True, False, True, False, False]
         assert await stage.cluster.total(READ) == read + 2 * len(longest.source)
         assert len({tuple(answer.token_ids) for answer in salted}) == 1
+
+        text = wanted[-1]
+        asked = {"prompt": list(text.source), "decoder_prompt": list(text.prompt), "max_tokens": NUM_TOKENS}
+        shown = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "return_route": True}
+        told = await over_http(stage.cluster, {**asked, **shown, "model": "t5"})
+        assert told["choices"][0]["token_ids"] == answers[-1].token_ids
+        assert told["usage"]["sluice"]["encoder_tokens"] == told["usage"]["prompt_tokens"] == len(text.source)
 
     with running("t5", prefill=1) as stage:
         stage.play(scene(stage))
@@ -160,9 +192,9 @@ def test_families(family: str) -> None:
         await asyncio.gather(*hurried)
         assert await stage.cluster.total("sluice_engine_preemptions_total") > 0
 
-    few = {"kv.num_blocks": 24}
+    few: dict[str, Any] = {"kv.num_blocks": 24}
     with running(family, **few) as stage:
         stage.play(scene(stage))
-    one = {"pools": {"all": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}}
+    one: dict[str, Any] = {"pools": {"all": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}}
     with running(family, **few, **one) as stage:
         stage.play(scene(stage))

@@ -22,7 +22,7 @@ from cluster.words_thread import WordsThread
 from deploy.api_keys import ApiKeys
 from deploy.openai_api import ApiService, create_app
 from deploy.quota import Quotas
-from deploy.served_model import ServedModel
+from deploy.served_model import ServedEncoder, ServedModel
 from deploy.tokenizer import Tokenizer
 from router.router import Router
 from tests.support.scripted_worker import ScriptedWorker, membership
@@ -74,6 +74,7 @@ def front_door(
     max_model_len: int = 512,
     api_keys: ApiKeys | None = None,
     limits: LimitsConfig | None = None,
+    encoder: ServedEncoder | None = None,
     **router: Any,
 ) -> Iterator[FrontDoor]:
     """uvicorn in a thread of its own, its router on the same loop."""
@@ -94,7 +95,9 @@ def front_door(
                 block_size=4,
             ),
             tokenizer=tokenizer,
-            model=ServedModel(name="tiny", max_model_len=max_model_len, vocab_size=vocab_size, created=1),
+            model=ServedModel(
+                name="tiny", max_model_len=max_model_len, vocab_size=vocab_size, created=1, encoder=encoder
+            ),
             http=HttpConfig(request_timeout_s=60),
             limits=limits,
             metrics=metrics,
