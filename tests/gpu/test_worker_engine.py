@@ -154,6 +154,27 @@ def test_blocks_freed_in_flight_are_nobodys_destination_before_their_step_has_en
         executor.stop()
 
 
+def test_what_a_chunk_wrote_is_there_when_it_is_told(parts: Assembly) -> None:
+    """Also of a step that draws nothing: a ticket leaves then, and another process reads."""
+    driven, stream = driver(parts), torch.cuda.Stream()
+    sequence = driven.add(prompt(Random(8), 6 * BLOCK_SIZE), max_tokens=1)
+    seen: list[torch.Tensor] = []
+    (regions,) = parts.pool.regions
+    for region in regions:
+        region.zero_()
+    while driven.engine.has_work:
+        torch.cuda._sleep(20_000_000)  # some 10 ms before each step begins
+        outcome = driven.step()
+        if outcome is not None and outcome.chunks:
+            with torch.cuda.stream(stream):
+                seen.append(regions[0].any(dim=1).any(dim=1).sum())
+            stream.synchronize()
+    assert sequence.is_finished
+    counts = [int(each) for each in seen]
+    assert len(counts) == 3 and counts[0] >= 2 and counts[1] >= 4 and counts[2] >= 6
+    parts.blocks.clear_cache()
+
+
 def test_a_long_random_load_ends_where_it_began(folder: Path) -> None:
     """Arrivals, stops, cancels and preemptions over 2,000 steps: no block is lost, and no memory grows."""
     parts = assembled(folder, **{"kv.num_blocks": 48})

@@ -1,5 +1,5 @@
-"""The steps that need the most memory: run once before the KV pool is there, they show what is left for it, and have
-every kernel compiled and loaded before the first request.
+"""Steps of prompts of many sizes, the largest that the limits allow among them: run once before the KV pool is there,
+they show how much memory is left for it, and have kernels compiled and loaded before the first request.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -19,7 +19,8 @@ from workers.engine.scheduler_limits import SchedulerLimits
 
 
 def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
-    """Prompts alone, then prompts of which one has the longest context cached, then as many draws as there may be.
+    """Small steps first; then prompts alone, prompts of which one has the longest context cached, and as many draws as
+    there may be.
 
     The model's one cache may hold the null block alone: everything is read from and written to it. Raises ConfigError
     when the device's memory does not suffice.
@@ -40,6 +41,10 @@ def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int
 def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
     chunk = min(limits.chunk_tokens, limits.max_batched_tokens, limits.max_model_len)
     count = min(max(1, limits.max_batched_tokens // chunk), limits.max_sequences)
+    for num_tokens in small_sizes(chunk):
+        for cached in {0, min(block_size, limits.max_model_len - num_tokens)}:
+            small = batch_on_null_block([num_tokens], [cached], block_size, device)
+            model.logits(model.forward(torch.arange(num_tokens, device=device) % (limits.vocab_size or 1), small)[-1:])
     query_lens = [chunk] * count
     ids = torch.arange(chunk * count, device=device) % (limits.vocab_size or 1)
     longest = limits.max_model_len - chunk
@@ -62,6 +67,12 @@ def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: tor
             position=zeros,
         ),
     )
+
+
+def small_sizes(largest: int) -> list[int]:
+    """1, 2, 4, … up to `largest`, and the odd numbers between them: kernels are compiled for multiples of 16 apart."""
+    powers = [1 << exponent for exponent in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1) if size <= largest})
 
 
 def batch_on_null_block(
