@@ -8,14 +8,10 @@ VENV = .venv/bin
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
 
-# First what starts no cluster, then the clusters, two at a time. The long form is ARGS=--full.
+# Files side by side, clusters last (tests/conftest.py): more than two of them at a time want more than 8 GB. The long
+# form is ARGS=--full.
 test: setup-test
-ifdef ARGS
-	@$(VENV)/python -m pytest $(ARGS)
-else
-	@$(VENV)/python -m pytest -n auto --maxprocesses 4 -m "not cluster"
-	@$(VENV)/python -m pytest -n 2 -m cluster
-endif
+	@$(VENV)/python -m pytest $(or $(ARGS),-n 2)
 
 # On a machine with an H100 or H200, after `pip install -e '.[gpu,test]'` beside a CUDA build of torch.
 test-gpu:

@@ -188,11 +188,13 @@ def install(extras: Set[str]) -> int:
             return _stop("the environment could not be made", "remove .venv and look at the message above")
         extras = extras | present
         target = "{}[{}]".format(ROOT, ",".join(sorted(extras))) if extras else ROOT
-        command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile"]
+        command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        command += [] if sys.dont_write_bytecode else ["--no-compile"]
         command += ["-c", os.path.join(ROOT, "constraints.txt"), "-e", target]
         if subprocess.call(command, cwd=ROOT) != 0:
             return _stop("pip did not finish", "look at its message above; what it has loaded so far is kept")
-        subprocess.call([python, "-c", COMPILE])
+        if not sys.dont_write_bytecode:
+            subprocess.call([python, "-c", COMPILE])
         with open(os.path.join(VENV, ".sluice-stamp"), "w") as file:
             file.write("{}\n{}\n".format(stamp(ROOT, VENV), " ".join(sorted(extras))))
         print("Set up.", flush=True)

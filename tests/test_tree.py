@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -49,7 +50,12 @@ def python_files(*folders: str) -> list[Path]:
 
 
 ALL = python_files(*ROOMS, "tests", "benchmarks")
-TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(), str(path)) for path in ALL}
+
+
+@cache
+def trees() -> Mapping[str, ast.Module]:
+    """By path; parsed when the first test asks, not whenever tests are collected."""
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(), str(path)) for path in ALL}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -62,7 +68,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def importers(*names: str) -> list[str]:
-    return [path for path, tree in TREES.items() if not set(names).isdisjoint(imports(tree))]
+    return [path for path, tree in trees().items() if not set(names).isdisjoint(imports(tree))]
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -72,7 +78,7 @@ def calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {path.partition("/")[0] for path in TREES} >= {*ROOMS, "tests"}
+    assert {path.partition("/")[0] for path in trees()} >= {*ROOMS, "tests"}
 
 
 def test_no_file_is_over_400_lines() -> None:
@@ -82,7 +88,7 @@ def test_no_file_is_over_400_lines() -> None:
 
 def test_files_are_nouns() -> None:
     vague = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
-    assert [path for path in TREES if Path(path).stem in vague] == []
+    assert [path for path in trees() if Path(path).stem in vague] == []
 
 
 def test_only_one_file_imports_nixl() -> None:
@@ -97,7 +103,7 @@ def test_nothing_is_pickled() -> None:
     assert importers("pickle", "cloudpickle", "dill", "marshal", "shelve") == []
     loads = [
         f"{path}:{line}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for line, name in calls(tree)
         if name in ("torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load")
     ]
@@ -107,7 +113,7 @@ def test_nothing_is_pickled() -> None:
 def test_tests_never_sleep() -> None:
     sleeps = [
         f"{path}:{line}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if path.startswith("tests/")
         for line, name in calls(tree)
         if name in ("time.sleep", "sleep")
@@ -118,7 +124,7 @@ def test_tests_never_sleep() -> None:
 def test_no_bare_except() -> None:
     bare = [
         f"{path}:{node.lineno}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ExceptHandler) and node.type is None
     ]
@@ -137,7 +143,7 @@ def test_the_environment_is_read_at_the_edges_only() -> None:
     )
     readers = [
         f"{path}:{node.lineno}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if not path.startswith(allowed)
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
@@ -223,4 +229,4 @@ def _plain(name: str) -> str:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_each_room_says_what_it_is(room: str) -> None:
-    assert ast.get_docstring(TREES[f"{room}/__init__.py"])
+    assert ast.get_docstring(trees()[f"{room}/__init__.py"])
