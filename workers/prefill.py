@@ -109,6 +109,7 @@ class PrefillStage:
                 forced=self._forced,
                 stop_after_first=True,
             )
+            self._scheduler.check(sequence)
         except RequestError as error:
             self._refuse(session, key, ask.ask, error)
             return

@@ -12,6 +12,7 @@ sluice_cluster_wanted_workers gauge pool
 sluice_cluster_workers gauge pool,state
 sluice_engine_batch_sequences histogram
 sluice_engine_computed_tokens counter
+sluice_engine_encoder_tokens counter
 sluice_engine_failures counter stage,reason
 sluice_engine_handovers counter
 sluice_engine_local_prefills counter reason
@@ -49,6 +50,7 @@ sluice_router_expected_hit_tokens counter stage
 sluice_router_found_hit_tokens counter stage
 sluice_router_indexed_blocks gauge
 sluice_transfer_bytes counter transport,peer
+sluice_transfer_encoder_outputs counter outcome
 sluice_transfer_fetched_tokens counter
 sluice_transfer_fetches counter outcome
 sluice_transfer_lent_blocks counter

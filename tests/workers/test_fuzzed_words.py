@@ -27,8 +27,18 @@ from workers.assembly import WorkerSettings
 from workers.worker import Worker
 
 IDS = ("a", "b", "c", "d", "")
-ASKED = ("submit", "cancel", "kv_request", "release", "held_request", "ticket", "kv_failed", "block_query")
-MESSAGES = 20  # of one session
+ASKED = (
+    "submit",
+    "cancel",
+    "kv_request",
+    "encode_request",
+    "release",
+    "held_request",
+    "ticket",
+    "kv_failed",
+    "block_query",
+)
+MESSAGES = 20  # of one session, in the middle: short ones live to their end
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 
 
@@ -157,7 +167,7 @@ def attack(member: Member, seeds: range) -> int:
         kind = random.choice((pb.INGRESS, pb.WORKER, pb.TOOL))
         with raw_stream(member.address) as raw:
             raw.shake(identity(f"fuzzer-{seed}", kind=kind))
-            for _ in range(MESSAGES):
+            for _ in range(random.randrange(2 * MESSAGES)):
                 raw.write(drawn(random, member))
             raw.write(pb.Frame(admin_request=pb.AdminRequest(id=seed + 1, load=True)).SerializeToString())
             with suppress(grpc.RpcError, StopIteration):
@@ -186,12 +196,12 @@ def survives(member: Member, crashes: list[BaseException], seeds: range) -> int:
 
 
 def test_a_worker_bears_whatever_is_asked_of_it(member: Member, crashes: list[BaseException]) -> None:
-    """1,000 messages in 50 sessions."""
+    """Some 1,000 messages in 50 sessions."""
     assert survives(member, crashes, range(50)) > 0
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_long_form(member: Member, crashes: list[BaseException]) -> None:
-    """40,000 messages in 2,000 sessions."""
+    """Some 40,000 messages in 2,000 sessions."""
     assert survives(member, crashes, range(1000, 3000)) > 0
