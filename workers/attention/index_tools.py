@@ -22,6 +22,7 @@ PAGE = 64  # tokens, of DeepGEMM's pages
 MAX_CHOSEN = 2048  # by FlashInfer, under CUDA graphs
 DEEP_GEMM = "deep_gemm"
 TOPK = "flashinfer_topk"  # a module of FlashInfer's that takes half an hour to build, and is used when it is there
+_BUILD = "is not built, which flashinfer.jit.topk.gen_topk_module().build_and_load() does in half an hour"
 
 
 class QuantizedQueries(NamedTuple):
@@ -166,12 +167,15 @@ class IndexTools:
 
 def lacking_tools(environment: Environment, num_heads: int, topk: int) -> tuple[tuple[str, str], ...]:
     """The fast tools that an indexer does without here, each with the reason."""
-    reasons: dict[str, str | None] = {
-        DEEP_GEMM: environment.lacks("deep_gemm")
-        if num_heads in (32, 64)
-        else f"scores 32 or 64 index heads, not {num_heads}",
-        TOPK: (environment.lacks("flashinfer") or environment.lacks(TOPK))
-        if topk <= MAX_CHOSEN
-        else f"chooses at most {MAX_CHOSEN} rows, not {topk}",
-    }
-    return tuple((name, reason) for name, reason in reasons.items() if reason is not None)
+    if num_heads not in (32, 64):
+        no_scores = f"scores 32 or 64 index heads, not {num_heads}"
+    else:
+        no_scores = environment.lacks(DEEP_GEMM)
+    if topk > MAX_CHOSEN:
+        no_choice = f"chooses at most {MAX_CHOSEN} rows, not {topk}"
+    elif TOPK not in environment.disabled and TOPK not in dict(environment.libraries):
+        no_choice = environment.lacks("flashinfer") or _BUILD
+    else:
+        no_choice = environment.lacks("flashinfer") or environment.lacks(TOPK)
+    found = ((DEEP_GEMM, no_scores), (TOPK, no_choice))
+    return tuple((name, reason) for name, reason in found if reason is not None)
