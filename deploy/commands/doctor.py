@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import TransferConfig
+from cluster.config import SluiceConfig, TransferConfig
+from cluster.engine_config import EngineConfig
 from cluster.errors import ConfigError, SluiceError
 from deploy import preflight
 from deploy.commands.options import add_config, add_model, config_of
+
+if TYPE_CHECKING:
+    from workers.attention.interface import AttentionProblem
+    from workers.attention.mla_interface import MlaProblem
 
 HELP = "check this machine: versions, what is chosen and why, real transfer rate between two processes"
 
@@ -33,13 +40,14 @@ def run(options: argparse.Namespace) -> int:
     table = Table(box=None, show_header=False, padding=(0, 2))
     _show_machine(table)
     _show_versions(table)
-    _show_choices(table)
     problems = [
         f"{problem.reason}: {problem.remedy}" for problem in preflight.problems(preflight.probe(), installed=True)
     ]
-    transfer = _transfer_config(options, table, problems)
+    config = _config(options, table, problems)
+    _show_choices(table, config, problems)
+    _show_transport(table)
     if not options.no_transfer:
-        _show_rate(table, transfer, problems)
+        _show_rate(table, TransferConfig() if config is None else config.transfer, problems)
     console.print(table)
     for problem in problems:
         console.print(f"[red]problem[/red]  {problem}", highlight=False)
@@ -66,38 +74,90 @@ def _show_versions(table: Table) -> None:
     table.add_row("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
 
 
-def _show_choices(table: Table) -> None:
-    import torch
-
-    from workers.attention.environment import Environment
-    from workers.attention.interface import AttentionProblem
+def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]) -> None:
+    """What this machine computes with, and why: for the config's model, else for shapes that are often served."""
+    from workers.attention.environment import Environment, choose_device
     from workers.attention.resolver import resolve
 
-    environment = Environment.probe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    problem = AttentionProblem(
-        kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16, scale=128**-0.5
-    )
+    engine = EngineConfig() if config is None else config.engine
+    num_gpus = 0.0 if config is None else max(pool.gpus for pool in config.pools.values())
     try:
-        choice = str(resolve(problem, environment))
+        choice = choose_device(engine.device, num_gpus=num_gpus, strict=engine.strict)
     except ConfigError as error:
-        choice = str(error)
-    table.add_row("chosen", choice)
+        problems.append(str(error))
+        return
+    environment = Environment.probe(choice.device, disabled=engine.disabled, strict=engine.strict)
+    table.add_row("computes on", f"{choice.device}: {choice.reason}")
+    table.add_row("environment", str(environment))
+    is_overlapped = choice.device.type == "cuda" if engine.overlap is None else engine.overlap
+    table.add_row("steps", "the next one prepared while one runs" if is_overlapped else "one after the other")
+    for name, problem in _problems(config, problems):
+        try:
+            chosen = resolve(problem, environment)
+        except ConfigError as error:
+            if config is not None:
+                problems.append(str(error))
+            table.add_row(name, str(error))
+        else:
+            graphs = "; decode steps as CUDA graphs" if chosen.replays and engine.cuda_graphs else ""
+            table.add_row(name, f"{chosen}{graphs}")
+
+
+def _problems(config: SluiceConfig | None, problems: list[str]) -> Iterator[tuple[str, AttentionProblem | MlaProblem]]:
+    import torch
+
+    from workers.attention.interface import AttentionProblem
+    from workers.attention.mla_interface import MlaProblem
+    from workers.models.loader import outline
+
+    if config is None:
+        bf16 = torch.bfloat16
+        yield (
+            "Llama 8B",
+            AttentionProblem(
+                kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, block_size=64, dtype=bf16, scale=128**-0.5
+            ),
+        )
+        yield (
+            "DeepSeek V3",
+            MlaProblem(
+                num_heads=128,
+                latent_size=512,
+                rope_size=64,
+                nope_size=128,
+                value_size=128,
+                block_size=64,
+                dtype=bf16,
+                scale=192**-0.5,
+            ),
+        )
+        return
+    model = config.model
+    try:
+        outlined = outline(model.path, dtype=model.dtype, load_format=model.load_format)
+    except SluiceError as error:
+        problems.append(str(error))
+        return
+    yield outlined.spec.architecture, outlined.attention_problem(config.kv.block_size)
+
+
+def _show_transport(table: Table) -> None:
     infiniband = Path("/sys/class/infiniband")
     rdma = infiniband.is_dir() and any(infiniband.iterdir())
     table.add_row("transport", "nixl over UCX; " + ("RDMA found" if rdma else "no RDMA: shared memory, CMA or TCP"))
 
 
-def _transfer_config(options: argparse.Namespace, table: Table, problems: list[str]) -> TransferConfig:
-    """Of the config, if one is named: a doctor looks at a machine without a model too."""
+def _config(options: argparse.Namespace, table: Table, problems: list[str]) -> SluiceConfig | None:
+    """If one is named: a doctor looks at a machine without a model too."""
     if options.config is None and options.model is None and not options.overrides:
-        return TransferConfig()
+        return None
     try:
         config = config_of(options)
     except ConfigError as error:
         problems.append(str(error))
-        return TransferConfig()
+        return None
     table.add_row("config", f"{config.name}: {', '.join(f'{n} × {p.workers}' for n, p in config.pools.items())}")
-    return config.transfer
+    return config
 
 
 def _show_rate(table: Table, config: TransferConfig, problems: list[str]) -> None:

@@ -38,7 +38,7 @@ def prompts(count: int, seed: int, *, low: int = 100, high: int = 160) -> list[l
 
 
 class Served:
-    """A cluster for all tests of a family."""
+    """A cluster for all tests of a family; of one of them the workers prepare the next step while one runs."""
 
     def __init__(self, family: str, cluster: PlainCluster, runner: asyncio.Runner) -> None:
         self.family = family
@@ -60,7 +60,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=["llama", "deepseek-v32"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    settings = {**SETTINGS, "model.path": str(checkpoint(request.param))}
+    settings = {**SETTINGS, "model.path": str(checkpoint(request.param)), "engine.overlap": request.param == "llama"}
     with running_cluster(settings, prefill=2, decode=2) as (cluster, runner):
         yield Served(request.param, cluster, runner)
 

@@ -17,8 +17,10 @@ from cluster.hashing import HASH_BYTES
 from cluster.log import Log
 from workers.layers.linear import Embedding, Linear
 from workers.models.checkpoint import Checkpoint, read_json
+from workers.models.deepseek import DeepseekForCausalLM
 from workers.models.encoder_decoder import FORCED_KEYS, EncoderDecoderModel, ForcedTokens
 from workers.models.fields import ConfigFields
+from workers.models.grouped_query import GqaForCausalLM
 from workers.models.model import DTYPES, CausalModel, ModelSpec
 from workers.models.quantization import SCALE_SUFFIX, STORED, BlockFp8, read_quantization
 from workers.models.registry import find_model
@@ -54,8 +56,33 @@ def load(
     Raises CheckpointError naming file, tensor or key, and the remedy.
     """
     folder = Path(path)
+    config = read_json(folder / "config.json")
+    model, checkpoint, quantization = _outline(folder, config, dtype, load_format)
+    if checkpoint is None:
+        weights, ignored, identity = _dummy(model, dummy_seed, device), (), _dummy_identity(dummy_seed, device)
+    else:
+        weights, ignored = _stored(model, checkpoint, model.spec, quantization)
+        if device != CPU:
+            weights = {name: weight.to(device) for name, weight in weights.items()}
+        identity = checkpoint.identity()
+    if ignored:
+        log = log or Log(logging.getLogger("sluice.models"))
+        log.info("tensors not computed with", model=str(folder), reason=f"drafts, derived or tied: {_some(ignored)}")
+    model.load_state_dict(weights, assign=True)
+    kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
+    return LoadedModel(model.eval(), identity, ignored, json.dumps(kept, sort_keys=True, separators=(",", ":")))
+
+
+def outline(path: str | Path, *, dtype: str = "auto", load_format: str = "auto") -> CausalModel:
+    """The model of a folder, its weights on torch's device "meta": nothing can be computed. Raises as `load`."""
+    folder = Path(path)
+    return _outline(folder, read_json(folder / "config.json"), dtype, load_format)[0]
+
+
+def _outline(
+    folder: Path, config: Mapping[str, object], dtype: str, load_format: str
+) -> tuple[GqaForCausalLM | DeepseekForCausalLM | EncoderDecoderModel, Checkpoint | None, BlockFp8 | None]:
     config_path = folder / "config.json"
-    config = read_json(config_path)
     fields = ConfigFields(config_path, config)
     architecture, model_class = find_model(config.get("architectures"), config_path)
     quantization = read_quantization(fields)
@@ -75,19 +102,7 @@ def load(
             model = model_class.from_fields(
                 fields, architecture=architecture, dtype=resolved, eos_token_ids=eos_token_ids
             )
-    if checkpoint is None:
-        weights, ignored, identity = _dummy(model, dummy_seed, device), (), _dummy_identity(dummy_seed, device)
-    else:
-        weights, ignored = _stored(model, checkpoint, model.spec, quantization)
-        if device != CPU:
-            weights = {name: weight.to(device) for name, weight in weights.items()}
-        identity = checkpoint.identity()
-    if ignored:
-        log = log or Log(logging.getLogger("sluice.models"))
-        log.info("tensors not computed with", model=str(folder), reason=f"drafts, derived or tied: {_some(ignored)}")
-    model.load_state_dict(weights, assign=True)
-    kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
-    return LoadedModel(model.eval(), identity, ignored, json.dumps(kept, sort_keys=True, separators=(",", ":")))
+    return model, checkpoint, quantization
 
 
 def _resolve_dtype(fields: ConfigFields, wanted: str, checkpoint: Checkpoint | None) -> str:
