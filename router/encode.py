@@ -37,8 +37,9 @@ def with_encode(
         return replace(plan, encode=prefill, encode_spare=plan.spare)
     home = at_home(demand.name, encoders)
 
-    def cost(each: Candidate) -> tuple[int, int, str]:
-        return each.queued_encoder_tokens + demand.num_tokens * (each is not home), each.num_requests, each.name
+    def cost(each: Candidate) -> tuple[int, bool, int, str]:
+        away = each is not home
+        return each.queued_encoder_tokens + demand.num_tokens * away, away, each.num_requests, each.name
 
     first, *others = sorted(encoders, key=cost)
     return replace(plan, encode=first, encode_spare=others[0] if others else None)

@@ -195,6 +195,7 @@ class EngineDouble:
         extents: tuple[int | None, ...] = (),
         encoder_tokens: tuple[int, ...] = (),
         params: SamplingParams | None = None,
+        only_encodes: bool = False,
     ) -> Sequence:
         id_ = next(self._ids)
         self.sequences[id_] = seq = Sequence(
@@ -208,6 +209,7 @@ class EngineDouble:
             stop_after_first=stop_after_first,
             extents=extents,
             encoder_input=encoder_input(encoder_tokens) if encoder_tokens else None,
+            only_encodes=only_encodes,
         )
         if encoder_tokens:
             self.rank.inputs[id_] = encoder_tokens

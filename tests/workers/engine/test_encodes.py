@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import ConfigError
-from cluster.request import SamplingParams
+from cluster.errors import ConfigError, RequestTooLong
+from cluster.hashing import chain_root
+from cluster.request import RequestKey, SamplingParams
 from tests.support.engine_builders import EngineDouble, encoder_input, expected_tokens
 from workers.engine.block_manager import BlockCounts, BlockManager, GroupCapacity
 from workers.engine.block_tables import BlockTables
 from workers.engine.capacity import default_fixed_fraction, num_blocks_per_group
-from workers.engine.sequence import Sequence, SequenceStatus
+from workers.engine.sequence import EncoderInput, Sequence, SequenceStatus
 
 INPUTS = [(5,) * 3, (6,) * 8, (7,) * 17, (8,) * 13]  # 1, 2, 5 and 4 blocks
 
@@ -72,6 +73,101 @@ def test_refusals_of_either_group_at_any_step(data: st.DataObject) -> None:
     for seq, expected in cases:
         assert seq.id in aborted or double.emitted[seq.id] == expected
     double.check_empty()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_outputs_that_are_read_elsewhere_or_for_somebody_else(data: st.DataObject) -> None:
+    """Some come from another worker, some are read here, some are wanted by another worker alone, and any may be lost,
+    late or aborted: nobody holds decoder blocks before its output is here, and nothing leaks."""
+    double = engine(num_blocks=14)
+    parked: dict[int, Sequence] = {}  # to be fetched
+    flying: dict[int, Sequence] = {}
+    wanted: list[Sequence] = []
+    asked: list[Sequence] = []
+    answered: list[Sequence] = []
+    expected: dict[int, list[int]] = {}
+    for _ in range(data.draw(st.integers(6, 30))):
+        tokens = data.draw(st.sampled_from(INPUTS))
+        if data.draw(st.booleans()):
+            asked.append(double.sequence([], encoder_tokens=tokens, only_encodes=True))
+            double.scheduler.add(asked[-1])
+        if data.draw(st.booleans()):
+            params = greedy(data.draw(st.integers(1, 6)))
+            seq = double.sequence(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=9)), encoder_tokens=tokens)
+            seq.params = params
+            expected[seq.id] = expected_tokens(seq.tokens, params, 40)
+            wanted.append(seq)
+            if data.draw(st.booleans()):
+                double.scheduler.add(seq)
+            else:
+                parked[seq.id] = seq
+        for seq in list(parked.values()):
+            if not double.scheduler.lacks_output(seq):
+                double.scheduler.add(parked.pop(seq.id))
+            elif (reservation := double.scheduler.reserve_output(seq)) is not None:
+                assert seq.encoder_input is not None and reservation.destination[0] == ()
+                assert len(reservation.destination[1]) == -(-len(seq.encoder_input.tokens) // 4)
+                flying[seq.id] = parked.pop(seq.id)
+        for seq in list(flying.values()):
+            match data.draw(st.sampled_from(["waits", "arrives", "is lost", "is aborted"])):
+                case "arrives":
+                    double.rank.outputs |= dict.fromkeys(seq.block_tables[1], double.rank.inputs[seq.id])
+                    double.scheduler.output_done(seq, is_here=True)
+                    parked[seq.id] = flying.pop(seq.id)
+                case "is lost":
+                    double.scheduler.output_done(seq, is_here=False)
+                    assert seq.block_tables == []
+                    parked[seq.id] = flying.pop(seq.id)
+                case "is aborted":
+                    double.scheduler.abort(flying.pop(seq.id))
+                    wanted.remove(seq)
+        _, outcome = double.step()
+        for seq in outcome.encoded:
+            group, blocks = seq.output_blocks()
+            assert group == 1 and {double.rank.outputs[block] for block in blocks} == {double.rank.inputs[seq.id]}
+        answered += outcome.encoded
+        double.scheduler.check_integrity()
+        for seq in wanted:
+            assert seq.status in (SequenceStatus.RUNNING, SequenceStatus.FINISHED) or not any(seq.block_tables[:1])
+    for seq in (*parked.values(), *flying.values()):
+        if seq.id in flying:
+            double.scheduler.output_done(seq, is_here=False)
+        double.scheduler.add(seq)
+    for outcome in double.run():
+        answered += outcome.encoded
+    assert sorted(seq.id for seq in answered) == [seq.id for seq in asked]
+    assert all(double.emitted[seq.id] == expected[seq.id] for seq in wanted)
+    double.check_empty()
+
+
+def test_outputs_on_their_way_leave_the_reserve_alone_and_come_once() -> None:
+    double = engine(num_fixed_blocks=8)  # a quarter is reserved
+    first, equal, second, third = (
+        double.sequence([1], encoder_tokens=tokens) for tokens in (INPUTS[3], INPUTS[3], INPUTS[1], INPUTS[0])
+    )
+    reservation = double.scheduler.reserve_output(first)
+    assert reservation is not None and len(reservation.raises) == 4
+    assert double.scheduler.reserve_output(equal) is None, "the same output is on its way"
+    assert double.scheduler.reserve_output(second) is not None
+    assert double.scheduler.reserve_output(third) is None, "six of eight blocks are taken"
+    with pytest.raises(RequestTooLong, match=r"7 blocks of group cross, over the 6 blocks that prefill_reserve=0\.25"):
+        double.scheduler.reserve_output(double.sequence([1], encoder_tokens=(5,) * 25))
+    double.scheduler.output_done(first, is_here=True)
+    assert not double.scheduler.lacks_output(equal)
+    for seq in (first, equal, second, third):
+        double.scheduler.abort(seq)
+    double.check_empty()
+
+
+def test_a_chain_has_one_root() -> None:
+    """The encoder input's, which covers a salt: with another one beside it, tenants would share what they may not."""
+    tokens = INPUTS[0]
+    salted = EncoderInput(tokens, chain_root(b"engine tests", salt="s", encoder_tokens=tokens))
+    key, params = RequestKey("r", 1), greedy(2)
+    assert Sequence(1, key, [1], 1, params, arrival=1, encoder_input=salted).chain_root == salted.root
+    with pytest.raises(AssertionError, match="two roots of one chain"):
+        Sequence(1, key, [1], 1, params, arrival=1, encoder_input=salted, chain_root=chain_root(b"x", salt="s"))
 
 
 @pytest.mark.parametrize("taken", [(3, 0), (0, 1), (3, 1)])
