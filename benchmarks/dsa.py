@@ -1,6 +1,6 @@
 """Decoding with a sparse indexer on one GPU, one layer of DeepSeek-V3.2's widths: each part beside its bound.
 
-    python -m benchmarks.dsa [--context 4096 65536] [--batch 64] [--layers 8] [--repeats 20] [--json FILE]
+    python -m benchmarks.dsa [--context 2048 4096 65536] [--batch 64] [--layers 8] [--repeats 20] [--json FILE]
 
 128 heads, query latents of 1536, 64 index heads of 128, 2048 rows chosen; no experts, no output projection. Inputs are
 random, of --layers layers that take turns, each with a cache of its own: nothing that a layer reads was read by the
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.engine_gpu import Ceilings, device_seconds
 from benchmarks.report import Figure, Report, Setting, progress, publish
 from workers.attention.environment import Environment
-from workers.attention.hopper_dsa import HopperDsa, HopperDsaStep
+from workers.attention.hopper_dsa import HopperDsa
 from workers.attention.index_keys import quantize_rows
 from workers.attention.index_tools import IndexTools, QuantizedQueries, lacking_tools
 from workers.attention.interface import AttentionBatch, GroupMetadata, KvCache
@@ -81,6 +81,9 @@ class Layer:
         )
 
 
+Part = tuple[Callable[[int], object], Work]  # of one layer
+
+
 class Decode:
     """A step of single tokens at one context length, and its parts."""
 
@@ -122,20 +125,11 @@ class Decode:
         )
         self._cache = KvCache({LATENTS: pages, INDEX_KEYS: index_pages})
         self._backend = HopperDsa(problem, tools)
-        self.step = self.begin()
+        self.step = self._backend.begin(self._batch, 0, self._cache)
         self.layers = [Layer.draw(batch) for _ in range(num_layers)]
         angles = torch.outer(torch.arange(context, device=CUDA), 1e4 ** -(torch.arange(0, ROPE, 2, device=CUDA) / ROPE))
         self._rotation = RotationTable(angles.cos(), angles.sin())
         self._weight, self._bias = random(INDEX_DIM), random(INDEX_DIM)
-        self.asked = [self.ask(layer) for layer in self.layers]
-        sparse = self.step.sparse
-        assert sparse is not None and sparse.singles is not None, "contexts are longer than what is chosen"
-        self._singles, self._tools = sparse.singles, tools
-        self.scores = [self.score(index) for index in range(num_layers)]
-        self.chosen = [self.choose(index, self.scores[index]) for index in range(num_layers)]
-
-    def begin(self) -> HopperDsaStep:
-        return self._backend.begin(self._batch, 0, self._cache)
 
     def project(self, layer: Layer) -> tuple[Tensor, Tensor]:
         return F.linear(layer.x, layer.of_x), F.linear(layer.latents, layer.of_latents)
@@ -154,6 +148,33 @@ class Decode:
             step.slots,
             index,
         )
+
+    def attend_all(self, index: int) -> Tensor:
+        layer = self.layers[index]
+        return self.step.dense.decode(index, layer.q, layer.q_rope)
+
+    def parts(self) -> dict[str, Part]:
+        """Contexts of up to index_topk are attended whole."""
+        rows, width = self.batch * self.context, LATENT + ROPE
+        queries = 2 * self.batch * HEADS * (width + LATENT)
+        work = Work(2 * rows * width + queries, 2 * rows * HEADS * (width + LATENT))
+        return {
+            "index keys": (self.write, Work(self.batch * (3 * INDEX_DIM + 4))),
+            "attention to all": (self.attend_all, work),
+        }
+
+
+class SparseDecode(Decode):
+    """Of contexts that are longer than what is chosen."""
+
+    def __init__(self, batch: int, context: int, num_layers: int, tools: IndexTools) -> None:
+        super().__init__(batch, context, num_layers, tools)
+        self.asked = [self.ask(layer) for layer in self.layers]
+        sparse = self.step.sparse
+        assert sparse is not None and sparse.singles is not None, "contexts are longer than what is chosen"
+        self._singles, self._tools = sparse.singles, tools
+        self.scores = [self.score(index) for index in range(num_layers)]
+        self.chosen = [self.choose(index, self.scores[index]) for index in range(num_layers)]
 
     def ask(self, layer: Layer) -> QuantizedQueries:
         asked = quantize_queries(layer.queries, layer.weights, self._rotation, self._batch.positions, 0.01)
@@ -178,7 +199,7 @@ class Decode:
         self.asked[index] = self.ask(self.layers[index])
         return self.attend(index, self.step.choose(index, self.asked[index]))
 
-    def parts(self) -> dict[str, tuple[Callable[[int], object], Work]]:
+    def parts(self) -> dict[str, Part]:
         batch, context = self.batch, self.context
         scores = batch * context * 4
         asked = batch * INDEX_HEADS * INDEX_DIM
@@ -223,7 +244,7 @@ def per_layer_us(part: Callable[[int], object], num_layers: int, repeats: int) -
 def measure(
     batch: int, context: int, num_layers: int, repeats: int, tools: IndexTools, ceilings: Ceilings
 ) -> list[Figure]:
-    decode = Decode(batch, context, num_layers, tools)
+    decode = (SparseDecode if context > TOPK else Decode)(batch, context, num_layers, tools)
     figures: list[Figure] = []
     for name, (part, work) in decode.parts().items():
         value = per_layer_us(part, num_layers, repeats)
@@ -240,7 +261,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, nargs="+", default=[4096, 65536])
+    parser.add_argument("--context", type=int, nargs="+", default=[2048, 4096, 65536])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)

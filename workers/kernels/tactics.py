@@ -57,7 +57,7 @@ def decode_tactic(programs: int) -> DecodeTactic:
 def latent_tactic(num_sequences: int, num_heads: int) -> DecodeTactic:
     programs = max(num_sequences, 1) * -(-num_heads // 64)
     if num_heads > 16:
-        return DecodeTactic(num_splits(2 * programs), tile=32, warps=8, stages=2)
+        return DecodeTactic(num_splits(2 * programs), tile=64, warps=8, stages=2)
     return DecodeTactic(num_splits(programs), tile=32, warps=4, stages=3)
 
 
