@@ -4,9 +4,12 @@
                       within `ttft_s`
     need of streams   places and blocks in use / utilization, and more while tokens come slower than `inter_token_s`
 
-A need that stays above the size for `up_after_s` raises it to the least that was needed meanwhile; one that stays
-below for `down_after_s`, with a margin, lowers it to the most. So no size falls within `down_after_s` after any change,
-and no load that stands still moves a size back and forth. Workers on their way count as there: while any are, only what
+A need that stays above the size for `up_after_s` raises it to the least that was needed meanwhile. Its mean over some
+time, where it stays below for `down_after_s`, with a margin, lowers it to the most that this mean was: a prompt keeps a
+worker busy for seconds, so a second in which several are computed at once says little about how many workers are
+needed. Nor does a pool fall back to a size that turned out too small, not long ago, under a load like this one. So no
+size falls within `down_after_s` after any change, and no load that stands still moves a size back and forth, however
+unevenly it comes. Workers on their way count as there: while any are, only what
 must be computed in each second raises a size, not the queues and latencies that they will mend.
 """
 
@@ -18,6 +21,8 @@ from dataclasses import dataclass, replace
 
 from cluster.config import Role
 
+_MEAN_OVER = 1 / 2  # of `down_after_s`: as long as the need lasts that counts for a smaller size
+_OUTGROWN_FOR = 60  # times `down_after_s`: so long is remembered under which load a size was too small
 _DOWN_MARGIN = 0.8  # of the utilization: what a smaller pool may be filled to
 _MAX_STRETCH = 2.0  # of a size, by a latency alone
 _FIRM_SHARE = 0.75  # of a worker: a smaller difference is no reason to change a role
@@ -70,6 +75,18 @@ class Streak:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outgrown:
+    """A size that was too small when this was the mean need."""
+
+    size: int
+    mean_need: float
+    at: float
+
+    def forbids(self, size: int, mean_need: float) -> bool:
+        return size <= self.size and mean_need > _DOWN_MARGIN * self.mean_need
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolState:
     """What one step leaves to the next. `prefill_places`: whose workers compute prompts, the others decode; None: all
@@ -79,6 +96,9 @@ class PoolState:
     prefill_places: frozenset[int] | None = None
     seen_at: float | None = None
     backlog_s: float = 0.0
+    mean_need: float | None = None  # workers
+    raised_at: float | None = None  # where the last change of the size was up
+    outgrown: tuple[Outgrown, ...] = ()
     up: Streak | None = None
     down: Streak | None = None
     shift: Streak | None = None  # of the number of `prefill_places`
@@ -119,7 +139,7 @@ def resize(
 
 def need(state: PoolState, load: PoolLoad, targets: Targets, now: float) -> Need:
     """What the load asks for, whatever the size is."""
-    return Need(_prefill_need(state, load, targets, now), _decode_need(load, targets))
+    return Need(_prefill_need(load, targets, max(0.0, _growth(state, load, now))), _decode_need(load, targets))
 
 
 def _next(state: PoolState, load: PoolLoad | None, limits: PoolLimits, targets: Targets, now: float) -> PoolState:
@@ -129,27 +149,55 @@ def _next(state: PoolState, load: PoolLoad | None, limits: PoolLimits, targets: 
     asked = None
     if load is not None and load.workers:
         asked = need(state, load, targets, now)
-        state = _sized(state, asked, limits, targets, now)
-        state = replace(state, seen_at=now, backlog_s=sum(worker.backlog_s for worker in load.workers))
+        mean_need = _mean_need(state, load, limits, targets, now)
+        state = _sized(state, asked.total, mean_need, limits, targets, now)
+        state = replace(
+            state, mean_need=mean_need, seen_at=now, backlog_s=sum(worker.backlog_s for worker in load.workers)
+        )
     if not limits.switches or state.size < 2:  # one worker alone has both roles
         return replace(state, prefill_places=None, shift=None)
     return _shared_out(state, before, asked, targets, now)
 
 
-def _sized(state: PoolState, asked: Need, limits: PoolLimits, targets: Targets, now: float) -> PoolState:
+def _sized(
+    state: PoolState, asked: float, mean_need: float, limits: PoolLimits, targets: Targets, now: float
+) -> PoolState:
     low, high = limits.min_workers, limits.max_workers
-    wanted = min(max(_whole(asked.total), low), high)
-    enough = min(max(_whole(asked.total / _DOWN_MARGIN), low), high)
+    wanted = min(max(_whole(asked), low), high)
+    outgrown = _remembered(state.outgrown, mean_need, targets, now)
+    enough = min(max(_whole(mean_need / _DOWN_MARGIN), low), high)
+    while enough < state.size and any(each.forbids(enough, mean_need) for each in outgrown):
+        enough += 1
     up = down = None
     if wanted > state.size:
         up = Streak(now, wanted) if state.up is None else replace(state.up, number=min(state.up.number, wanted))
         if now - up.since >= targets.up_after_s:
-            return replace(state, size=up.number, up=None, down=None)
-    elif enough < state.size:
+            if state.raised_at is None or now - state.raised_at >= targets.down_after_s:  # it had its time
+                outgrown = _with_outgrown(outgrown, state.size, mean_need, now)
+            return replace(state, size=up.number, raised_at=now, up=None, down=None, outgrown=outgrown)
+    if enough < state.size:
         down = Streak(now, enough) if state.down is None else replace(state.down, number=max(state.down.number, enough))
         if now - down.since >= targets.down_after_s:
-            return replace(state, size=down.number, up=None, down=None)
-    return replace(state, up=up, down=down)
+            return replace(state, size=down.number, raised_at=None, up=None, down=None, outgrown=outgrown)
+    return replace(state, up=up, down=down, outgrown=outgrown)
+
+
+def _with_outgrown(outgrown: tuple[Outgrown, ...], size: int, mean_need: float, now: float) -> tuple[Outgrown, ...]:
+    """The least load counts that it was too small for."""
+    if all(each.size != size for each in outgrown):
+        return *outgrown, Outgrown(size, mean_need, now)
+    return tuple(
+        replace(each, mean_need=min(each.mean_need, mean_need)) if each.size == size else each for each in outgrown
+    )
+
+
+def _remembered(outgrown: tuple[Outgrown, ...], mean_need: float, targets: Targets, now: float) -> tuple[Outgrown, ...]:
+    """The mean follows slowly: what it comes to in the next `down_after_s` was the load."""
+    return tuple(
+        replace(each, mean_need=max(each.mean_need, mean_need)) if now - each.at < targets.down_after_s else each
+        for each in outgrown
+        if now - each.at < _OUTGROWN_FOR * targets.down_after_s
+    )
 
 
 def _shared_out(state: PoolState, before: int, asked: Need | None, targets: Targets, now: float) -> PoolState:
@@ -188,15 +236,33 @@ def _move(places: set[int], size: int, number: int) -> None:
         places.add(max(index for index in range(size) if index not in places))
 
 
-def _prefill_need(state: PoolState, load: PoolLoad, targets: Targets, now: float) -> float:
+def _mean_need(state: PoolState, load: PoolLoad, limits: PoolLimits, targets: Targets, now: float) -> float:
+    """Of what comes, not of how it queues; older loads count less. What waits less than before counts against what is
+    computed: no prompt counts twice."""
+    busy = sum(worker.busy for worker in load.workers if Role.PREFILL in worker.roles)
+    asked = (busy + _growth(state, load, now)) / targets.utilization + _decode_need(load, targets)
+    asked = min(asked, float(limits.max_workers))
+    if state.mean_need is None or state.seen_at is None:
+        return asked
+    kept = math.exp((state.seen_at - now) / (_MEAN_OVER * targets.down_after_s))
+    return kept * state.mean_need + (1 - kept) * asked
+
+
+def _growth(state: PoolState, load: PoolLoad, now: float) -> float:
+    """Of the prompts that wait, in seconds of work per second."""
+    if state.seen_at is None or now <= state.seen_at:
+        return 0.0
+    backlog_s = sum(worker.backlog_s for worker in load.workers if Role.PREFILL in worker.roles)
+    return (backlog_s - state.backlog_s) / (now - state.seen_at)
+
+
+def _prefill_need(load: PoolLoad, targets: Targets, growth: float) -> float:
+    """`growth`: of what waits, in seconds of work per second."""
     workers = [worker for worker in load.workers if Role.PREFILL in worker.roles]
     if not workers:
         return 0.0
     busy = sum(worker.busy for worker in workers)
     backlog_s = sum(worker.backlog_s for worker in workers)
-    growth = 0.0
-    if state.seen_at is not None and now > state.seen_at:
-        growth = max(0.0, (backlog_s - state.backlog_s) / (now - state.seen_at))
     steady = (busy + growth) / targets.utilization
     if load.num_pending:
         return steady

@@ -81,6 +81,12 @@ class Fluid:
         self.ready_at += [self.now + self.start_s] * (self.state.size - len(self.ready_at))
 
 
+def turns(pool: Fluid) -> int:
+    """How often it shrank after it had grown, or grew after it had shrunk."""
+    sizes = [size for _, size in pool.sizes]
+    return sum((b - a) * (c - b) < 0 for a, b, c in zip(sizes, sizes[1:], sizes[2:], strict=False))
+
+
 def limits(low: int = 1, high: int = 16, roles: frozenset[Role] = PREFILL, *, switches: bool = False) -> PoolLimits:
     return PoolLimits(roles=roles, min_workers=low, max_workers=high, switches=switches)
 
@@ -170,6 +176,21 @@ def test_a_load_that_goes_back_and_forth_faster_than_down_does_not_flap() -> Non
     assert pool.sizes == []
 
 
+def test_long_prompts_that_come_one_by_one_do_not_keep_a_pool_large() -> None:
+    """Each is work for two seconds: a worker has something to do or nothing, and now and then several have. Of eight
+    workers the load needs two or three."""
+    random = Random(3)
+    pool = Fluid(limits(high=8), lambda now: 8.0 if now < 60 else 2.0 * (random.random() < 3 / 8))
+    pool.run(60)
+    assert pool.state.size == 8
+    pool.run(10 * TARGETS.down_after_s)
+    assert pool.state.size <= 3, pool.sizes
+    pool.run(HOUR)
+    pool.sizes.clear()
+    pool.run(HOUR)
+    assert pool.state.size <= 3 and turns(pool) <= 4, pool.sizes
+
+
 def test_a_pool_of_fixed_size_follows_the_mix_with_its_roles() -> None:
     """Prompts in the morning, streams in the evening: the same eight workers."""
     morning = HOUR
@@ -216,8 +237,4 @@ def test_over_a_day_it_serves_all_with_far_less_than_the_peak_and_few_changes(ro
     assert largest >= 2 * peak
     assert pool.worker_s < 0.3 * largest * 24 * HOUR
     assert pool.sizes[-1][1] == 1
-    turns = sum(
-        (b - a) * (c - b) < 0
-        for a, b, c in zip(*([size for _, size in pool.sizes[first:]] for first in range(3)), strict=False)
-    )
-    assert len(pool.sizes) < 35 and turns <= 4, pool.sizes
+    assert len(pool.sizes) < 35 and turns(pool) <= 4, pool.sizes
