@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from math import inf
 
+from benchmarks.simulator.cores import Cores
 from benchmarks.simulator.fetching import Fetching
 from benchmarks.simulator.step_cost import StepCost
 from benchmarks.simulator.trace import TRACE_BLOCK, TraceRequest
@@ -37,7 +39,8 @@ _LIMITS = SchedulerLimits(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is simulated. `num_workers` by role; a pool has the name of its role."""
+    """What is simulated. `num_workers` by role; a pool has the name of its role. `num_cores`: that all workers compute
+    their steps on; inf: each has a machine of its own."""
 
     num_workers: dict[Role, int] = field(default_factory=lambda: {Role.PREFILL: 8, Role.DECODE: 8})
     cost: StepCost
@@ -48,6 +51,7 @@ class Setup:
     router: RouterConfig = field(default_factory=RouterConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     scheduler: SchedulerLimits = _LIMITS
+    num_cores: float = inf
 
     def with_router(self, router: RouterConfig) -> Setup:
         return replace(self, router=router)
@@ -93,6 +97,7 @@ class SimulatedCluster:
         self.setup = setup
         self.workers: dict[str, SimulatedWorker] = {}  # by incarnation, those that live
         self._loop = asyncio.get_running_loop()
+        self._cores = Cores(setup.num_cores, self._loop)
         self._fetchings: dict[str, Fetching] = {}
         self._members: dict[str, Member] = {}
         self._version = 0
@@ -128,7 +133,7 @@ class SimulatedCluster:
             compatibility_hash=_COMPATIBILITY,
             state=MemberState.READY,
         )
-        worker = SimulatedWorker(member, self.setup.shape, self.workers, self._fetchings, self, self._loop)
+        worker = SimulatedWorker(member, self.setup.shape, self._cores, self.workers, self._fetchings, self, self._loop)
         self.workers[member.incarnation] = worker
         self._members[member.incarnation] = member
         self._announce()

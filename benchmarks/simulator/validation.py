@@ -5,14 +5,16 @@
 Two prefill and two decode workers as plain processes over gRPC and NIXL, a Llama of 6 M parameters in fp32 with random
 weights, the router in this process. First the costs are measured: of steps in this process alone (benchmarks/simulator/
 calibration.py), of words, reads and what a worker does between two steps by short requests through the idle cluster,
-one after the other. Then the trace is sent to the cluster,
-and run in virtual time with these costs. What is compared was not used to find them.
+one after the other. Then the trace is sent to the cluster, and run in virtual time with these costs. The workers share
+the cores that neighbours, and the router in this process, left them meanwhile: that is counted in processor time while
+the trace runs. What is compared was not used to find any of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import tempfile
 import time
@@ -62,6 +64,7 @@ _NUM_SHORT = 30
 _FRAMES = 4  # before the first token: submit, ask, ticket, tokens
 _READ_BLOCKS = 40
 _NUM_TOKENS = 10
+_LEAST_CORES = 0.2  # neighbours share what they keep busy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +88,12 @@ def run(options: argparse.Namespace) -> None:
         figures.append(Figure("error of a step, median", 100 * error, "%", note="of the fit to the measured steps"))
         for policy in options.policies:
             progress(f"{policy} …")
-            cost, idle_s, real = asyncio.run(_serve(folder, policy, steps.block_bytes, list(coefficients), trace))
-            simulated = simulate(_setup(cost, policy), trace)
-            details[policy] = {"cost": asdict(cost)}
+            cost, idle_s, num_cores, real = asyncio.run(
+                _serve(folder, policy, steps.block_bytes, list(coefficients), trace)
+            )
+            simulated = simulate(replace(_setup(cost, policy), num_cores=num_cores), trace)
+            details[policy] = {"cost": asdict(cost), "num_cores": num_cores}
+            figures.append(Figure(f"cores left to the workers, {policy}", num_cores, "", note=f"of {os.cpu_count()}"))
             figures.append(_alone(policy, cost, idle_s))
             figures += _compared(policy, real, simulated)
     foreign = f"neighbours kept {neighbours.num_cores():.1f} cores"
@@ -144,8 +150,9 @@ def _alone(policy: str, cost: StepCost, idle_s: float) -> Figure:
 
 async def _serve(
     folder: Path, policy: str, block_bytes: int, coefficients: Sequence[float], trace: Sequence[TraceRequest]
-) -> tuple[StepCost, float, list[Record]]:
-    """Also the TTFT of a prompt of _READ_BLOCKS blocks with nothing beside it, and what became of the trace."""
+) -> tuple[StepCost, float, float, list[Record]]:
+    """Also the TTFT of a prompt of _READ_BLOCKS blocks with nothing beside it, the cores that were left to the workers
+    while the trace ran, and what became of it."""
     settings: Mapping[str, object] = {
         "model.path": str(folder),
         "model.load_format": "dummy",
@@ -161,12 +168,14 @@ async def _serve(
     async with plain_cluster(settings, prefill=2, decode=2) as cluster:
         cost, idle_s = await _costs(cluster, block_bytes, coefficients)
         await cluster.router.clear_cache()
-        started = time.monotonic()
+        started, started_cpu, neighbours = time.monotonic(), time.process_time(), Neighbours()
         records = [Record(request, request.at_ms / 1000) for request in trace]
         async with asyncio.TaskGroup() as tasks:
             for number, record in enumerate(records):
                 tasks.create_task(_send(cluster, f"r{number}", record, started))
-        return cost, idle_s, records
+        router_cores = (time.process_time() - started_cpu) / (time.monotonic() - started)
+        left = (os.cpu_count() or 1) - neighbours.num_cores() - router_cores
+        return cost, idle_s, max(_LEAST_CORES, left), records
 
 
 async def _send(

@@ -18,6 +18,7 @@ from itertools import count
 from typing import Final
 
 from benchmarks.simulator.account import Account
+from benchmarks.simulator.cores import Cores
 from benchmarks.simulator.fetching import Fetching, Link
 from benchmarks.simulator.line import Ear, Line
 from benchmarks.simulator.step_cost import StepCost
@@ -82,6 +83,7 @@ class SimulatedWorker:
         self,
         member: Member,
         shape: Shape,
+        cores: Cores,
         peers: dict[str, SimulatedWorker],
         fetchings: dict[str, Fetching],
         router: Ear,
@@ -95,6 +97,7 @@ class SimulatedWorker:
         self.scheduler = Scheduler(self.blocks, shape.limits, hashing.chain_root(member.compatibility_hash))
         self.account = Account(shape.limits.max_sequences, loop.time())
         self._cost = shape.cost
+        self._cores = cores
         self._peers = peers
         self._router = router
         self._loop = loop
@@ -332,7 +335,7 @@ class SimulatedWorker:
         if plan.sequences:
             self._in_step = True
             seconds = self._cost.step_s(plan.sequences)
-            self._loop.call_later(seconds, self._end_step, plan, seconds)
+            self._cores.compute(seconds, partial(self._end_step, plan, self._loop.time()))
             return
         self._settle(self.scheduler.settle(plan, StepResult()))
         if self.scheduler.has_work and not self._woken:  # for room that others hold: it looks again at the next tick
@@ -344,9 +347,9 @@ class SimulatedWorker:
         if not self._in_step:
             self._turn()
 
-    def _end_step(self, plan: StepPlan, seconds: float) -> None:
+    def _end_step(self, plan: StepPlan, begun_at: float) -> None:
         tokens = {row.id: _FIRST_ANSWER_TOKEN + row.id for row in plan.sequences if row.sample}
-        self.account.stepped(plan, seconds)
+        self.account.stepped(plan, self._loop.time() - begun_at)
         self._in_step = False
         self._settle(self.scheduler.settle(plan, StepResult(tokens=tokens)))
         self._turn()

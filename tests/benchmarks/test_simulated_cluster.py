@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
+from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulator.cluster import Setup, SimulatedCluster, simulate
+from benchmarks.simulator.cores import Cores
 from benchmarks.simulator.scaling import live_through
 from benchmarks.simulator.step_cost import COSTS
 from benchmarks.simulator.trace import TraceRequest
@@ -131,6 +134,37 @@ def test_workers_come_and_go_and_nothing_is_lost() -> None:
         assert_nothing_is_left(cluster)
 
     run(scene())
+
+
+def test_work_on_shared_cores_goes_slower_by_as_much_as_there_is_too_much_of_it() -> None:
+    """Four jobs of 1, 2, 2 and 4 s on two cores, and one of 1 s that comes when the first has ended."""
+    ended: list[tuple[str, float]] = []
+
+    async def scene() -> None:
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        cores = Cores(2.0, loop)
+
+        def end(name: str) -> None:
+            ended.append((name, loop.time()))
+            if name == "a":
+                cores.compute(1.0, partial(end, "late"))
+            if len(ended) == 5:
+                over.set()
+
+        for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 2.0), ("d", 4.0)):
+            cores.compute(seconds, partial(end, name))
+        await over.wait()
+
+    run(scene())
+    assert dict(ended) == pytest.approx({"a": 2.0, "b": 4.0, "c": 4.0, "late": 4.0, "d": 6.0})
+
+
+def test_workers_of_one_machine_keep_each_other_waiting() -> None:
+    trace = TALK.requests()
+    alone, shared, roomy = (simulate(replace(SETUP, num_cores=number), trace) for number in (inf, 1.0, 4.0))
+    assert all(record.complete for record in shared)
+    assert [each.first_at_s for each in roomy] == pytest.approx([each.first_at_s for each in alone])
+    assert sum(record.ttft_s for record in shared) > 1.05 * sum(record.ttft_s for record in alone)
 
 
 def test_time_passes_only_where_nothing_is_left_to_do() -> None:
