@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from cluster.membership import MemberState
 from tests.support import telling_worker
 from tests.support.chaos import FAMILY, GREEDY, Chaos, assert_greedy, prompts, running_chaos
 from tests.support.checkpoints import checkpoint
+from tests.support.revision import another_revision
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(120)]
 
@@ -161,17 +161,6 @@ def test_a_worker_changes_its_role_and_back_without_a_restart(chaos: Chaos) -> N
     chaos.runner.run(chaos.cluster.assert_all_free())
 
 
-def another_revision(directory: Path) -> str:
-    """The same weights under another configuration: tokens are the same, the compatibility hash is not."""
-    source = checkpoint(FAMILY)
-    for file in source.iterdir():
-        (directory / file.name).symlink_to(file)
-    config = json.loads((source / "config.json").read_text())
-    (directory / "config.json").unlink()
-    (directory / "config.json").write_text(json.dumps({**config, "initializer_range": 0.03}))
-    return str(directory)
-
-
 @pytest.mark.full
 def test_workers_of_two_hashes_serve_side_by_side_and_the_old_ones_leave_without_a_loss(tmp_path: Path) -> None:
     with running_chaos({"scheduler.handover_s": 0, "router.local_prefill": "never"}) as chaos:
@@ -180,7 +169,7 @@ def test_workers_of_two_hashes_serve_side_by_side_and_the_old_ones_leave_without
         async def roll() -> None:
             tasks = chaos.ask(TEXTS, LONG)
             await chaos.watch.until("decode-0", lambda load: load.num_running >= 1, "streaming")
-            model = cluster.config.model.model_copy(update={"path": another_revision(tmp_path)})
+            model = cluster.config.model.model_copy(update={"path": another_revision(checkpoint(FAMILY), tmp_path)})
             cluster.config = cluster.config.model_copy(update={"model": model})
             await asyncio.gather(*(cluster.start_worker(pool, f"{pool}-1") for pool in ("prefill", "decode")))
             hashes = [chaos.member(f"{pool}-{i}").compatibility_hash for i in (0, 1) for pool in ("prefill", "decode")]
