@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.errors import WorkerFailed
 from cluster.log import Log
 from cluster.request import SamplingParams
 from deploy.api_service import ApiService
@@ -197,4 +198,60 @@ def test_families(family: str) -> None:
         stage.play(scene(stage))
     one: dict[str, Any] = {"pools": {"all": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}}
     with running(family, **few, **one) as stage:
+        stage.play(scene(stage))
+
+
+@pytest.mark.full
+def test_one_worker_of_each_stage_dies_under_load() -> None:
+    """A decode worker's streams go on elsewhere with the encoder input that they had."""
+    wanted = texts("t5", 48, num_sources=24)
+    longer = SamplingParams(max_tokens=30, ignore_eos=True)
+
+    async def scene(stage: Scene) -> None:
+        asked = [asyncio.ensure_future(stage.ask(text, longer)) for text in wanted]
+        for number, name in enumerate(("encode-0", "prefill-0", "decode-0")):
+            while sum(task.done() for task in asked) < 4 + 8 * number:
+                await asyncio.sleep(0.001)
+            await stage.cluster.kill(name)
+        answers = await asyncio.gather(*asked)
+        heads = [replace(answer, token_ids=answer.token_ids[:NUM_TOKENS]) for answer in answers]
+        stage.check(wanted, heads)
+        stage.check(wanted, answers)
+        assert max(answer.attempt for answer in answers) > 1, "no stream was moved"
+        stage.cluster.publish()
+        await stage.cluster.assert_all_free()
+
+    with running("t5", encode=2, prefill=2, decode=2) as stage:
+        stage.play(scene(stage))
+
+
+@pytest.mark.full
+def test_an_input_that_kills_encoders_ends_its_request_alone() -> None:
+    """Two died under it: neither a third nor the decode worker reads it."""
+    text = texts("t5", 8)[7]
+
+    async def scene(stage: Scene) -> None:
+        cluster = stage.cluster
+        encoders = [f"encode-{number}" for number in range(3)]
+        for name in encoders:
+            cluster.workers[name].signal(signal.SIGSTOP)
+        asked = asyncio.ensure_future(stage.ask(text))
+        watch = Watch(cluster)
+        await watch.until("decode-0", lambda load: load.num_waiting == 1, "it waits for an encoder")
+        told = cluster.router.route("text-1")
+        assert told is not None
+        first, spare = told.attempts[0].encode, told.attempts[0].encode_spare
+        assert first is not None and spare is not None
+        await cluster.kill(first)
+        while not await watch.counter("decode-0", FETCHED):  # one is lost, and in the same moment the spare is asked
+            await asyncio.sleep(0.001)
+        await cluster.kill(spare)
+        with pytest.raises(WorkerFailed, match="encoders died or failed while they read the input"):
+            await asked
+        (left,) = set(encoders) - {first, spare}
+        cluster.workers[left].signal(signal.SIGCONT)
+        watch.stop()
+        await stage.expect([other for other in texts("t5", 8) if other.source != text.source])
+
+    with running("t5", encode=3) as stage:
         stage.play(scene(stage))
