@@ -357,3 +357,9 @@ class SluiceConfig(Section):
     @property
     def served_name(self) -> str:
         return self.model.served_name or self.model.path.rstrip("/").rpartition("/")[2] or self.model.path
+
+    def in_ray(self, pool: str) -> SluiceConfig:
+        """As the actors of a pool have it: Ray shows those that asked for no GPU all there are, and they use none."""
+        if self.engine.device != "auto" or self.pools[pool].gpus:
+            return self
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"device": "cpu"})})

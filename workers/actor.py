@@ -96,7 +96,7 @@ class WorkerActor:
                 f"environment variable {secret_env} is empty on this node; give every Ray node the same secret in it",
             )
         spec = self._spec
-        return make_worker(self._config, spec.pool, spec.name, secret.encode(), spec.incarnation)
+        return make_worker(self._config.in_ray(spec.pool), spec.pool, spec.name, secret.encode(), spec.incarnation)
 
     def _wire(self) -> bytes:
         return Membership(members=(self._member,)).to_wire()

@@ -79,15 +79,19 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
     from workers.attention.environment import Environment, choose_device
     from workers.attention.resolver import resolve
 
-    engine = EngineConfig() if config is None else config.engine
-    num_gpus = 0.0 if config is None else max(pool.gpus for pool in config.pools.values())
+    engine = EngineConfig()
+    num_gpus = 0.0
+    if config is not None:
+        pool, resources = max(config.pools.items(), key=lambda item: item[1].gpus)
+        engine, num_gpus = config.in_ray(pool).engine, resources.gpus
     try:
         choice = choose_device(engine.device, num_gpus=num_gpus, strict=engine.strict)
     except ConfigError as error:
         problems.append(str(error))
         return
     environment = Environment.probe(choice.device, disabled=engine.disabled, strict=engine.strict)
-    table.add_row("computes on", f"{choice.device}: {choice.reason}")
+    reason = choice.reason if config is None or engine == config.engine else "no pool has gpus"
+    table.add_row("computes on", f"{choice.device}: {reason}")
     table.add_row("environment", str(environment))
     is_overlapped = choice.device.type == "cuda" if engine.overlap is None else engine.overlap
     table.add_row("steps", "the next one prepared while one runs" if is_overlapped else "one after the other")

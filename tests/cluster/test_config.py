@@ -154,6 +154,13 @@ def test_workers_that_compute_on_a_gpu_ask_for_one_unless_told_otherwise() -> No
     assert {pool.gpus for pool in load(None, [], MODEL).pools.values()} == {0.0}
 
 
+def test_actors_that_asked_for_no_gpu_leave_those_that_ray_shows_them_alone() -> None:
+    config = load(None, ["pools.decode.gpus=1"], MODEL)
+    assert config.in_ray("prefill").engine.device == "cpu"
+    assert config.in_ray("decode").engine.device == "auto"
+    assert load(None, ["engine.device=cuda"], MODEL).in_ray("prefill").engine.device == "cuda"
+
+
 def test_two_kv_sizes_contradict() -> None:
     with pytest.raises(ConfigError, match=r"^kv\.memory_bytes: .*kv\.num_blocks"):
         load(None, ["kv.num_blocks=8", "kv.memory_bytes=1000"], MODEL)
