@@ -26,6 +26,8 @@ from workers.attention.mla_interface import INDEX_KEYS, LATENTS, MlaProblem
 from workers.kernels.sparse_latents import sparse_latents
 from workers.kernels.tactics import SHORT_ROWS, sparse_tactic
 
+# Numbers of queries that FA3 has plans for: those of decode graphs, and more for prompts.
+PLANNED = (*range(8, 129, 8), *range(144, 257, 16), 512, 1024)
 MAX_SCORES = 1 << 27  # that exist at a time for a prompt: half a GB
 
 
@@ -94,8 +96,7 @@ class HopperDsa:
         self._topk = problem.index_topk
         self._tools = tools
         self._mla = HopperMla(replace(problem, index_topk=None))
-        self._workspace: Tensor | None = None
-        self._plans: dict[int, ChosenRows] = {}  # by number of queries
+        self._plans: dict[int, ChosenRows] = {}  # by number of queries; empty before the first step that chooses
 
     @property
     def name(self) -> str:
@@ -162,19 +163,16 @@ class HopperDsa:
         return pieces
 
     def _plan(self, num_queries: int) -> ChosenRows:
-        if num_queries not in self._plans:
-            if self._workspace is None:
-                self._workspace = workspace(torch.device("cuda", torch.cuda.current_device()))
-            self._plans[num_queries] = ChosenRows(self.problem, num_queries, self._topk, self._workspace)
+        """All are made at once, so that no memory is taken later, when requests are served."""
+        if not self._plans:
+            space = workspace(torch.device("cuda", torch.cuda.current_device()))
+            self._plans = {size: ChosenRows(self.problem, size, self._topk, space) for size in PLANNED}
         return self._plans[num_queries]
 
 
 def planned_queries(count: int) -> int:
-    """How many of `count` queries the next plan is for: of few sizes, each of which is kept. 0: too few for one."""
-    for size in (1024, 512, 256):
-        if count >= size:
-            return size
-    return count // 8 * 8
+    """How many of `count` queries the next plan is for. 0: too few for one."""
+    return max((size for size in PLANNED if size <= count), default=0)
 
 
 def _rows(batch: AttentionBatch, sequences: list[int], device: torch.device) -> Rows:

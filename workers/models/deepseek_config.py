@@ -16,6 +16,8 @@ Generation: TypeAlias = Literal["V2", "V3", "V3.2"]
 # Said again elsewhere (sizes), or about a feature that every one of them has.
 _UNUSED = ("head_dim", "qk_head_dim")
 
+_INDEXED = frozenset({"indexed_attention", "deepseek_sparse_attention"})  # one kind, named anew by transformers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekConfig:
@@ -69,8 +71,8 @@ def _read_attention(fields: ConfigFields, sharpness: float, *, sparse: bool) -> 
     indexer = None
     if sparse:
         kinds = fields.texts("layer_types")
-        if kinds is not None and set(kinds) != {"indexed_attention"}:
-            fields.refuse("layer_types", "only indexed_attention is computed")
+        if kinds is not None and not set(kinds) <= _INDEXED:
+            fields.refuse("layer_types", f"only {' or '.join(sorted(_INDEXED))} is computed")
         if query_latent_size is None:
             fields.refuse("q_lora_rank", "a model with index_topk needs it, index queries are made of query latents")
         indexer = IndexerShape(

@@ -336,9 +336,10 @@ def test_older_config_keys_mean_the_same(folder: Path) -> None:
     for key in ("mlp_layer_types", "layer_types", "rope_parameters", "head_dim", "qk_head_dim"):
         config.pop(key)
     config |= {"rope_theta": 10000, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    ours, theirs = (cast(DeepseekForCausalLM, load(path).model) for path in (folder, checkpoint("deepseek-v32")))
-    assert ours.config == theirs.config
+    theirs = cast(DeepseekForCausalLM, load(checkpoint("deepseek-v32")).model)
+    for more in ({}, {"layer_types": ["deepseek_sparse_attention"] * config["num_hidden_layers"]}):
+        (folder / "config.json").write_text(json.dumps(config | more))
+        assert cast(DeepseekForCausalLM, load(folder).model).config == theirs.config
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_older_config_keys_mean_the_same(folder: Path) -> None:
         ({"num_key_value_heads": 2}, "num_key_value_heads = 2; only 4 is computed"),
         ({"rope_interleave": False}, "rope_interleave = False; only true is computed"),
         ({"mlp_bias": True}, "mlp_bias = True; only false is computed"),
-        ({"layer_types": ["full_attention"] * 3}, "only indexed_attention is computed"),
+        ({"layer_types": ["full_attention"] * 3}, "only deepseek_sparse_attention or indexed_attention"),
         ({"moe_layer_freq": 2}, "moe_layer_freq = 2; only 1 is computed"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "use default, linear, llama3 or yarn"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; only \"silu\" is computed"),
