@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 
 from cluster.config import Role
 
-_MEAN_OVER = 1 / 2  # of `down_after_s`: as long as the need lasts that counts for a smaller size
+_MEAN_OVER = 1 / 20  # of `down_after_s`: as long as the need lasts that counts for a smaller size
 _OUTGROWN_FOR = 60  # times `down_after_s`: so long is remembered under which load a size was too small
-_DOWN_MARGIN = 0.8  # of the utilization: what a smaller pool may be filled to
+_DOWN_MARGIN = 0.7  # of the utilization: what a smaller pool may be filled to
 _MAX_STRETCH = 2.0  # of a size, by a latency alone
 _FIRM_SHARE = 0.75  # of a worker: a smaller difference is no reason to change a role
 

@@ -40,7 +40,7 @@ _LIMITS = SchedulerLimits(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What is simulated. `num_workers` by role; a pool has the name of its role. `num_cores`: that all workers compute
-    their steps on; inf: each has a machine of its own."""
+    their steps on, beside `num_others` that compute all the time; inf: each has a machine of its own."""
 
     num_workers: dict[Role, int] = field(default_factory=lambda: {Role.PREFILL: 8, Role.DECODE: 8})
     cost: StepCost
@@ -52,6 +52,7 @@ class Setup:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     scheduler: SchedulerLimits = _LIMITS
     num_cores: float = inf
+    num_others: float = 0.0
 
     def with_router(self, router: RouterConfig) -> Setup:
         return replace(self, router=router)
@@ -97,7 +98,7 @@ class SimulatedCluster:
         self.setup = setup
         self.workers: dict[str, SimulatedWorker] = {}  # by incarnation, those that live
         self._loop = asyncio.get_running_loop()
-        self._cores = Cores(setup.num_cores, self._loop)
+        self._cores = Cores(setup.num_cores, setup.num_others, self._loop)
         self._fetchings: dict[str, Fetching] = {}
         self._members: dict[str, Member] = {}
         self._version = 0

@@ -18,13 +18,15 @@ class _Job:
 
 
 class Cores:
-    """Where more compute at once than there are cores, all of them go slower by as much. `num_cores` may be a fraction:
-    what others leave of the machine; inf: everybody has a machine of its own."""
+    """Where more compute at once than there are cores, all of them go slower by as much. `num_cores` inf: everybody has
+    a machine of its own. `num_others`: as many compute there all the time, and take their fair share; fractions may be
+    those that compute now and then."""
 
-    def __init__(self, num_cores: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, num_cores: float, num_others: float, loop: asyncio.AbstractEventLoop) -> None:
         if not num_cores > 0:
             raise ValueError(f"{num_cores} cores: work on them would never end")
         self._num_cores = num_cores
+        self._num_others = num_others
         self._loop = loop
         self._jobs: list[_Job] = []
         self._seen_at = 0.0
@@ -41,7 +43,7 @@ class Cores:
 
     @property
     def _pace(self) -> float:
-        return min(1.0, self._num_cores / len(self._jobs))
+        return min(1.0, self._num_cores / (len(self._jobs) + self._num_others))
 
     def _go_on(self) -> None:
         """Accounts for what was done since the last time."""

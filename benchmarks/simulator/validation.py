@@ -6,8 +6,8 @@ Two prefill and two decode workers as plain processes over gRPC and NIXL, a Llam
 weights, the router in this process. First the costs are measured: of steps in this process alone (benchmarks/simulator/
 calibration.py), of words, reads and what a worker does between two steps by short requests through the idle cluster,
 one after the other. Then the trace is sent to the cluster, and run in virtual time with these costs. The workers share
-the cores that neighbours, and the router in this process, left them meanwhile: that is counted in processor time while
-the trace runs. What is compared was not used to find any of it.
+the cores of this machine with each other, with neighbours and with the router in this process: how many cores those
+keep busy is counted in processor time while the trace runs. What is compared was not used to find any of it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _NUM_SHORT = 30
 _FRAMES = 4  # before the first token: submit, ask, ticket, tokens
 _READ_BLOCKS = 40
 _NUM_TOKENS = 10
-_LEAST_CORES = 0.2  # neighbours share what they keep busy
+_NUM_CORES = os.cpu_count() or 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +88,12 @@ def run(options: argparse.Namespace) -> None:
         figures.append(Figure("error of a step, median", 100 * error, "%", note="of the fit to the measured steps"))
         for policy in options.policies:
             progress(f"{policy} …")
-            cost, idle_s, num_cores, real = asyncio.run(
+            cost, idle_s, num_others, real = asyncio.run(
                 _serve(folder, policy, steps.block_bytes, list(coefficients), trace)
             )
-            simulated = simulate(replace(_setup(cost, policy), num_cores=num_cores), trace)
-            details[policy] = {"cost": asdict(cost), "num_cores": num_cores}
-            figures.append(Figure(f"cores left to the workers, {policy}", num_cores, "", note=f"of {os.cpu_count()}"))
+            simulated = simulate(replace(_setup(cost, policy), num_cores=_NUM_CORES, num_others=num_others), trace)
+            details[policy] = {"cost": asdict(cost), "num_others": num_others}
+            figures.append(Figure(f"cores that others kept busy, {policy}", num_others, "", note=f"of {_NUM_CORES}"))
             figures.append(_alone(policy, cost, idle_s))
             figures += _compared(policy, real, simulated)
     foreign = f"neighbours kept {neighbours.num_cores():.1f} cores"
@@ -151,8 +151,8 @@ def _alone(policy: str, cost: StepCost, idle_s: float) -> Figure:
 async def _serve(
     folder: Path, policy: str, block_bytes: int, coefficients: Sequence[float], trace: Sequence[TraceRequest]
 ) -> tuple[StepCost, float, float, list[Record]]:
-    """Also the TTFT of a prompt of _READ_BLOCKS blocks with nothing beside it, the cores that were left to the workers
-    while the trace ran, and what became of it."""
+    """Also the TTFT of a prompt of _READ_BLOCKS blocks with nothing beside it, the cores that others than the workers
+    kept busy while the trace ran, and what became of it."""
     settings: Mapping[str, object] = {
         "model.path": str(folder),
         "model.load_format": "dummy",
@@ -174,8 +174,7 @@ async def _serve(
             for number, record in enumerate(records):
                 tasks.create_task(_send(cluster, f"r{number}", record, started))
         router_cores = (time.process_time() - started_cpu) / (time.monotonic() - started)
-        left = (os.cpu_count() or 1) - neighbours.num_cores() - router_cores
-        return cost, idle_s, max(_LEAST_CORES, left), records
+        return cost, idle_s, neighbours.num_cores() + router_cores, records
 
 
 async def _send(

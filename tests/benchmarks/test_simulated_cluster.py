@@ -136,16 +136,19 @@ def test_workers_come_and_go_and_nothing_is_lost() -> None:
     run(scene())
 
 
-def test_work_on_shared_cores_goes_slower_by_as_much_as_there_is_too_much_of_it() -> None:
-    """Four jobs of 1, 2, 2 and 4 s on two cores, and one of 1 s that comes when the first has ended."""
-    ended: list[tuple[str, float]] = []
+@pytest.mark.parametrize(("num_cores", "num_others", "last_s"), [(2.0, 0.0, 6.0), (3.0, 2.0, 6.0), (2.0, 4.0, 13.0)])
+def test_work_on_shared_cores_goes_slower_by_as_much_as_there_is_too_much_of_it(
+    num_cores: float, num_others: float, last_s: float
+) -> None:
+    """Four jobs of 1, 2, 2 and 4 s, and one of 1 s that comes when the first has ended; others never end."""
+    ended: dict[str, float] = {}
 
     async def scene() -> None:
         loop, over = asyncio.get_running_loop(), asyncio.Event()
-        cores = Cores(2.0, loop)
+        cores = Cores(num_cores, num_others, loop)
 
         def end(name: str) -> None:
-            ended.append((name, loop.time()))
+            ended[name] = loop.time()
             if name == "a":
                 cores.compute(1.0, partial(end, "late"))
             if len(ended) == 5:
@@ -156,7 +159,8 @@ def test_work_on_shared_cores_goes_slower_by_as_much_as_there_is_too_much_of_it(
         await over.wait()
 
     run(scene())
-    assert dict(ended) == pytest.approx({"a": 2.0, "b": 4.0, "c": 4.0, "late": 4.0, "d": 6.0})
+    turn = (4 + num_others) / num_cores  # that a second of work takes beside three others
+    assert ended == pytest.approx({"a": turn, "b": 2 * turn, "c": 2 * turn, "late": 2 * turn, "d": last_s})
 
 
 def test_workers_of_one_machine_keep_each_other_waiting() -> None:
