@@ -45,6 +45,11 @@ def with_encode(
     return replace(plan, encode=first, encode_spare=others[0] if others else None)
 
 
+def is_read_apart(plan: Plan, candidates: Sequence[Candidate]) -> bool:
+    """Whether an encode worker could read an input for whoever runs the decoder."""
+    return any(Role.ENCODE in each.roles and _serves(each, plan) for each in candidates)
+
+
 def _serves(encoder: Candidate, plan: Plan) -> bool:
     """Whether its output can be read where the decoder runs. A worker reads what it has itself."""
     runs = {plan.prefill.incarnation: plan.prefill, plan.decode.incarnation: plan.decode}

@@ -30,11 +30,12 @@ from cluster.words_thread import WordsThread
 from router.admin import Admin
 from router.admission import Place
 from router.dispatcher import Dispatcher
+from router.encode import is_read_apart
 from router.entrance import Entrance
 from router.fleet import Fleet
 from router.flight import Receipt, RouterRequest, State, TokenDelta
 from router.navigator import Navigator
-from router.plan import NoPlan
+from router.plan import NoPlan, Plan
 from router.route_book import RouteTold
 
 
@@ -102,13 +103,20 @@ class Router:
         if fell_back and self._fleet.expects(Role.PREFILL) and not self._was_warm:
             alone = all(c.incarnation == plan.decode.incarnation for c in self._fleet.candidates())
             return alone and Role.PREFILL in plan.decode.roles
+        if not self._was_warm and self._lacks_encoder(plan):
+            return False
         self._was_warm = True
         return True
 
     def why_not_ready(self) -> str:
         """For people, when `ready` is false."""
         plan = self._navigator.any_plan()
-        return plan.reason if isinstance(plan, NoPlan) else "no prefill worker is warm yet"
+        if isinstance(plan, NoPlan):
+            return plan.reason
+        return f"no {'encode' if self._lacks_encoder(plan) else 'prefill'} worker is warm yet"
+
+    def _lacks_encoder(self, plan: Plan) -> bool:
+        return self._fleet.expects(Role.ENCODE) and not is_read_apart(plan, self._fleet.candidates())
 
     @property
     def num_open(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
-from router.encode import EncoderDemand, with_encode
+from router.encode import EncoderDemand, is_read_apart, with_encode
 from router.plan import Candidate, Plan
 
 HASH = b"h" * 16
@@ -75,6 +75,14 @@ def test_who_runs_the_decoder_must_be_able_to_read() -> None:
     assert avoiding.encode is not None and avoiding.encode.name != home
     nobody = with_encode(PLAN, [DECODE, PREFILL, *ENCODERS], demand, set(NAMES))
     assert nobody.encode is not None and nobody.encode.name == home
+
+
+def test_whether_an_encode_worker_is_within_reach() -> None:
+    assert is_read_apart(PLAN, [DECODE, PREFILL, ENCODERS[0]])
+    assert not is_read_apart(PLAN, [DECODE, PREFILL])
+    assert not is_read_apart(PLAN, [DECODE, PREFILL, worker("encode-9", Role.ENCODE)]), "nobody has a warm pair with it"
+    mixed = worker("mixed-0", Role.DECODE)._replace(roles=frozenset(Role))
+    assert is_read_apart(Plan(decode=mixed, prefill=mixed), [mixed])
 
 
 def test_the_plan_in_words() -> None:
