@@ -56,6 +56,20 @@ _SHAPES: dict[str, Mapping[str, object]] = {
         "v_head_dim": 128,
     },
 }
+# Almost all is chosen of what is longer: keys in fp8 choose otherwise than those of the reference.
+_SHAPES["sparse"] = {
+    **_SHAPES["lite"],
+    "model_type": "deepseek_v32",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 192,
+    "first_k_dense_replace": 3,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 480,
+}
 FAMILIES = tuple(_SHAPES)
 
 
