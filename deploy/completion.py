@@ -153,7 +153,7 @@ class Completion:
             prefill = WorkerRoute(name=route.prefill.name, incarnation=route.prefill.incarnation, pid=route.prefill_pid)
         return RouteReport(
             request_id=self.request.request_id,
-            plan="aggregated" if _is_local(plan) else "disaggregated",
+            plan="disaggregated" if _is_apart(plan) else "aggregated",
             attempts=self._last.attempt,
             prefill=prefill,
             decode=WorkerRoute(name=route.decode.name, incarnation=route.decode.incarnation, pid=route.decode_pid),
@@ -198,6 +198,12 @@ def _planned(plan: Plan) -> pb.Route:
 
 def _is_local(plan: Plan) -> bool:
     return plan.prefill.incarnation == plan.decode.incarnation
+
+
+def _is_apart(plan: Plan) -> bool:
+    """Whether more than one worker was to work on it."""
+    encodes_elsewhere = plan.encode is not None and plan.encode.incarnation != plan.decode.incarnation
+    return encodes_elsewhere or not _is_local(plan)
 
 
 def _hit_tokens(route: pb.Route) -> int:

@@ -78,6 +78,8 @@ def _picture(route: RouteReport) -> str:
 
 
 def _plan(route: RouteReport) -> str:
+    if route.prefill is None and route.encoded_by not in (None, route.decode.name):
+        return f"disaggregated: {route.encoded_by} the prompt, {route.decode.name} the answer"
     if route.plan == "aggregated" or route.prefill is None:
         return f"aggregated: {route.decode.name} did it all"
     return f"disaggregated: {route.prefill.name} the prompt, {route.decode.name} the answer"

@@ -58,6 +58,12 @@ def test_an_encoder_has_a_row() -> None:
     assert "40 tokens read by encode-1, 3 blocks, 9.0 kB in 2.5 ms" in shown(
         route_card.render(fetched, ttft_ms=1.0, itl_ms=None)
     )
+    apart = report(prefill=None, encoded_by="encode-1", encoder_tokens=40)
+    assert "disaggregated: encode-1 the prompt, decode-0 the answer" in shown(
+        route_card.render(apart, ttft_ms=1.0, itl_ms=None)
+    )
+    own = report(prefill=None, plan="aggregated", encoded_by="decode-0", encoder_tokens=40)
+    assert "aggregated: decode-0 did it all" in shown(route_card.render(own, ttft_ms=1.0, itl_ms=None))
     cached = report(encoder_tokens=1)
     assert "1 token, found in the cache of decode-0" in shown(route_card.render(cached, ttft_ms=1.0, itl_ms=None))
     assert "encode" not in shown(route_card.render(report(), ttft_ms=1.0, itl_ms=None))
