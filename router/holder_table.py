@@ -22,7 +22,7 @@ Rows: TypeAlias = NDArray[np.int64]
 SEATS_PER_WORD: Final = 64
 MAX_LOAD: Final = 0.7  # of the rows; above it too many buckets are full
 _LANES: Final = 8
-_FEW: Final = 16  # keys: one by one they are found sooner than all at once
+_FEW: Final = 3  # keys: one by one they are found sooner than all at once
 _LANE_OF_BYTE: Final = np.uint64(0x0001020304050607)
 
 
@@ -82,28 +82,28 @@ class HolderTable:
     def find(self, keys: Keys) -> Rows:
         """The row of each key; -1 where it has none."""
         home = (keys & self._mask).view(np.int64)
-        lanes = self._buckets.take(home, axis=0)
+        lanes = self._buckets.take(home, axis=0, mode="wrap")  # none is out of range, and this mode is quicker
         match = _matches(lanes, keys)
         rows = home * _LANES + _lane(match)
-        absent = match == 0
-        if absent.any():
+        absent = (match == 0).nonzero()[0]
+        if absent.size:
             rows[absent] = -1
-            self._look_further(keys, home, np.flatnonzero(absent & (lanes[:, -1] != 0)), rows)
+            self._look_further(keys, home, absent[lanes[absent, -1] != 0], rows)
         return rows
 
     def _look_further(self, keys: Keys, home: Rows, open_: Rows, rows: Rows) -> None:
         """The bucket of keys[open_] is full: they may stand in the next one that is not."""
-        if open_.size <= _FEW:
-            for index in open_.tolist():
-                rows[index] = self._row(int(keys[index]), int(home[index]) + 1)
-            return
-        while open_.size:
-            home[open_] = (home[open_] + 1) & int(self._mask)
-            lanes = self._buckets.take(home[open_], axis=0)
-            match = _matches(lanes, keys[open_])
-            found = match != 0
-            rows[open_[found]] = home[open_[found]] * _LANES + _lane(match[found])
-            open_ = open_[~found & (lanes[:, -1] != 0)]
+        keys, bucket = keys[open_], home[open_]
+        while open_.size > _FEW:
+            bucket = (bucket + 1) & int(self._mask)
+            lanes = self._buckets.take(bucket, axis=0, mode="wrap")
+            match = _matches(lanes, keys)
+            absent = match == 0
+            rows[open_] = np.where(absent, -1, bucket * _LANES + _lane(match))
+            more = (absent & (lanes[:, -1] != 0)).nonzero()[0]
+            open_, keys, bucket = open_[more], keys[more], bucket[more]
+        for index, key, last in zip(open_.tolist(), keys.tolist(), bucket.tolist(), strict=True):
+            rows[index] = self._row(key, last + 1)
 
     def insert(self, keys: Keys) -> Rows:
         """The row of each key, a new one where it had none. Ask for room first: a full table never returns. Keys are
@@ -135,17 +135,9 @@ class HolderTable:
 
     def holders(self, keys: Keys) -> Bits:
         """[n, num_words], zero where a key has no row."""
-        home = (keys & self._mask).view(np.int64)
-        lanes = self._buckets.take(home, axis=0, mode="wrap")  # none is out of range, and this mode is quicker
-        match = _matches(lanes, keys)
-        bits = self._holders.take(home * _LANES + _lane(match), axis=0, mode="wrap")
-        absent = (match == 0).nonzero()[0]
-        if absent.size:
-            bits[absent] = 0
-            for index in absent[lanes[absent, -1] != 0].tolist():
-                row = self._row(int(keys[index]), int(home[index]) + 1)
-                if row >= 0:
-                    bits[index] = self._holders[row]
+        rows = self.find(keys)
+        bits = self._holders.take(rows, axis=0, mode="wrap")
+        bits[(rows < 0).nonzero()[0]] = 0
         return bits
 
     def is_held(self, key: int, alive: Sequence[int]) -> bool:
