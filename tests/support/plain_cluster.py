@@ -256,7 +256,13 @@ async def plain_cluster(
     pools = {"prefill": {"workers": prefill}, "decode": {"workers": decode}}
     if mixed:
         pools = {"mixed": {"workers": mixed, "roles": ["prefill", "decode"]}}
-    defaults = {"transfer.late_read_s": 0.5, "transfer.stuck_read_s": 2.0, "log.level": "warning", "pools": pools}
+    defaults = {
+        "engine.device": "cpu",  # also where there is a GPU: it rounds otherwise
+        "transfer.late_read_s": 0.5,
+        "transfer.stuck_read_s": 2.0,
+        "log.level": "warning",
+        "pools": pools,
+    }
     config = config_file.load(None, settings={**defaults, **settings})
     words = WordsThread(config=config.words).start()
     metrics = Metrics()
