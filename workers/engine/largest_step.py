@@ -33,7 +33,7 @@ def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int
             f"a step of {limits.max_batched_tokens} tokens with a context of {limits.max_model_len} does not fit into "
             f"the device's memory beside the model ({error}); lower it, scheduler.chunk_tokens or model.max_model_len",
         ) from error
-    finally:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 

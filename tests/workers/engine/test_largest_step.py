@@ -1,0 +1,34 @@
+"""The steps before the first request: of every size, on a pool that is the null block alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtransfer.layout import KvGeometry, RankLayout
+from kvtransfer.pool import KvPool
+from tests.support.checkpoints import checkpoint
+from tests.support.engines import limits
+from workers.attention.kv_views import kv_cache
+from workers.engine.largest_step import run_largest_steps, small_sizes
+from workers.models.loader import load
+
+CPU = torch.device("cpu")
+
+
+def test_sizes_are_powers_of_two_and_the_odd_ones_behind_them() -> None:
+    assert small_sizes(1) == [1]
+    assert small_sizes(9) == [1, 2, 3, 4, 5, 8, 9]
+    assert small_sizes(512)[-3:] == [256, 257, 512]
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek-v32"])
+@pytest.mark.parametrize("max_model_len", [32, 200])
+def test_they_need_no_block(family: str, max_model_len: int) -> None:
+    model = load(checkpoint(family)).model
+    groups = model.kv_groups(16)
+    pool = KvPool.allocate(KvGeometry(groups, model.spec.rope_convention), RankLayout(0), [0])
+    model.bind_kv([kv_cache(group, regions) for group, regions in zip(groups, pool.regions, strict=True)])
+    allowed = limits(max_batched_tokens=96, max_sequences=4, max_model_len=max_model_len, chunk_tokens=32)
+    run_largest_steps(model, allowed, 16, CPU)
+    assert all(region.any() for region in pool.regions[0]) and pool.num_blocks == [1]
