@@ -206,6 +206,26 @@ def test_the_second_turn_goes_where_its_prefix_is(served: tuple[PlainCluster, as
     runner.run(scene())
 
 
+def test_equal_prompts_that_arrive_together_are_read_once(served: tuple[PlainCluster, asyncio.Runner]) -> None:
+    """By each worker that they go to: six full blocks and a rest, and for the later ones their rest only."""
+    cluster, runner = served
+    text = [Random(77).randrange(1, VOCAB_SIZE - 1) for _ in range(6 * BLOCK_SIZE + 3)]
+
+    async def scene() -> None:
+        await cluster.router.clear_cache()
+        answers = await asyncio.gather(*(ask(cluster.router, text, 8) for _ in range(3)))
+        assert tokens(answers[0]) == tokens(answers[1]) == tokens(answers[2])
+        read: dict[str, list[int]] = {}
+        for deltas in answers:
+            route = deltas[-1].route
+            assert route is not None
+            read.setdefault(route.decode.name, []).append(route.blocks)
+        assert all(blocks == [7, *[1] * (len(blocks) - 1)] for blocks in read.values()), read
+        await cluster.assert_all_free()
+
+    runner.run(scene())
+
+
 def test_both_indexes_are_the_block_tables_after_anything(served: tuple[PlainCluster, asyncio.Runner]) -> None:
     """Shared prefixes, cancels, evictions; then a worker is killed, and nothing of it is known."""
     cluster, runner = served
