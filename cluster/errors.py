@@ -15,6 +15,7 @@
     ├── SessionError           the words plane: refused handshake, broken session, oversize frame
     │   ├── Refused
     │   └── SessionBroken      the stream is gone, or the process behind it
+    │       ├── NobodyListens  at the peer's address, whose host refuses the connection
     │       ├── SessionClosed  by this end, on purpose
     │       ├── SessionSilent  no heartbeat, or no step, for too long
     │       └── SessionStuffed the peer does not read: the outbox is full
