@@ -20,7 +20,7 @@ from tests.support.checkpoints import checkpoint
 from tests.support.ray_cluster import until
 from tests.support.steady_load import Load
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.full, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
 APP = "sluice"
 

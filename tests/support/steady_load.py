@@ -27,10 +27,13 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stopping.set()
         for thread in self.threads:
-            thread.join(60)
+            thread.join(70)
+        if kind is None:
+            assert not any(thread.is_alive() for thread in self.threads)
+            assert not self.failures
 
     def _run(self, number: int) -> None:
         prompt = [number + 3, 7, 11, 13] * 5
