@@ -322,4 +322,5 @@ if {stops}: words.stop()
 """
     command = [sys.executable, "-X", "dev", "-c", script]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    told = [line for line in done.stderr.splitlines() if not line.startswith("Executing ")]  # a slow machine's
+    assert (done.returncode, told, done.stdout) == (0, [], "")
