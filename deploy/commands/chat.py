@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         if options.url is not None:
             return _talk_to(options)
         return _talk_to_own(options, signals)
-    except Stop:
+    except KeyboardInterrupt:
         return INTERRUPTED
 
 

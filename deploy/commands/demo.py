@@ -27,7 +27,7 @@ from deploy.commands.options import add_config
 from deploy.event_client import events
 from deploy.local_app import LocalApp
 from deploy.openai_schema import RouteReport
-from deploy.signals import Stop, StopSignals
+from deploy.signals import StopSignals
 from deploy.silence import logged
 from deploy.steps import Steps
 
@@ -102,7 +102,7 @@ def _demo(config: SluiceConfig, options: argparse.Namespace, console: Console) -
         _show(answer, console)
         if options.json:
             _write(options.json, _tree(answer))
-    except Stop:
+    except KeyboardInterrupt:
         console.print("\nstopping")
         return 0
     finally:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deploy.commands.options import add_config, add_model, config_of
 from deploy.local_app import LocalApp
-from deploy.signals import Stop, StopSignals
+from deploy.signals import StopSignals
 
 HELP = "serve a model on this machine; prints `ready http://…` when the first request would succeed"
 
@@ -30,16 +30,19 @@ def run(options: argparse.Namespace) -> int:
         signals.take()
         try:
             url = app.start()
+            if signals.asked:
+                raise KeyboardInterrupt
             status.stop()
             print(f"ready {url}", flush=True)
             while True:
                 signal.pause()
-        except Stop:
+        except KeyboardInterrupt:
             _stop(app, signals, console)
         except BaseException:
             signals.ignore()
             app.kill()
-            raise
+            if not signals.asked:
+                raise
     return 0
 
 
@@ -48,7 +51,7 @@ def _stop(app: LocalApp, signals: StopSignals, console: Console) -> None:
     try:
         signals.take()
         app.stop()
-    except Stop:
+    except KeyboardInterrupt:
         console.print("not waiting for open requests")
     finally:
         signals.ignore()

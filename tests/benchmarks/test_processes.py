@@ -64,6 +64,7 @@ def test_jitter() -> None:
     assert set(jitter.details(measured)) >= {"load", "model", "served_intervals_s"}
 
 
+@pytest.mark.full
 def test_serving(tmp_path: Path) -> None:
     plan = serving.Plan(
         rates=(16.0,),

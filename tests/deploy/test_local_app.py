@@ -137,7 +137,7 @@ def test_sigterm_while_starting_leaves_nothing() -> None:
         command.wait_for_error("starting the front door")
         family = command.family()
         command.process.terminate()
-        assert command.ended(family) == 0
+        assert command.ended(family) == 0, command.errors
 
 
 @pytest.mark.full

@@ -16,7 +16,7 @@ from deploy.local_app import LocalApp
 from tests.support.checkpoints import checkpoint
 from tests.support.steady_load import Load
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.full, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def config(decode: int, **changes: object) -> SluiceConfig:
@@ -59,7 +59,6 @@ def test_a_redeploy_with_another_pool_size_under_load_loses_nothing(app: LocalAp
     assert [m.name for m in grown.members] == ["decode-0", "decode-1", "prefill-0"]
 
 
-@pytest.mark.full
 def test_a_redeploy_that_cannot_start_says_why_and_changes_nothing(app: LocalApp) -> None:
     with Load(app.url) as load:
         load.wait_for(3)
