@@ -60,6 +60,7 @@ def test_a_conversation_on_a_terminal(model: Path) -> None:
         terminal.type(CTRL_C)
         terminal.until("stopped after")
         terminal.until("you> ")
+        terminal.until_it_waits()
         terminal.type(CTRL_C)
         terminal.until("Ctrl-D or /quit ends")
         terminal.until("you> ")

@@ -10,6 +10,8 @@ import sys
 import time
 from types import TracebackType
 
+import psutil
+
 from tests.support.commands import DEADLINE_S, ROOT
 
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -39,6 +41,12 @@ class Terminal:
             assert ready and self._read(), f"{pattern!r} is not shown: {self.shown}"
         self._seen = found.end()
         return found
+
+    def until_it_waits(self) -> None:
+        """Until it sleeps, for a key after a prompt. Between the two, Python hears of Ctrl-C with the next key only."""
+        deadline = time.monotonic() + DEADLINE_S
+        while psutil.Process(self._pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline, f"it never sleeps: {self.shown}"
 
     def wait(self) -> int:
         """The exit status."""
