@@ -206,8 +206,7 @@ class Executor:
 
     def _run(self) -> None:
         try:
-            with self._pool.own_stream():
-                self._drive()
+            self._drive()
         except BaseException as error:
             self.failure = error
             log.critical("the bytes thread of rank %d has ended: no pull is reported any more", self._rank)
@@ -278,8 +277,6 @@ class Executor:
             raises = [(each.block, each.generation) for each in pull.raises if each.group == group]
             if raises:
                 table.raise_to(*zip(*raises, strict=True))
-        if pull.raises:
-            self._pool.synchronize()
 
     def _moved(self, job: _PullJob | _WarmUp, now: float) -> bool:
         """True when the job is over."""

@@ -1,9 +1,9 @@
 """One source as seen by one sink rank: its offer checked, and all descriptors of both pools prepared.
 
-Per source rank one pair of prepared lists; row i of the local list fills from row i's partner of the remote one:
+Per source rank two pairs of prepared lists; row i of a local list fills from row i's partner of the remote one:
 
-    for each region, for each slice of the reshard plan from this source rank: one row per block
-    for each group: one row per entry of the generation table
+    data: for each region, for each slice of the reshard plan from this source rank: one row per block
+    generations, which are in host memory on both sides: for each group one row per entry of the table
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import TransferError
 from cluster.protos import worker_pb2 as pb
-from kvtransfer.layout import KvGeometry, RankLayout, RegionSpec, reshard_plan
+from kvtransfer.layout import KvGeometry, RankLayout, RegionSpec, Slice, reshard_plan
 from kvtransfer.pool import NULL_BLOCK, KvPool
 from kvtransfer.pull import BlockPair, Pull
 from kvtransfer.transport import HOST, AgentOffer, Indices, MemorySpan, PreparedId, Transport
@@ -76,7 +76,6 @@ class Landing:
         """Grows, and registers, on demand: one lane per source rank of the widest peer."""
         while len(self._lanes) <= index:
             tables = [torch.zeros_like(table.entries) for table in self._pool.generations]
-            self._pool.synchronize()  # zeros that come late would overwrite what was read
             for table in tables:
                 self._transport.register(span_of(table))
             self._lanes.append(tables)
@@ -100,11 +99,13 @@ class _Rows:
     blocks: list[NDArray[np.uint64]]
     num_rows: int = 0
 
-    def add(self, address: int, stride: int, num_bytes: int, count: int, device: int) -> int:
-        """`count` rows, `stride` bytes apart; returns the first row's index."""
+    def add(self, region: pb.RegionOffer, offset: int, num_bytes: int) -> int:
+        """`num_bytes` at `offset` of each block; returns the first row's index."""
+        count = region.num_blocks
         rows = np.empty((count, 3), np.uint64)
-        rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(stride)
-        rows[:, 1], rows[:, 2] = num_bytes, device
+        strides = np.arange(count, dtype=np.uint64) * np.uint64(region.block_bytes)
+        rows[:, 0] = np.uint64(region.address + offset) + strides
+        rows[:, 1], rows[:, 2] = num_bytes, region.device
         self.blocks.append(rows)
         self.num_rows += count
         return self.num_rows - count
@@ -113,22 +114,36 @@ class _Rows:
         return np.concatenate(self.blocks)
 
 
-class _SourceRank:
-    """Rows for what this sink rank reads from one source rank. `bases[group]`: first rows of each slice."""
+class _RowPairs:
+    """Both sides' rows, alike in memory kind. `bases[group]`: first rows (local, remote) of each slice."""
 
-    def __init__(self, offer: pb.RankOffer, num_groups: int) -> None:
-        self.offer = offer
-        self.agent = ""
-        self.local_rows = _Rows([])
-        self.remote_rows = _Rows([])
+    def __init__(self, num_groups: int) -> None:
         self.bases: list[list[tuple[int, int]]] = [[] for _ in range(num_groups)]
-        self.generation_bases: list[tuple[int, int]] = []
-        self.bytes_per_block = [0] * num_groups
-        self.landing: list[torch.Tensor] = []
-        self.local = PreparedId(0)
-        self.remote = PreparedId(0)
+        self._local_rows = _Rows([])
+        self._remote_rows = _Rows([])
+        self._local = PreparedId(0)
+        self._remote = PreparedId(0)
 
-    def order(self, bases: Sequence[Sequence[tuple[int, int]]], pairs: Sequence[BlockPair]) -> ReadOrder | None:
+    def add(self, group: int, local: pb.RegionOffer, remote: pb.RegionOffer, piece: Slice) -> None:
+        """A row per block: `piece` of it."""
+        self.bases[group].append(
+            (
+                self._local_rows.add(local, piece.sink_offset, piece.num_bytes),
+                self._remote_rows.add(remote, piece.source_offset, piece.num_bytes),
+            )
+        )
+
+    def prepare(self, transport: Transport, agent: str) -> None:
+        self._local = transport.prepare(None, self._local_rows.all())
+        self._remote = transport.prepare(agent, self._remote_rows.all())
+
+    def discard(self, transport: Transport) -> None:
+        for prepared in (self._local, self._remote):
+            if prepared:
+                transport.discard(prepared)
+        self._local = self._remote = PreparedId(0)
+
+    def order(self, pairs: Sequence[BlockPair]) -> ReadOrder | None:
         local: list[NDArray[np.int64]] = []
         remote: list[NDArray[np.int64]] = []
         by_group: dict[int, list[BlockPair]] = {}
@@ -137,17 +152,29 @@ class _SourceRank:
         for group, members in by_group.items():
             # Sorted by source address, because transports merge neighbours.
             blocks = np.array(sorted((pair.source_block, pair.sink_block) for pair in members), np.int64)
-            for local_base, remote_base in bases[group]:
+            for local_base, remote_base in self.bases[group]:
                 local.append(blocks[:, 1] + local_base)
                 remote.append(blocks[:, 0] + remote_base)
         if not local:
             return None
         return ReadOrder(
-            self.local,
+            self._local,
             np.concatenate(local).astype(np.int32),
-            self.remote,
+            self._remote,
             np.concatenate(remote).astype(np.int32),
         )
+
+
+class _SourceRank:
+    """What this sink rank reads from one source rank."""
+
+    def __init__(self, offer: pb.RankOffer, num_groups: int) -> None:
+        self.offer = offer
+        self.agent = ""
+        self.data = _RowPairs(num_groups)
+        self.generations = _RowPairs(num_groups)
+        self.bytes_per_block = [0] * num_groups
+        self.landing: list[torch.Tensor] = []
 
 
 class Link:
@@ -176,12 +203,12 @@ class Link:
         except ValueError as error:
             raise TransferError(f"the ranks that {peer} offers do not make up its KV: {error}") from error
         # A source rank that holds nothing this rank needs is neither connected nor asked.
-        self._sources = [source for source in self._sources if any(source.bases)]
+        self._sources = [source for source in self._sources if any(source.data.bases)]
         try:
             for source in self._sources:
                 source.agent = transport.connect(AgentOffer(source.offer.agent, source.offer.metadata))
-                source.local = transport.prepare(None, source.local_rows.all())
-                source.remote = transport.prepare(source.agent, source.remote_rows.all())
+                source.data.prepare(transport, source.agent)
+                source.generations.prepare(transport, source.agent)
         except TransferError:
             self.close()
             raise
@@ -192,15 +219,14 @@ class Link:
     def data_orders(self, pairs: Sequence[BlockPair]) -> list[ReadOrder]:
         """Reads that fill the sink blocks on this rank. Raises TransferError for a block outside the pools."""
         self._check(pairs)
-        orders = [source.order(source.bases, pairs) for source in self._sources]
+        orders = [source.data.order(pairs) for source in self._sources]
         return [order for order in orders if order]
 
     def generation_orders(self, pairs: Sequence[BlockPair]) -> list[ReadOrder]:
         """Reads of the entries of the source blocks, from each source rank that the data come from."""
         orders: list[ReadOrder] = []
         for source in self._sources:
-            used = [pair for pair in pairs if source.bases[pair.group]]
-            order = source.order([[base] for base in source.generation_bases], used)
+            order = source.generations.order([pair for pair in pairs if source.data.bases[pair.group]])
             if order:
                 orders.append(order)
         return orders
@@ -212,9 +238,8 @@ class Link:
             members = [index for index, pair in enumerate(pull.pairs) if pair.group == group]
             blocks = torch.tensor([pull.pairs[index].sink_block for index in members])
             for source in self._sources:
-                if source.bases[group]:
-                    table = source.landing[group]
-                    landed = table[blocks.to(table.device)].tolist()
+                if source.data.bases[group]:
+                    landed = source.landing[group][blocks].tolist()
                     differing.update(i for i, seen in zip(members, landed, strict=True) if seen != pull.generations[i])
         return tuple(sorted(differing))
 
@@ -227,17 +252,14 @@ class Link:
     def close(self) -> None:
         """Only when no read is in flight. Idempotent."""
         for source in self._sources:
-            for prepared in (source.local, source.remote):
-                if prepared:
-                    self._transport.discard(prepared)
-            source.local = source.remote = PreparedId(0)
+            source.data.discard(self._transport)
+            source.generations.discard(self._transport)
             if source.agent:
                 self._transport.disconnect(source.agent)
                 source.agent = ""
 
     def _collect_rows(self, landing: Landing) -> None:
         pool = self._pool
-        device = device_code(pool.device)
         by_rank = {source.offer.rank: source for source in self._sources}
         layouts = [RankLayout(s.offer.rank, s.offer.tp_rank, s.offer.tp_size) for s in self._sources]
         for group, spec in enumerate(pool.geometry.groups):
@@ -245,43 +267,16 @@ class Link:
                 local = _region_offer(group, region.name, storage)
                 for piece in reshard_plan(region, layouts, pool.layout):
                     source = by_rank[piece.source_rank]
-                    remote = _offered(source.offer, group, region.name)
-                    source.bases[group].append(
-                        (
-                            source.local_rows.add(
-                                local.address + piece.sink_offset,
-                                local.block_bytes,
-                                piece.num_bytes,
-                                local.num_blocks,
-                                device,
-                            ),
-                            source.remote_rows.add(
-                                remote.address + piece.source_offset,
-                                remote.block_bytes,
-                                piece.num_bytes,
-                                remote.num_blocks,
-                                remote.device,
-                            ),
-                        )
-                    )
+                    source.data.add(group, local, _offered(source.offer, group, region.name), piece)
                     source.bytes_per_block[group] += piece.num_bytes
-        used = [source for source in self._sources if any(source.bases)]
+        used = [source for source in self._sources if any(source.data.bases)]
         for lane, source in enumerate(used):
             source.landing = landing.lane(lane)
             for group, table in enumerate(source.landing):
                 here = _region_offer(group, "landing", table)
                 there = _generations(source.offer, group)
                 assert there is not None
-                source.generation_bases.append(
-                    (
-                        source.local_rows.add(
-                            here.address, GENERATION_BYTES, GENERATION_BYTES, here.num_blocks, device
-                        ),
-                        source.remote_rows.add(
-                            there.address, GENERATION_BYTES, GENERATION_BYTES, there.num_blocks, there.device
-                        ),
-                    )
-                )
+                source.generations.add(group, here, there, Slice(source.offer.rank, 0, 0, GENERATION_BYTES))
 
     def _check(self, pairs: Sequence[BlockPair]) -> None:
         sink_blocks = self._pool.num_blocks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -18,25 +17,24 @@ NULL_BLOCK = 0
 
 
 class GenerationTable:
-    """int64 [num_blocks] of one group, read by other processes while this one writes it.
+    """int64 [num_blocks] of one group in host memory, read by other processes while this one writes it.
 
     The rank raises the entry of a block before the first write into the reused block; a sink that reads the entry
-    after the data therefore sees whether what it read was still there. On a GPU `raise_to` is ordered on the current
-    stream, which must be the one that writes the blocks, or be waited for; raises on several streams may overlap.
+    after the data therefore sees whether what it read was still there. Wherever the blocks are: a raise on the host
+    comes before the launch of whatever writes them, and eight bytes of a busy GPU take many milliseconds to read.
     """
 
-    def __init__(self, num_blocks: int, device: torch.device) -> None:
-        self.entries = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+    def __init__(self, num_blocks: int) -> None:
+        self.entries = torch.zeros(num_blocks, dtype=torch.int64)
         # The engine's thread applies step plans, the bytes thread applies pulls: read-max-write must not interleave.
         self._lock = threading.Lock()
 
     def raise_to(self, blocks: Sequence[int], generations: Sequence[int]) -> None:
         """Entries become the larger of what they are and `generations`. Any thread; repeated raises do nothing."""
-        device = self.entries.device
-        index = torch.tensor(blocks, dtype=torch.int64).to(device, non_blocking=True)
-        wanted = torch.tensor(generations, dtype=torch.int64).to(device, non_blocking=True)
+        index = torch.tensor(blocks, dtype=torch.int64)
+        wanted = torch.tensor(generations, dtype=torch.int64)
         with self._lock:
-            self.entries.scatter_reduce_(0, index, wanted, "amax")  # atomic on a GPU, where the lock orders nothing
+            self.entries.scatter_reduce_(0, index, wanted, "amax")
 
 
 class KvPool:
@@ -76,7 +74,7 @@ class KvPool:
             ]
             for group, count in zip(geometry.groups, num_blocks, strict=True)
         ]
-        return cls(geometry, layout, regions, [GenerationTable(count + 1, where) for count in num_blocks])
+        return cls(geometry, layout, regions, [GenerationTable(count + 1) for count in num_blocks])
 
     @property
     def num_blocks(self) -> list[int]:
@@ -84,16 +82,5 @@ class KvPool:
 
     @property
     def device(self) -> torch.device:
-        return self.generations[0].entries.device
-
-    def own_stream(self) -> AbstractContextManager[object]:
-        """For a thread that moves blocks: inside, nothing it does with the device waits for the engine's steps. No step
-        in flight touches the blocks that it writes, which is for whoever hands them out to see to."""
-        if self.device.type != "cuda":
-            return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self.device))
-
-    def synchronize(self) -> None:
-        """Waits until raises made on this thread have reached memory that peers can read."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        """Of the regions."""
+        return self.regions[0][0].device

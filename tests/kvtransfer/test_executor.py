@@ -81,7 +81,7 @@ def test_pool_shapes_follow_geometry_and_layout() -> None:
 
 
 def test_generations_only_rise_whoever_raises_them() -> None:
-    table = GenerationTable(64, torch.device("cpu"))
+    table = GenerationTable(64)
 
     def raise_all(first: int) -> None:
         for generation in range(first, 400, 2):

@@ -130,7 +130,12 @@ def _main(
             pipe.send(answer)
 
     pool = KvPool.allocate(geometry, RankLayout(0), [num_blocks], device)
-    pool.synchronize()
+
+    def synchronize() -> None:
+        if pool.device.type == "cuda":
+            torch.cuda.synchronize(pool.device)
+
+    synchronize()
     executor = Executor(pool, NixlTransport(f"{name}/0"), limits, send)
     executor.start()
     send(executor.offer().SerializeToString())
@@ -141,7 +146,7 @@ def _main(
         for spec, storage in regions:
             for block, content in zip(blocks, contents, strict=True):
                 storage[block] = torch.from_numpy(sharded_block(spec, content, 0, 1)).view_as(storage[block])
-        pool.synchronize()
+        synchronize()
         send("written")
 
     def compare(blocks: list[int], contents: list[int]) -> None:
