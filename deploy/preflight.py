@@ -8,6 +8,7 @@ are too old, to say so. Stops with reason and remedy, or leaves a complete `.ven
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import os
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from typing import List, NamedTuple, Optional, Set
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
@@ -30,8 +31,18 @@ EXTRAS = {"test": {"test"}, "dev": {"test", "dev"}}  # what each brings
 DOWNLOAD = (
     "about 0.5 GB to download and 2.3 GB on disk (several GB more where the package index serves torch with CUDA)"
 )
-# pip compiles every file of every package, one after the other; most are never imported. These are, by several
-# processes at once; the others are compiled as they are imported.
+# Of pip's settings those that say where packages come from, in uv's words; and those that say nothing about it.
+UV_WORDS = {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "trusted-host": "--allow-insecure-host",
+    "cert": "SSL_CERT_FILE",  # in the environment
+}
+NOT_ABOUT_SOURCES = {"cache-dir", "default-timeout", "disable-pip-version-check", "no-cache-dir", "no-input"}
+NOT_ABOUT_SOURCES |= {"progress-bar", "require-virtualenv", "retries", "root-user-action", "timeout"}
+# Most files of packages are never imported. Those of these are, and compiled by several processes at once; the
+# others as they are imported.
 COMPILE = """
 import compileall, sysconfig
 for package in ("ray", "torch"):
@@ -188,10 +199,7 @@ def install(extras: Set[str]) -> int:
             return _stop("the environment could not be made", "remove .venv and look at the message above")
         extras = extras | present
         target = "{}[{}]".format(ROOT, ",".join(sorted(extras))) if extras else ROOT
-        command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        command += [] if sys.dont_write_bytecode else ["--no-compile"]
-        command += ["-c", os.path.join(ROOT, "constraints.txt"), "-e", target]
-        if subprocess.call(command, cwd=ROOT) != 0:
+        if not _load(python, target):
             return _stop("pip did not finish", "look at its message above; what it has loaded so far is kept")
         if not sys.dont_write_bytecode:
             subprocess.call([python, "-c", COMPILE])
@@ -199,6 +207,38 @@ def install(extras: Set[str]) -> int:
             file.write("{}\n{}\n".format(stamp(ROOT, VENV), " ".join(sorted(extras))))
         print("Set up.", flush=True)
     return 0
+
+
+def uv_settings(pip_config: str) -> Optional[Tuple[List[str], Dict[str, str]]]:
+    """Options and environment that tell uv what `pip config list` says of where packages come from; None: it says what
+    uv has no word for."""
+    options, environment = ["--index-strategy", "unsafe-best-match"], {}  # the best of all indexes, as pip has it
+    for line in pip_config.splitlines():
+        name, _, quoted = line.partition("=")
+        name = name.rpartition(".")[2].replace("_", "-")
+        for value in str(ast.literal_eval(quoted)).split() if name in UV_WORDS else []:
+            if UV_WORDS[name].startswith("--"):
+                options += [UV_WORDS[name], value]
+            else:
+                environment[UV_WORDS[name]] = value
+        if name not in UV_WORDS and name not in NOT_ABOUT_SOURCES:
+            return None
+    return options, environment
+
+
+def _load(python: str, target: str) -> bool:
+    """Installs `target`, by uv, which downloads and unpacks side by side, else by pip; False if that failed."""
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    constraints = ["-c", os.path.join(ROOT, "constraints.txt")]
+    settings = uv_settings(subprocess.check_output([*pip, "config", "list"], universal_newlines=True))
+    if settings is not None and subprocess.call([*pip, "install", "-q", *constraints, "uv"]) == 0:
+        uv = [os.path.join(os.path.dirname(python), "uv"), "pip", "install", "--python", python]
+        environment = dict(os.environ, **settings[1])
+        if subprocess.call([*uv, *settings[0], *constraints, "-e", target], cwd=ROOT, env=environment) == 0:
+            return True
+        print("uv did not finish; pip tries the same.", flush=True)
+    compiling = [] if sys.dont_write_bytecode else ["--no-compile"]
+    return subprocess.call([*pip, "install", *compiling, *constraints, "-e", target], cwd=ROOT) == 0
 
 
 def main() -> int:

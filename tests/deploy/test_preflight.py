@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy import preflight
-from deploy.preflight import Machine, memory_bytes, problems, read_stamp, stamp
+from deploy.preflight import Machine, memory_bytes, problems, read_stamp, stamp, uv_settings
 
 FIT = Machine(
     system="Linux",
@@ -62,6 +62,21 @@ def test_it_parses_on_old_interpreters_and_needs_nothing_installed() -> None:
 
 def test_it_names_no_registry() -> None:
     assert "://" not in Path(preflight.__file__).read_text()
+
+
+def test_uv_is_told_where_pip_looks_for_packages() -> None:
+    config = "global.index-url='a://b/simple'\nglobal.extra-index-url='c://d e://f'\n"
+    config += "install.find-links='/x\\n/y'\n:env:.cert='/z.pem'\n:env:.default-timeout='180'\n"
+    assert uv_settings(config) == (
+        "--index-strategy unsafe-best-match --default-index a://b/simple --index c://d --index e://f "
+        "--find-links /x --find-links /y".split(),
+        {"SSL_CERT_FILE": "/z.pem"},
+    )
+
+
+@pytest.mark.parametrize("line", ["global.proxy='a://b'", ":env:.no-index='1'", "install.user='true'"])
+def test_settings_that_uv_has_no_word_for_leave_it_to_pip(line: str) -> None:
+    assert uv_settings(f"global.index-url='a://b'\n{line}\n") is None
 
 
 @pytest.mark.parametrize(
