@@ -51,6 +51,7 @@ def test_sessions(tmp_path: Path) -> None:
     assert figures["last notice"] >= figures["first notice"] and len(figures) == 11
 
 
+@pytest.mark.full
 def test_jitter() -> None:
     load = jitter.Load(num_streams=4, num_steps=100, shape=TINY)
     measured = jitter.measure(load)
@@ -120,6 +121,7 @@ def test_overhead(tmp_path: Path) -> None:
 _TTFT = ("TTFT of the lone engine", "TTFT at the public port")
 
 
+@pytest.mark.full
 def test_failures() -> None:
     """The cut apart, which needs namespaces: tests/chaos/test_two_hosts.py cuts."""
     scenes: dict[str, tuple[failures.Scene, int]] = {

@@ -93,6 +93,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_job_goes_on_to_the_file_of_an_unhindered_one(tmp_path: Path, model: Path) -> None:
     prompts = ragged_prompts(2)
     drawn = [{"prompt_token_ids": prompt, "max_tokens": 300, "ignore_eos": True} for prompt in (*prompts, *prompts)]
