@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from cluster.engine_config import EngineConfig
 from cluster.section import Count, Fraction, Port, Positive, Seconds, Section, demand
+from cluster.traces_config import TracesConfig
 from cluster.words_config import WordsConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -237,6 +238,7 @@ class SluiceConfig(Section):
     controller: ControllerConfig = ControllerConfig()
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
 
     @model_validator(mode="before")
     @classmethod

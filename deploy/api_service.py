@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 from cluster.config import HttpConfig, LimitsConfig
@@ -41,6 +41,9 @@ from deploy.tokenizer import Tokenizer
 from router.flight import RouterRequest
 from router.router import Router
 
+if TYPE_CHECKING:  # OpenTelemetry is imported where traces are on
+    from deploy.traces import Traces
+
 _NOBODY: Final = Caller()
 
 
@@ -58,6 +61,7 @@ class ApiService:
     api_keys: ApiKeys | None = None
     quotas: Quotas | None = None
     affinity_header: str | None = None
+    traces: Traces | None = None
 
     async def complete(self, body: CompletionRequest, tally: Tally, caller: Caller = _NOBODY) -> Generation:
         self._check_model(body.model)
@@ -114,6 +118,7 @@ class ApiService:
                 cache_salt=caller.cache_salt(body.cache_salt),
                 client=caller.key.name,
                 weight=caller.key.limits.weight,
+                journal=tally.journal(),
             )
             for prompt in prompts
         ]
@@ -186,6 +191,7 @@ class ApiService:
                     cache_salt=caller.cache_salt(body.cache_salt),
                     client=caller.key.name,
                     weight=caller.key.limits.weight,
+                    journal=tally.journal(),
                 )
                 completions.append(
                     Completion(self.router, request, tally, detokenizer=self._detokenizer(body), ending=ending)

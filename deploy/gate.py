@@ -13,7 +13,8 @@ from deploy.api_keys import ApiKey, ApiKeys
 from deploy.openai_errors import body, response
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/ready"})  # for probes and scrapers, which hold no key
+# For probes and scrapers, which hold no key; and the status page, which asks people for theirs and holds no figures.
+_OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/ready"})
 
 
 def is_request_id(sent: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -24,11 +25,14 @@ from deploy.lifeline import Lifeline
 from deploy.openai_api import create_app
 from deploy.prometheus import add_targets
 from deploy.quota import Quotas
-from deploy.route_page import page_of
 from deploy.served_model import ServedModel
+from deploy.status_page import add_status_page, pages_of
 from deploy.tokenizer import Tokenizer
 from router.router import Router
 from workers.actor import WorkerActor
+
+if TYPE_CHECKING:
+    from deploy.traces import Traces
 
 _WARM_S = 10.0
 
@@ -63,11 +67,13 @@ class Ingress:
         )
         self._quotas = Quotas(metrics)
         await self._router.start()
-        self._exporter = Exporter(metrics, config.words, page_of(self._router.route))
+        pages = pages_of(self._router.route, self._router.last_routes)
+        self._exporter = Exporter(metrics, config.words, pages)
         address = await asyncio.to_thread(self._exporter.start)
         self._export = Export(name=ingress_id, incarnation=identity.incarnation, address=address, roles=("ingress",))
         self._lifeline = Lifeline(config, self._revision, ingress_id, WorkerActor, self._follow, log, self._export)
         self._lifeline.start()
+        self._traces = await asyncio.to_thread(_traces, config, model.name, ingress_id, log)
         await self._get_warm()
         app = create_app(
             ApiService(
@@ -81,11 +87,13 @@ class Ingress:
                 api_keys=api_keys,
                 quotas=self._quotas,
                 affinity_header=config.router.affinity_header,
+                traces=self._traces,
             ),
             ids_are_echoed=True,
             replicas=self._other_replicas,
         )
         add_targets(app, config.name, model.name, self._exports)
+        add_status_page(app, config, self._router, ingress_id, self._other_replicas)
         return app
 
     def _exports(self) -> list[Export]:
@@ -118,6 +126,17 @@ class Ingress:
             await self._router.stop()
             await asyncio.to_thread(self._words.stop)
             await asyncio.to_thread(self._exporter.stop)
+            if self._traces is not None:
+                await asyncio.to_thread(self._traces.stop)
+
+
+def _traces(config: SluiceConfig, model: str, ingress_id: str, log: Log) -> Traces | None:
+    """None: they are off, and OpenTelemetry is not imported."""
+    if config.traces.endpoint is None:
+        return None
+    from deploy.traces import Traces
+
+    return Traces(config.traces, app=config.name, instance=ingress_id, model=model, log=log)
 
 
 def cluster_secret(config: SluiceConfig) -> bytes:

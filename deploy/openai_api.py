@@ -140,7 +140,10 @@ def _health(reason: str) -> Response:
 
 def _tally(service: ApiService, request: Request) -> Tally:
     """Begins to count the request; whoever ends it finds the tally in its state. Raises Busy at a limit of its key."""
-    request.state.tally = tally = Tally(service.metrics)
+    trace = None
+    if service.traces is not None:
+        trace = service.traces.begin(request.url.path, request.headers, request.state.request_id)
+    request.state.tally = tally = Tally(service.metrics, trace)
     if service.quotas is not None and request.state.api_key is not None:
         tally.charge_to(service.quotas.enter(request.state.api_key))
     return tally

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from cluster.metrics import Metrics, Outcome
 from deploy.quota import Visit
+from router.journal import Journal
+
+if TYPE_CHECKING:  # OpenTelemetry is imported where traces are on
+    from deploy.traces import Trace
 
 
 class Pace:
@@ -25,20 +30,25 @@ class Pace:
 
 
 class Tally:
-    """One request in the ingress's metrics, from its arrival to its end, counted once."""
+    """One request in the ingress's metrics, from its arrival to its end, counted once. `trace` None: it has none."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, trace: Trace | None = None) -> None:
         self._metrics = metrics
         self.arrived_at = time.monotonic()
         self.num_tokens = 0
         self._first_at: float | None = None
         self._open = True
         self._visit: Visit | None = None
+        self._trace = trace
         metrics.open_requests.inc()
 
     def charge_to(self, visit: Visit) -> None:
         """It counts for an API key, until its end."""
         self._visit = visit
+
+    def journal(self) -> Journal | None:
+        """For one sequence, where the request is traced."""
+        return None if self._trace is None else self._trace.journal()
 
     def prompt(self, num_tokens: int) -> None:
         """A prompt was accepted."""
@@ -71,6 +81,8 @@ class Tally:
         self._open = False
         if self._visit is not None:
             self._visit.leave()
+        if self._trace is not None:
+            self._trace.end(outcome)
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(outcome).inc()
         if outcome is Outcome.OK:

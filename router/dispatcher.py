@@ -60,6 +60,9 @@ class Dispatcher:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
         flight = Flight(request)
         self._flights[request.request_id] = flight
+        if request.journal is not None:
+            num_prompt, num_encoder = len(request.prompt_token_ids), len(request.encoder_token_ids)
+            request.journal.opened(request.request_id, num_prompt, num_encoder)
         if deadline is not None:
             self._deadlines[request.request_id] = deadline
             self._alarms[request.request_id] = asyncio.get_running_loop().call_at(deadline, self._expire, flight)
@@ -100,6 +103,12 @@ class Dispatcher:
             hashes = flight.hashes(root, self._block_size)
             sibling = self._siblings.join(flight, plan.decode.incarnation, hashes)
         submit = flight.submit(root, self._block_size, self._remaining_ms(flight), sibling=sibling)
+        if flight.request.journal is not None:
+            leader = flight.request.leader_id if led is not None else ""
+            num_emitted = len(flight.emitted)
+            flight.request.journal.sent(
+                key.attempt, plan, is_replay=flight.is_replay, num_emitted=num_emitted, leader=leader
+            )
         session.send(pb.Frame(submit=submit), key)
         self._navigator.placed(flight, plan, _now(), led=led is not None)
         if flight.is_replay:
@@ -206,6 +215,8 @@ class Dispatcher:
         self.cancel(flight, reason)
         self._stop_waiting(flight)
         self._navigator.ended(flight)
+        if flight.request.journal is not None:
+            flight.request.journal.ended(flight.finish, flight.error)
         self._siblings.left(flight)
         self._flights.pop(flight.request.request_id, None)
         self._deadlines.pop(flight.request.request_id, None)
@@ -244,6 +255,8 @@ class Dispatcher:
         code = pb.ErrorCode.Name(failure.code).lower()
         assert flight.plan is not None
         self._metrics.failures.labels(code).inc()
+        if flight.request.journal is not None:
+            flight.request.journal.failed(failure)
         self._log.warning(
             "attempt failed",
             request=flight.request.request_id,

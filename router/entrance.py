@@ -46,6 +46,8 @@ class Entrance:
 
         def admit() -> None:
             self._metrics.admission_wait.observe(_now() - arrived_at)
+            if request.journal is not None:
+                request.journal.admitted()
             if flight.state is State.PLACING:
                 self._dispatcher.place(flight)
 

@@ -10,6 +10,7 @@ from cluster.membership import Member, Membership, MemberState
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
 from router.plan import Candidate
+from router.status import WorkerTold, shard_told
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class _Shard:
     block_bytes: int = 0
     prefill_tokens_per_s: float = 0.0
     warm_sources: Mapping[str, float] = field(default_factory=dict)  # the same object as long as nothing changes
+    report: pb.LoadReport | None = None  # the last one
 
     @classmethod
     def of(cls, report: pb.LoadReport, before: _Shard | None) -> _Shard:
@@ -40,6 +42,7 @@ class _Shard:
             block_bytes=report.block_bytes,
             prefill_tokens_per_s=report.prefill_tokens_per_s,
             warm_sources=warm,
+            report=report,
         )
 
 
@@ -163,6 +166,28 @@ class Fleet:
     def expects(self, role: Role) -> bool:
         """Whether any member, ready or not, has this role."""
         return any(role in worker.member.roles for worker in self._workers.values())
+
+    def told(self) -> tuple[WorkerTold, ...]:
+        """All members in order of their names, with what each said of itself last."""
+        names = {incarnation: worker.member.name for incarnation, worker in self._workers.items()}
+        return tuple(
+            WorkerTold(
+                name=worker.member.name,
+                incarnation=worker.member.incarnation,
+                pool=worker.member.pool,
+                state=worker.member.state.value,
+                roles=tuple(role.value for role in worker.member.roles),
+                pid=worker.member.pid,
+                connected=worker.session is not None,
+                leaving=worker.leaving,
+                shards=tuple(
+                    shard_told(number, shard.report, names)
+                    for number, shard in sorted(worker.shards.items())
+                    if shard.report is not None
+                ),
+            )
+            for worker in sorted(self._workers.values(), key=lambda each: (each.member.name, each.member.incarnation))
+        )
 
     def candidates(self) -> list[Candidate]:
         """The shards of all workers that take new requests, in the same order as long as `generation` is the same."""

@@ -13,13 +13,14 @@ the router's event loop; nothing here knows sessions or clocks.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
 from cluster.hashing import HASH_BYTES, block_hashes, chain_root
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
+from router.journal import Journal
 from router.output import Output
 from router.plan import NoPlan, Plan
 
@@ -50,6 +51,7 @@ class RouterRequest:
     client: str = ""  # whose share of the replica it is part of; "": everybody without a name
     weight: int = 1  # of that share
     cache_salt: str = ""  # it meets cached blocks of the same salt only
+    journal: Journal | None = field(default=None, compare=False)  # of a request that is traced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,7 @@ class Flight:
             leader_id=request.leader_id or sibling,
             chain_root=root if request.cache_salt or request.encoder_token_ids else b"",
             encoder_token_ids=request.encoder_token_ids,
+            traceparent="" if request.journal is None else request.journal.traceparent,
         )
 
     def receive(self, session_id: str, tokens: pb.SequenceTokens) -> Receipt:
@@ -198,6 +201,8 @@ class Flight:
         if self.state is not State.RUNNING or session_id != self.session_id or tokens.key.attempt != self.attempt:
             return Receipt.OLD_ATTEMPT
         num_new = self.output.take(tokens)
+        if self.request.journal is not None:
+            self.request.journal.heard(tokens, num_new or 0)
         if num_new is None:
             return Receipt.GAP
         if num_new:

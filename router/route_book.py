@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -109,10 +110,37 @@ class RouteTold:
     outcome: OutcomeTold | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteSummary:
+    """A line of a list; what there was to choose from stands in `RouteTold`."""
+
+    request_id: str
+    state: str
+    age_s: float
+    """Since it was placed first."""
+    attempts: int
+    decode: str
+    prefill: str
+    """The decode worker itself where it computes the prompt."""
+    fetches_from: str | None
+    encode: str | None
+    reason: str
+    """Why it went there, in a few words."""
+    num_tokens: int
+    """Known when it was placed last."""
+    hit_tokens: int
+    """This and the rest: as reported at the end, 0 before."""
+    blocks: int
+    bytes: int
+    transfer_ms: float
+    prefill_ms: float
+
+
 @dataclass(slots=True)
 class _Entry:
     """What is kept is what was decided anyway; it is put into words when somebody asks."""
 
+    began_at: float
     plans: list[tuple[Plan, int, str]] = field(default_factory=list)  # tokens, leader
     state: str = "open"
     route: pb.Route | None = None
@@ -131,8 +159,8 @@ class RouteBook:
             return
         request_id = flight.request.request_id
         if flight.attempt == 1:  # an id may be used again
-            self._entries[request_id] = _Entry()
-        entry = self._entries.setdefault(request_id, _Entry())
+            self._entries[request_id] = _Entry(time.monotonic())
+        entry = self._entries.setdefault(request_id, _Entry(time.monotonic()))
         entry.plans.append((plan, flight.num_tokens, leader))
         self._entries.move_to_end(request_id)
         if len(self._entries) > self._max_kept:
@@ -147,6 +175,13 @@ class RouteBook:
             entry.state = flight.finish.name.lower()
         else:
             entry.state = type(flight.error).__name__ if flight.error is not None else "cancelled"
+
+    def last(self, count: int) -> tuple[RouteSummary, ...]:
+        """The youngest first."""
+        now = time.monotonic()
+        items = list(self._entries.items())
+        items.sort(key=lambda item: -item[1].began_at)
+        return tuple(_summary(request_id, entry, now) for request_id, entry in items[:count] if entry.plans)
 
     def tell(self, request_id: str) -> RouteTold | None:
         """None: it is not among the last ones here."""
@@ -163,6 +198,43 @@ class RouteBook:
             ),
             outcome=None if entry.route is None else _outcome(entry.route),
         )
+
+
+def _summary(request_id: str, entry: _Entry, now: float) -> RouteSummary:
+    plan, num_tokens, leader = entry.plans[-1]
+    route = entry.route or pb.Route()
+    return RouteSummary(
+        request_id=request_id,
+        state=entry.state,
+        age_s=now - entry.began_at,
+        attempts=len(entry.plans),
+        decode=plan.decode.name,
+        prefill=plan.prefill.name,
+        fetches_from=plan.holding.holder.name if plan.holding else None,
+        encode=plan.encode.name if plan.encode else None,
+        reason=_reason(plan, leader),
+        num_tokens=num_tokens,
+        hit_tokens=max(route.decode_prefix_hit_tokens, route.prefill_prefix_hit_tokens),
+        blocks=route.blocks,
+        bytes=route.bytes,
+        transfer_ms=1000 * route.transfer_s,
+        prefill_ms=1000 * route.prefill_s,
+    )
+
+
+def _reason(plan: Plan, leader: str) -> str:
+    if leader:
+        return f"beside {leader[:8]}, which has the same prompt"
+    if plan.holding is not None:
+        return f"{plan.holding.holder.name} holds {plan.holding.num_blocks} blocks"
+    if plan.local_reason is not None:
+        return f"computed there: {plan.local_reason.value.replace('_', ' ')}"
+    choice = plan.choice
+    if choice is None:
+        return "the only way"
+    hits = max(choice.num_decode_hits, choice.num_prefill_hits)
+    ways = int(np.count_nonzero(choice.offer.ways))
+    return f"best of {ways} ways" + (f", {hits} blocks cached" if hits else "") if ways > 1 else "the only way"
 
 
 def _attempt(number: int, plan: Plan, num_tokens: int, leader: str) -> AttemptTold:

@@ -36,7 +36,8 @@ from router.fleet import Fleet
 from router.flight import Receipt, RouterRequest, State, TokenDelta
 from router.navigator import Navigator
 from router.plan import NoPlan, Plan
-from router.route_book import RouteTold
+from router.route_book import RouteSummary, RouteTold
+from router.status import WorkerTold
 
 
 class Router:
@@ -130,6 +131,14 @@ class Router:
     def route(self, request_id: str) -> RouteTold | None:
         """How one of the last requests here was routed. Any thread."""
         return self._navigator.routes.tell(request_id)
+
+    def last_routes(self, count: int) -> tuple[RouteSummary, ...]:
+        """Of requests here, the youngest first. Any thread."""
+        return self._navigator.routes.last(count)
+
+    def workers(self) -> tuple[WorkerTold, ...]:
+        """All members and what each said of itself last. On the loop."""
+        return self._fleet.told()
 
     async def load(self) -> dict[str, pb.AdminResponse]:
         """Load and counters of every connected worker, asked now, by incarnation."""

@@ -131,6 +131,7 @@ class DecodeStage:
         request.route.chunks += 1
         request.route.prefill.CopyFrom(pb.WorkerRef(name=session.peer.name, incarnation=session.peer.incarnation))
         request.route.prefill_pid = ticket.pid
+        request.stages.ticket(ticket, now)
         if self._supply.read(request, fetch, session, ticket, now) and self._hear(request, fetch, ticket, now):
             request.route.prefill_prefix_hit_tokens = ticket.prefix_hit_tokens
             request.route.prefill_s += ticket.compute_s
@@ -194,25 +195,26 @@ class DecodeStage:
             if (request := self._by_sequence.get(row.seq.id)) is not None:
                 request.stepped(self._metrics, began_at)
         for chunk in outcome.chunks:
-            self._computed(chunk, now)
+            self._computed(chunk, began_at, now)
         for emitted in outcome.tokens:
             request = self._by_sequence.get(emitted.seq.id)
             if request is None:
                 continue
-            request.emitted_here(now)
+            request.emitted_here(began_at, now)
             logprobs = () if emitted.logprobs is None else (emitted.logprobs.wire(),)
             self._tokens.add(request, emitted.first_token_index, [emitted.token], logprobs)
             if emitted.finish is not None:
                 self._settle(request, now, finish=emitted.finish)
         for sequence, vector in outcome.vectors:
             if (request := self._by_sequence.get(sequence.id)) is not None:
-                request.emitted_here(now)
+                request.emitted_here(began_at, now)
                 self._settle(request, now, finish=FinishReason.STOP, embedding=vector)
         for sequence in outcome.preempted:
             request = self._by_sequence.get(sequence.id)
             if request is None:
                 continue
             request.route.preemptions += 1
+            request.stages.preempted(now)
             if self._supply.may_pull(request):
                 self._scheduler.park(sequence)
                 request.pend(now, RETRY_S)
@@ -247,6 +249,7 @@ class DecodeStage:
 
     def _resume(self, request: Request, error: RequestError | None, now: float) -> None:
         """The output of its encoder is here, or is to be made here."""
+        request.stages.encoded(self._outputs.told(request.sequence), now, "" if error is None else str(error))
         if error is not None:
             self._settle(request, now, error=error)
             return
@@ -298,11 +301,12 @@ class DecodeStage:
                 self._settle(request, now, finish=finish)
                 return
 
-    def _computed(self, chunk: Chunk, now: float) -> None:
+    def _computed(self, chunk: Chunk, began_at: float, now: float) -> None:
         """A piece of its prompt was computed here."""
         request = self._by_sequence.get(chunk.seq.id)
         if request is None:
             return
+        request.stages.computed(chunk.num_confirmed, began_at)
         self._followers.progressed(request, now)
         if chunk.prompt_logprobs is not None:
             first, entries = chunk.prompt_logprobs
@@ -335,9 +339,10 @@ class DecodeStage:
         self._followers.gone(request, now)
         if request.route.blocks:
             request.route.transport = self._transport
+        request.stages.close(now, "" if error is None else str(error))
         if error is not None:
             emitted = request.sequence.num_emitted
-            self._tokens.fail(request.session, request.key, emitted, error, request.route)
+            self._tokens.fail(request.session, request.key, emitted, error, request.route, request.stages.take())
         else:
             assert finish is not None
             self._tokens.end(request, finish, embedding=embedding)

@@ -105,6 +105,10 @@ class OutputFetches:
             return True
         return False
 
+    def told(self, sequence: TokenStream) -> pb.Encoded | None:
+        """How its output came here so far; None: it needs none."""
+        return self._told.get(sequence.id)
+
     def leave(self, sequence: TokenStream) -> pb.Encoded | None:
         """The stage is through with the sequence, before it ends it: how its output came here."""
         wait = self._waits.pop(sequence.id, None)

@@ -16,6 +16,7 @@ from cluster.request import FinishReason, RequestKey, SamplingParams
 from cluster.session import Session
 from workers.engine.sequence import EncoderInput, ForcedTokens, Sequence
 from workers.fetch import Fetch
+from workers.stage_log import StageLog
 
 MAX_SOURCE_DEATHS = 2  # then the request is poisoned: neither a third source nor our own engine tries it
 
@@ -52,6 +53,7 @@ class Request:
     pending_since: float
     deadline: float | None
     route: pb.Route
+    stages: StageLog
     phase: Phase = Phase.PENDING
     fetch: Fetch | None = None
     not_before: float = 0.0
@@ -101,6 +103,7 @@ class Request:
             pending_since=now,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
             route=pb.Route(decode=me, decode_pid=os.getpid(), prompt_tokens=len(submit.prompt_token_ids)),
+            stages=StageLog(me, now, on=bool(submit.traceparent)),
             num_replayed=len(submit.emitted_token_ids),
         )
 
@@ -134,9 +137,11 @@ class Request:
             self.route.decode_prefix_hit_tokens = self.sequence.prefix_hit_tokens
             count_prefix_lookup(metrics, "decode", self.sequence)
 
-    def emitted_here(self, now: float) -> None:
+    def emitted_here(self, began_at: float, now: float) -> None:
         """A token was drawn here; the first one after a prompt that was computed here ends its prefill."""
         route = self.route
+        if self.stages.on:
+            self.stages.emitted(began_at, now, self.sequence.prefix_hit_tokens)
         if route.local_prefill and not route.prefill_s and self.stepped_at is not None:
             route.queue_s = self.stepped_at - self.accepted_at
             route.prefill_s = now - self.stepped_at
@@ -196,7 +201,11 @@ class Tokens:
         self._put(
             request.session,
             pb.SequenceTokens(
-                key=request.key.wire(), first_token_index=first_token_index, token_ids=tokens, logprobs=logprobs
+                key=request.key.wire(),
+                first_token_index=first_token_index,
+                token_ids=tokens,
+                logprobs=logprobs,
+                stages=request.stages.take(),
             ),
         )
 
@@ -223,11 +232,18 @@ class Tokens:
             finish=finish.value,
             route=request.route,
             embedding=embedding,
+            stages=request.stages.take(),
         )
         self._put(request.session, last)
 
     def fail(
-        self, session: Session, key: RequestKey, num_emitted: int, error: RequestError, route: pb.Route | None = None
+        self,
+        session: Session,
+        key: RequestKey,
+        num_emitted: int,
+        error: RequestError,
+        route: pb.Route | None = None,
+        stages: Iterable[pb.StageReport] = (),
     ) -> None:
         """The last word about a request that failed, or was never taken."""
         self._metrics.engine_failures.labels("decode", pb.ErrorCode.Name(error.code).lower()).inc()
@@ -237,6 +253,7 @@ class Tokens:
             finish=pb.ERROR,
             failure=pb.Failure(code=error.code, message=str(error)),
             route=route,
+            stages=stages,
         )
         self._put(session, last)
 

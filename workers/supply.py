@@ -44,6 +44,7 @@ class Supply:
         """`resume` takes up a request whose encoder input has been read elsewhere, or ends it with the error."""
         self._scheduler = parts.scheduler
         self._block_size = parts.block_size
+        self._transport = parts.executors[0].transport_name
         self._pairs = pairs
         self._reads = reads
         self._borrower = borrower
@@ -69,6 +70,7 @@ class Supply:
             request.sequence, request.encoders, then, now, may_read=may_read, deadline=request.deadline
         ):
             request.phase = Phase.ENCODING
+            request.stages.encoding(now)
             return
         if not request.remote:
             self._compute_here(request, "plan", now)
@@ -126,6 +128,7 @@ class Supply:
         request.num_asks += 1
         fetch.begin(session, request.num_asks, now)
         tokens = sequence.tokens[: fetch.num_tokens]
+        request.stages.asked(session.peer, len(tokens), now)
         num_full, rest = divmod(len(tokens), self._block_size)
         if not request.lacks_prompt_logprobs:
             params = replace(params, num_prompt_logprobs=None)
@@ -150,6 +153,8 @@ class Supply:
 
     def read(self, request: Request, fetch: Fetch, session: Session, ticket: pb.Ticket, now: float) -> bool:
         """Reads the blocks of a ticket; False: they are not what was asked for, and the source is given up."""
+        if ticket.runs:
+            request.stages.reading(session.peer, self._transport, now)
         return self._reads.begin(request.key, fetch, session, ticket, now)
 
     def pulled(self, request: Request | None, result: PullResult, now: float) -> bool:
@@ -161,7 +166,9 @@ class Supply:
         fetch.landed(result.valid_pairs)
         request.route.blocks += len(result.valid_pairs)
         request.route.bytes += result.num_bytes
-        request.route.transfer_s += fetch.end_read(result.pull.id, now)
+        read_s = fetch.end_read(result.pull.id, now)
+        request.route.transfer_s += read_s
+        request.stages.read(len(result.valid_pairs), result.num_bytes, read_s)
         if result.outcome is not Outcome.OK:
             reason = f"{result.outcome}: {'; '.join(result.errors) or 'read thrown away'}"
             fetch.lose(reason, now, died=result.outcome is Outcome.LOST)
@@ -180,6 +187,7 @@ class Supply:
             self.leave_source(request)
             request.fetch = None
             request.phase = Phase.RUNNING
+            request.stages.arrived(now)
             self._scheduler.pull_done(request.sequence, fetch.num_tokens)
 
     def check_wait(self, request: Request, now: float) -> None:
@@ -217,6 +225,7 @@ class Supply:
 
     def _lose_source(self, request: Request, fetch: Fetch, now: float) -> None:
         """Another source, or our own engine, goes on from the blocks that have come."""
+        request.stages.lost(fetch.source_lost, now)
         self.leave_source(request)
         error: RequestError | None = request.blame(fetch)
         if error is not None:
@@ -262,9 +271,11 @@ class Supply:
         request.route.recomputed_tokens += fetch.num_tokens - valid_tokens
         self._metrics.local_prefills.labels("source_lost").inc()
         request.phase = Phase.RUNNING
+        request.stages.compute_here()
         self._scheduler.pull_done(request.sequence, valid_tokens)
 
     def _requeue(self, request: Request, fetch: Fetch, now: float) -> None:
+        request.stages.lost("given back, to be asked for again", now)
         self.leave_source(request)
         if fetch.destinations:
             self._scheduler.release_pull(request.sequence)
@@ -274,6 +285,7 @@ class Supply:
     def _compute_here(self, request: Request, reason: str, now: float) -> None:
         self._metrics.local_prefills.labels(reason).inc()
         request.route.local_prefill = True
+        request.stages.compute_here()
         request.phase = Phase.RUNNING
         if not self._borrower.begin(request.sequence, request.holding, now):
             self._scheduler.add(request.sequence)

@@ -57,6 +57,14 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOL_NONE: _ClassVar[Pooling]
     POOL_LAST: _ClassVar[Pooling]
     POOL_MEAN: _ClassVar[Pooling]
+
+class StageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_KIND_UNSPECIFIED: _ClassVar[StageKind]
+    ENCODING: _ClassVar[StageKind]
+    PREFILLING: _ClassVar[StageKind]
+    TRANSFERRING: _ClassVar[StageKind]
+    DECODING: _ClassVar[StageKind]
 PEER_KIND_UNSPECIFIED: PeerKind
 INGRESS: PeerKind
 WORKER: PeerKind
@@ -90,6 +98,11 @@ LARK: GrammarKind
 POOL_NONE: Pooling
 POOL_LAST: Pooling
 POOL_MEAN: Pooling
+STAGE_KIND_UNSPECIFIED: StageKind
+ENCODING: StageKind
+PREFILLING: StageKind
+TRANSFERRING: StageKind
+DECODING: StageKind
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "shard", "tp_rank", "tp_size")
@@ -330,7 +343,7 @@ class Plan(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., local_prefill_allowed: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id", "chain_root", "encoder_token_ids")
+    __slots__ = ("key", "plan", "prompt_token_ids", "emitted_token_ids", "sampling", "priority", "deadline_ms", "block_hashes", "shard", "leader_id", "chain_root", "encoder_token_ids", "traceparent")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +356,7 @@ class Submit(_message.Message):
     LEADER_ID_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     ENCODER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     plan: Plan
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -355,7 +369,8 @@ class Submit(_message.Message):
     leader_id: str
     chain_root: bytes
     encoder_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ..., chain_root: _Optional[bytes] = ..., encoder_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., shard: _Optional[int] = ..., leader_id: _Optional[str] = ..., chain_root: _Optional[bytes] = ..., encoder_token_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key", "reason")
@@ -374,7 +389,7 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SequenceTokens(_message.Message):
-    __slots__ = ("key", "sample", "first_token_index", "token_ids", "finish", "failure", "route", "logprobs", "prompt_logprobs", "first_prompt_logprob", "embedding")
+    __slots__ = ("key", "sample", "first_token_index", "token_ids", "finish", "failure", "route", "logprobs", "prompt_logprobs", "first_prompt_logprob", "embedding", "stages")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -386,6 +401,7 @@ class SequenceTokens(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FIRST_PROMPT_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     sample: int
     first_token_index: int
@@ -397,7 +413,46 @@ class SequenceTokens(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     first_prompt_logprob: int
     embedding: bytes
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., sample: _Optional[int] = ..., first_token_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ..., embedding: _Optional[bytes] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[StageReport]
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., sample: _Optional[int] = ..., first_token_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_prompt_logprob: _Optional[int] = ..., embedding: _Optional[bytes] = ..., stages: _Optional[_Iterable[_Union[StageReport, _Mapping]]] = ...) -> None: ...
+
+class StageReport(_message.Message):
+    __slots__ = ("number", "kind", "worker", "began_s", "ended_s", "error", "tokens", "prefix_hit_tokens", "chunks", "blocks", "bytes", "read_s", "transport", "queue_s", "compute_s", "pid", "fetched")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    kind: StageKind
+    worker: WorkerRef
+    began_s: float
+    ended_s: float
+    error: str
+    tokens: int
+    prefix_hit_tokens: int
+    chunks: int
+    blocks: int
+    bytes: int
+    read_s: float
+    transport: str
+    queue_s: float
+    compute_s: float
+    pid: int
+    fetched: Fetched
+    def __init__(self, number: _Optional[int] = ..., kind: _Optional[_Union[StageKind, str]] = ..., worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., began_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., error: _Optional[str] = ..., tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., transport: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., pid: _Optional[int] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class StepTokens(_message.Message):
     __slots__ = ("step", "sequences")

@@ -36,6 +36,7 @@ router.local_prefill router.max_attempts router.policy router.prefill_weight rou
 router.temperature router.worker_wait_s
 scheduler.chunk_tokens scheduler.handover_s scheduler.max_batched_tokens scheduler.max_encoder_tokens
 scheduler.max_pull_wait_s scheduler.max_sequences scheduler.max_waiting
+traces.endpoint traces.sample_rate
 transfer.fetch_peers transfer.late_read_s transfer.lease_s transfer.stuck_read_s transfer.transport transfer.ucx_tls
 words.connect_timeout_s words.heartbeat_s words.heartbeat_timeout_s words.host words.outbox_max_bytes
 words.outbox_max_request_bytes words.port_max words.port_min words.redial_max_s words.secret_env words.step_timeout_s
