@@ -116,12 +116,12 @@ class Watched:
         async with asyncio.timeout(NOTICED_S):
             return await self._at_ingress.setdefault(incarnation, asyncio.get_running_loop().create_future())
 
-    async def at_worker(self, name: str, incarnation: str) -> float:
-        return await asyncio.to_thread(_told, self.cluster.workers[name].pipe, incarnation)
+    async def at_worker(self, name: str, incarnation: str, since: float) -> float:
+        return await asyncio.to_thread(_told, self.cluster.workers[name].pipe, incarnation, since)
 
-    async def at_decode(self, incarnation: str) -> list[float]:
+    async def at_decode(self, incarnation: str, since: float) -> list[float]:
         names = [name for name, worker in self.cluster.workers.items() if worker.pool == "decode"]
-        return await asyncio.gather(*(self.at_worker(name, incarnation) for name in names))
+        return await asyncio.gather(*(self.at_worker(name, incarnation, since) for name in names))
 
     def _ingress_acted(self, incarnation: str) -> None:
         noticed = self._at_ingress.setdefault(incarnation, asyncio.get_running_loop().create_future())
@@ -139,11 +139,12 @@ def _see_end(handle: int, killed_at: float) -> float:
     return time.monotonic() - killed_at
 
 
-def _told(pipe: Connection, incarnation: str) -> float:
+def _told(pipe: Connection, incarnation: str, since: float) -> float:
+    """Workers dial each other, so that two sessions break: what is left from the time before is no notice."""
     deadline = time.monotonic() + NOTICED_S
     while pipe.poll(max(0.0, deadline - time.monotonic())):
         whose, at = pipe.recv()
-        if whose == incarnation:
+        if whose == incarnation and at >= since:
             return at
     raise TimeoutError(f"nobody noticed within {NOTICED_S:g} s")
 
@@ -155,7 +156,7 @@ async def kill_prefill(watched: Watched, number: int) -> list[float]:
     name = f"prefill-{number % 2}"
     incarnation = watched.incarnation(name)
     killed_at = watched.kill(name)
-    noticed = await watched.at_decode(incarnation)
+    noticed = await watched.at_decode(incarnation, killed_at)
     await _succeed(watched, name)
     return [at - killed_at for at in noticed]
 
@@ -173,7 +174,7 @@ async def freeze_prefill(watched: Watched, number: int) -> list[float]:
     name = f"prefill-{number % 2}"
     incarnation = watched.incarnation(name)
     frozen_at = watched.freeze(name)
-    noticed = [*await watched.at_decode(incarnation), await watched.at_ingress(incarnation)]
+    noticed = [*await watched.at_decode(incarnation, frozen_at), await watched.at_ingress(incarnation)]
     await _succeed(watched, name)
     return [at - frozen_at for at in noticed]
 
@@ -184,7 +185,7 @@ async def unplug_prefill(host: Host, watched: Watched, number: int) -> list[floa
     incarnation = watched.incarnation("prefill-0")
     cut_at = time.monotonic()
     host.unplug()
-    noticed = [*await watched.at_decode(incarnation), await watched.at_ingress(incarnation)]
+    noticed = [*await watched.at_decode(incarnation, cut_at), await watched.at_ingress(incarnation)]
     host.plug()
     await watched.cluster.until_warm()
     watched.forget(incarnation)
