@@ -22,7 +22,7 @@ Rows: TypeAlias = NDArray[np.int64]
 SEATS_PER_WORD: Final = 64
 MAX_LOAD: Final = 0.7  # of the rows; above it too many buckets are full
 _LANES: Final = 8
-_FEW: Final = 3  # keys: one by one they are found sooner than all at once
+_FEW: Final = 10  # keys: one by one they are found sooner than all at once
 _LANE_OF_BYTE: Final = np.uint64(0x0001020304050607)
 
 
