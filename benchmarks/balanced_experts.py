@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.expert_routing import RouteSpec
+from workers.kernels.following import follow
 
 _TOKENS = 8
 
@@ -30,6 +31,7 @@ def _choose(
     SHARED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    follow()
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     present = tokens < num_tokens
     experts = tl.arange(0, EXPERTS)
@@ -77,6 +79,7 @@ class BalancedExperts:
             CHOSEN=spec.chosen,
             SHARED=spec.shared,
             TOKENS=_TOKENS,
+            launch_pdl=True,
         )
         return experts, weights
 

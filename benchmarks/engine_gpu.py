@@ -1,12 +1,12 @@
 """The engine in process on one GPU: figures beside the best engine's on an H200 and beside what the card could do.
 
-    python -m benchmarks.engine_gpu --shape v2-lite|qwen3-8b [--workload mixed256|batch1|prefill|decode …]
+    python -m benchmarks.engine_gpu --shape v2-lite|v2-lite-fp8|qwen3-8b [--workload mixed256|batch1|prefill|decode …]
                                     [--repeats 3] [--profile FOLDER] [--json FILE]
 
-Dummy bf16 weights, prefix cache off, at most 256 sequences and 8192 tokens a step, CUDA graphs for decode steps, the
-next step prepared while one runs, greedy tokens. Experts are those of benchmarks/balanced_experts.py. Prompts are
-random ids below 100,000 from random.Random(0), drawn in this order: 64 tokens to warm up, the 256 prompt lengths and
-ids of mixed256, its 256 output lengths. Medians of --repeats runs after one to warm up.
+Dummy weights, in bf16 or in fp8 blocks, prefix cache off, at most 256 sequences and 8192 tokens a step, CUDA graphs for
+decode steps, the next step prepared while one runs, greedy tokens. Experts are those of benchmarks/balanced_experts.py.
+Prompts are random ids below 100,000 from random.Random(0), drawn in this order: 64 tokens to warm up, the 256 prompt
+lengths and ids of mixed256, its 256 output lengths. Medians of --repeats runs after one to warm up.
 
 mixed256: 256 requests, 100-1024 tokens in and out; output tokens / time.
 batch1:   context 1024; (time of 321 tokens - time of 65) / 256, in ms.
@@ -14,6 +14,7 @@ prefill:  16 prompts of 8192, one token each; prompt tokens / time.
 decode:   128 prompts of 2048; 128 * 128 / (time of 193 tokens each - time of 65).
 
 The bound counts bytes at the rate of a device copy, or FLOPs at that of a large product, both measured in the same run.
+A shape in fp8 is held against the committed figures of the same shape in bf16.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -67,14 +69,25 @@ LEAST_DISTINCT = 60  # of 64 experts, at 64 sequences or more; fewer and the fig
 class Ceilings:
     bytes_per_s: float
     flops: float
+    fp8_flops: float  # 0: not asked for
 
     @classmethod
-    def measure(cls) -> Ceilings:
+    def measure(cls, *, in_fp8: bool) -> Ceilings:
         source = torch.randn(1 << 30, device=CUDA, dtype=torch.bfloat16)
         target = torch.empty_like(source)
         a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
         copied = 2 * source.nbytes / device_seconds(lambda: target.copy_(source))
-        return cls(copied, 2 * 8192**3 / device_seconds(lambda: torch.mm(a, b)))
+        size = 2 * 8192**3
+        return cls(copied, size / device_seconds(lambda: torch.mm(a, b)), size / _fp8_seconds(a, b) if in_fp8 else 0.0)
+
+
+def _fp8_seconds(a: Tensor, b: Tensor) -> float:
+    from workers.kernels.fp8_products import product
+    from workers.kernels.fp8_rows import quantize_rows
+    from workers.layers.block_fp8 import quantize_matrix
+
+    rows, matrix = quantize_rows(a), quantize_matrix(b)
+    return device_seconds(lambda: product(rows, *matrix))
 
 
 def device_seconds(work: Callable[[], object], repeats: int = 10) -> float:
@@ -114,12 +127,14 @@ class GpuEngine:
     def __init__(self, shape: GpuShape, *, graphs: bool = True) -> None:
         with tempfile.TemporaryDirectory() as name:
             shape.write(Path(name))
-            model = cast(GqaForCausalLM | DeepseekForCausalLM, load(name, load_format="dummy", device=CUDA).model)
+            environment = Environment.probe(CUDA, strict=True)
+            loaded = load(name, load_format="dummy", device=CUDA, environment=environment)
+            model = cast(GqaForCausalLM | DeepseekForCausalLM, loaded.model)
         groups = model.kv_groups(BLOCK_SIZE)
         geometry = KvGeometry(groups, model.spec.rope_convention)
         self.pool = KvPool.allocate(geometry, RankLayout(0, 0, 1), [NUM_BLOCKS], CUDA)
         self.caches = [kv_cache(group, regions) for group, regions in zip(groups, self.pool.regions, strict=True)]
-        progress(str(model.bind_kv(self.caches, Environment.probe(CUDA, strict=True))))
+        progress(str(model.bind_kv(self.caches, environment)))
         fused = model.fused
         assert fused is not None, "strict chose the fused backend"
         self.experts: list[BalancedExperts] = []
@@ -196,7 +211,8 @@ def mean_step_ms(engine: GpuEngine, num_sequences: int) -> float:
 
 def measure(engine: GpuEngine, shape: GpuShape, workload: str, repeats: int, ceilings: Ceilings) -> list[Figure]:
     prompts, draw = Prompts.draw(), random.Random(1)
-    rate, flops, peer = ceilings.bytes_per_s, ceilings.flops, shape.peers[workload]
+    rate, peer = ceilings.bytes_per_s, shape.peers[workload]
+    prefill_seconds = partial(shape.prefill_seconds, flops=ceilings.flops, fp8_flops=ceilings.fp8_flops)
     if workload == "mixed256":
         count = sum(prompts.mixed_outputs)
         value = count / median(lambda: engine.serve(prompts.mixed, prompts.mixed_outputs), repeats)
@@ -204,7 +220,7 @@ def measure(engine: GpuEngine, shape: GpuShape, workload: str, repeats: int, cei
             (len(prompt), len(prompt) + output)
             for prompt, output in zip(prompts.mixed, prompts.mixed_outputs, strict=True)
         ]
-        seconds = sum(shape.prefill_flops(start) * start for start, _ in contexts) / flops
+        seconds = sum(prefill_seconds(start) * start for start, _ in contexts)
         for step in range(max(prompts.mixed_outputs)):
             live = [start + step for start, end in contexts if start + step < end]
             seconds += shape.decode_bytes(len(live), statistics.mean(live)) / rate
@@ -217,14 +233,14 @@ def measure(engine: GpuEngine, shape: GpuShape, workload: str, repeats: int, cei
     elif workload == "prefill":
         many = [ids(draw, 8192) for _ in range(16)]
         value = 16 * 8192 / median(lambda: engine.serve(many, [1] * 16), repeats)
-        unit, bound, less = "tok/s", flops / shape.prefill_flops(8192), False
+        unit, bound, less = "tok/s", 1 / prefill_seconds(8192), False
     else:
         many = [ids(draw, 2048) for _ in range(128)]
         longer = median(lambda: engine.serve(many, [193] * 128), repeats)
         value = 128 * 128 / (longer - median(lambda: engine.serve(many, [65] * 128), repeats))
         unit, bound, less = "tok/s", 128 * rate / shape.decode_bytes(128, 2048 + 129), False
     against = peer / value if less else value / peer
-    note = f"peer {peer:g}, {against:.3f} × it"
+    note = f"{shape.other} {peer:g}, {against:.3f} × it"
     if distinct := engine.distinct_experts():
         note += f"; {min(distinct)}-{max(distinct)} distinct experts a layer"
         if min(distinct) < LEAST_DISTINCT:
@@ -265,7 +281,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    shape, ceilings = SHAPES[arguments.shape], Ceilings.measure()
+    shape, ceilings = SHAPES[arguments.shape], Ceilings.measure(in_fp8=SHAPES[arguments.shape].in_fp8)
     engine = GpuEngine(shape)
     engine.serve([Prompts.draw().warm], [8])
     figures = [
@@ -273,7 +289,9 @@ def main() -> None:
         Figure("product", ceilings.flops / 1e12, "TFLOP/s", note="bf16, 8192 cubed"),
     ]
     told = {"shape": shape.name, "workload": arguments.workload, "repeats": arguments.repeats}
-    what = f"{shape.name} in bf16 on {torch.cuda.get_device_name()}"
+    if shape.in_fp8:
+        figures.append(Figure("fp8 product", ceilings.fp8_flops / 1e12, "TFLOP/s", note="DeepGEMM, 8192 cubed"))
+    what = f"{shape.name}{'' if shape.in_fp8 else ' in bf16'} on {torch.cuda.get_device_name()}"
     for workload in arguments.workload:
         figures += measure(engine, shape, workload, arguments.repeats, ceilings)
     report = Report("engine_gpu", what, told, figures, Setting.here(), {"gpu": torch.cuda.get_device_name()})

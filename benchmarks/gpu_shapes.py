@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 V2_LITE: dict[str, object] = {
@@ -41,6 +41,14 @@ V2_LITE: dict[str, object] = {
     "tie_word_embeddings": False,
     "eos_token_id": 100001,
 }
+V2_LITE_FP8 = V2_LITE | {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
 QWEN3_8B: dict[str, object] = {
     "architectures": ["Qwen3ForCausalLM"],
     "torch_dtype": "bfloat16",
@@ -63,8 +71,6 @@ QWEN3_8B: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class GpuShape:
-    """Bytes are of bf16."""
-
     name: str
     config: Mapping[str, object]
     kv_bytes_per_token: int
@@ -75,7 +81,9 @@ class GpuShape:
     experts_per_token: int
     token_flops: float  # of a prompt token outside attention; the head computes last tokens only
     attention_flops: float  # of a prompt token for each token that it sees
-    peers: Mapping[str, float]  # the best engine's figures on an H200, by workload
+    peers: Mapping[str, float]  # the other's figures on an H200, by workload
+    other: str = "peer"  # the best engine, or what these weights are in bf16 here
+    in_fp8: bool = False  # all products but those of attention
 
     def write(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(dict(self.config)))
@@ -86,9 +94,10 @@ class GpuShape:
         experts = self.num_sparse_layers * self.num_experts * (1 - missed) * self.expert_bytes
         return self.step_bytes + experts + num_sequences * context * self.kv_bytes_per_token
 
-    def prefill_flops(self, length: int) -> float:
-        """Of one token of a prompt of that length, on average."""
-        return self.token_flops + self.attention_flops * (length + 1) / 2
+    def prefill_seconds(self, length: int, flops: float, fp8_flops: float) -> float:
+        """Of one token of a prompt of that length, on average, at those rates of products in bf16 and in fp8."""
+        rate = fp8_flops if self.in_fp8 else flops
+        return self.token_flops / rate + self.attention_flops * (length + 1) / 2 / flops
 
 
 def _v2_lite() -> GpuShape:
@@ -112,6 +121,25 @@ def _v2_lite() -> GpuShape:
     )
 
 
+def _v2_lite_fp8() -> GpuShape:
+    """Its dense layer ends within a block and stays in bf16, as do the halves of kv_b_proj, the router and the head."""
+    shape = _v2_lite()
+    d, vocabulary, layers = 2048, 102400, 27
+    wide = 3 * d * 10944 + layers * 512 * 16 * 256 + 26 * 64 * d + d * vocabulary
+    baseline = json.loads((Path(__file__).parent / "baselines" / "h200-v2-lite.json").read_text())
+    bf16 = {figure["name"]: figure["value"] for figure in baseline["figures"]}
+    return replace(
+        shape,
+        name="v2-lite-fp8",
+        config=V2_LITE_FP8,
+        step_bytes=wide * 2 + (shape.step_bytes - wide * 2) // 2,
+        expert_bytes=shape.expert_bytes // 2,
+        peers={workload: bf16[workload] for workload in shape.peers},
+        other="bf16",
+        in_fp8=True,
+    )
+
+
 def _qwen3_8b() -> GpuShape:
     d, inner, heads, kv, dim, vocabulary, layers = 4096, 12288, 32, 8, 128, 151936, 36
     fixed = layers * (d * (heads + 2 * kv) * dim + heads * dim * d + 3 * d * inner)
@@ -130,4 +158,4 @@ def _qwen3_8b() -> GpuShape:
     )
 
 
-SHAPES = {shape.name: shape for shape in (_v2_lite(), _qwen3_8b())}
+SHAPES = {shape.name: shape for shape in (_v2_lite(), _v2_lite_fp8(), _qwen3_8b())}

@@ -19,7 +19,7 @@ from kvtransfer.layout import KvGeometry, compatibility_hash
 from kvtransfer.ledger import Ledger
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pool import KvPool
-from workers.attention.environment import choose_device
+from workers.attention.environment import Environment, choose_device
 from workers.bound_model import bind_model
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.constraint import ConstraintCompiler
@@ -99,6 +99,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         load_format=model_config.load_format,
         dummy_seed=model_config.dummy_seed,
         device=device,
+        environment=Environment.probe(device, disabled=engine.disabled, strict=engine.strict),
     )
     model, spec = loaded.model, loaded.model.spec
     groups = model.kv_groups(kv.block_size)

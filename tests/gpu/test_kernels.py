@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.tactics import (
-    SKINNY,
+    SINGLE_ENTRIES,
     DecodeTactic,
     ExpertTactic,
+    ExpertTactics,
+    SkinnyTactic,
     decode_tactic,
     expert_tactics,
     latent_tactic,
+    skinny_tactic,
 )
 from workers.layers.norm import RmsNorm
 from workers.layers.rotary import RotaryEmbedding
@@ -278,7 +281,8 @@ SWEPT = [
 )
 def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, tactic: ExpertTactic | None) -> None:
     from workers.kernels.expert_routing import plan_rows
-    from workers.kernels.grouped_gemm import down, finalize, gate_up, single_rows
+    from workers.kernels.grouped_gemm import down, gate_up, single_rows
+    from workers.kernels.norms import ExpertOutputs, add_rms_norm, finalize_rms_norm
 
     x, both, downs = random(tokens, d), random(experts, 2 * inner, d) * 0.1, random(experts, d, inner) * 0.1
     slots = torch.stack([torch.randperm(experts, device=CUDA)[:per_token] for _ in range(tokens)]).int()
@@ -288,28 +292,42 @@ def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, 
         gates = x.float() @ both[slot].float().t()
         out = (F.silu(gates[:, :inner]) * gates[:, inner:]) @ downs[slot].float().t()
         want += out * (weights * (slots == slot)).sum(1, keepdim=True)
-    first, second = (tactic, tactic) if tactic else expert_tactics(slots.numel(), experts)
+    tactics = ExpertTactics(tactic, tactic) if tactic else expert_tactics(slots.numel(), experts)
+    first, second = tactics.first, tactics.second
     plan = plan_rows(slots, experts, first.rows)
-    if tactic is None and slots.numel() <= 64:
-        plan = single_rows(slots, torch.arange(64, dtype=torch.int32, device=CUDA))
+    if not tactics.sort:
+        plan = single_rows(slots, torch.arange(SINGLE_ENTRIES, dtype=torch.int32, device=CUDA))
     outs = down(gate_up(x, both, plan, first, per_token), downs, plan, second)
-    assert error(finalize(outs, weights), want) < 8e-3
+    norm, stream, zeros = norm_of(d), random(tokens, d), torch.zeros(tokens, d, dtype=BF16, device=CUDA)
+    base, places = random(tokens, d), torch.randperm(len(outs), device=CUDA)
+    spread = torch.empty_like(outs).index_copy_(0, places, outs)
+    for delta, expected in (
+        (ExpertOutputs(outs, weights, None, None), want),
+        (ExpertOutputs(spread, weights, base, places.int()), want + base.float()),
+    ):
+        summed, _, _ = finalize_rms_norm(zeros, delta, norm.weight, norm.eps, quantize=False)
+        assert error(summed, expected) < 8e-3
+        total, normed, quantized = finalize_rms_norm(stream, delta, norm.weight, norm.eps, quantize=d % 128 == 0)
+        apart = add_rms_norm(stream, summed, norm.weight, norm.eps)
+        assert torch.equal(total, apart[0]) and torch.equal(normed, apart[1])
+        assert (quantized is None) == (d % 128 != 0)
     again = down(gate_up(x, both, plan, first, per_token), downs, plan, second)
     assert torch.equal(outs, again)
 
 
+@pytest.mark.parametrize("tactic", [None, SkinnyTactic(16, 512, 0, 4, 2), SkinnyTactic(64, 128, 512, 8, 3)])
 @pytest.mark.parametrize(
     ("rows", "d", "outputs"), [(1, 2048, 3648), (3, 320, 100), (16, 4096, 24576), (7, 12288, 4096)]
 )
-def test_products_of_few_rows(rows: int, d: int, outputs: int) -> None:
+def test_products_of_few_rows(rows: int, d: int, outputs: int, tactic: SkinnyTactic | None) -> None:
     from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear
 
     x, weight = random(rows, d), random(outputs, d)
     want = x.float() @ weight.float().t()
-    assert error(skinny_linear(x, weight, SKINNY), want) < 4e-3
+    assert error(skinny_linear(x, weight, tactic or skinny_tactic(outputs, gated=False)), want) < 4e-3
     half = outputs // 2
     want = F.silu(want[:, :half].to(BF16)).float() * want[:, half:]
-    assert error(skinny_gate_up(x, weight, SKINNY), want) < 8e-3
+    assert error(skinny_gate_up(x, weight, tactic or skinny_tactic(outputs, gated=True)), want) < 8e-3
 
 
 def test_joined_keys() -> None:

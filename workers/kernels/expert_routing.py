@@ -17,7 +17,6 @@ from torch import Tensor
 from workers.kernels.following import follow
 
 CHUNK = 1024  # entries that are counted together
-_PIECE = 16  # entries that one program places
 _TOKENS = 8  # that one program routes
 
 
@@ -177,6 +176,7 @@ def _place(
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
+    COUNTED: tl.constexpr,  # else there is one chunk, and each program counts it
 ):
     follow()
     program = tl.program_id(0)
@@ -184,12 +184,16 @@ def _place(
     slots = tl.arange(0, SLOTS)
     before = tl.zeros([SLOTS], tl.int32)
     total = tl.zeros([SLOTS], tl.int32)
-    for start in range(0, num_chunks, CHUNKS):
-        chunks = start + tl.arange(0, CHUNKS)
-        at = counts_ptr + chunks[:, None] * SLOTS + slots[None, :]
-        counts = tl.load(at, mask=(chunks < num_chunks)[:, None], other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+    if COUNTED:
+        for start in range(0, num_chunks, CHUNKS):
+            chunks = start + tl.arange(0, CHUNKS)
+            at = counts_ptr + chunks[:, None] * SLOTS + slots[None, :]
+            counts = tl.load(at, mask=(chunks < num_chunks)[:, None], other=0)
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+    else:
+        entries = tl.arange(0, CHUNK)
+        total += tl.histogram(tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1), SLOTS)
     total = tl.where(slots < num_slots, total, 0)
     start = tl.cumsum(total, 0) - total
     # Where each entry of the piece goes: the start of its slot, what earlier chunks have of it, what its own has.
@@ -235,11 +239,14 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     chunks = triton.cdiv(num_entries, CHUNK)
     width = triton.next_power_of_2(num_slots + 1)  # the last one counts what is no entry
     max_tiles = min(num_entries, num_slots + num_entries // tile)
-    counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
     order = torch.empty(num_entries, dtype=torch.int32, device=slots.device)
     tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=slots.device)
-    _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
-    _place[(triton.cdiv(num_entries, _PIECE),)](
+    counts = order
+    if chunks > 1:
+        counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
+        _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
+    piece = 16 if num_entries <= 4 * CHUNK else 64  # entries that one program places
+    _place[(triton.cdiv(num_entries, piece),)](
         slots,
         counts,
         order,
@@ -252,10 +259,11 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         num_slots,
         SLOTS=width,
         CHUNK=CHUNK,
-        PIECE=_PIECE,
+        PIECE=piece,
         WIDTH=256,
         CHUNKS=min(8, triton.next_power_of_2(chunks)),
         TILE=tile,
+        COUNTED=chunks > 1,
         num_warps=4,
         launch_pdl=True,
     )

@@ -1,7 +1,7 @@
 """What experts compute, as two grouped products, in Triton. Reference: workers.moe.experts.
 
 Rows are sorted by slot (`plan_rows`), a program computes one tile of rows of one slot; few entries are not sorted, each
-is a tile of its own. Nothing is added atomically: a token's outputs are summed by a kernel of their own, in fp32.
+is a tile of its own. Nothing is added atomically: a token's outputs are summed with the norm behind them, in fp32.
 
 Shapes: T tokens, k slots per token, E slots, d hidden, I inner size, N = T * k rows.
 """
@@ -173,43 +173,6 @@ def down(rows: Tensor, weights: Tensor, plan: RowPlan, tactic: ExpertTactic) -> 
     out = torch.empty(rows.shape[0], weights.shape[1], dtype=rows.dtype, device=rows.device)
     _launch(rows, weights, out, plan, tactic, 0)
     return out
-
-
-@triton.jit
-def _finalize(
-    outs_ptr, weights_ptr, base_ptr, y_ptr, size, PER_TOKEN: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr
-):
-    follow()
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < size
-    acc = tl.zeros([BLOCK], tl.float32)
-    if BASE:
-        acc += tl.load(base_ptr + token * size + cols, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(PER_TOKEN):
-        weight = tl.load(weights_ptr + token * PER_TOKEN + i)
-        acc += weight * tl.load(outs_ptr + (token * PER_TOKEN + i) * size + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * size + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def finalize(outs: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
-    """outs [T * k, d], weights [T, k] fp32, base [T, d] -> [T, d]: each token's weighted sum and its base, in fp32."""
-    tokens, per_token = weights.shape
-    y = torch.empty(tokens, outs.shape[1], dtype=outs.dtype, device=outs.device)
-    block = min(triton.next_power_of_2(outs.shape[1]), 1024)
-    _finalize[(tokens, triton.cdiv(outs.shape[1], block))](
-        outs,
-        weights,
-        y if base is None else base,
-        y,
-        outs.shape[1],
-        PER_TOKEN=per_token,
-        BASE=base is not None,
-        BLOCK=block,
-        num_warps=4,
-        launch_pdl=True,
-    )
-    return y
 
 
 def single_rows(slots: Tensor, rows: Tensor) -> RowPlan:

@@ -1,36 +1,116 @@
 """Products of a few rows with one large matrix, which read the matrix once at the rate of memory, in Triton.
 
-The grouped product over one slot. Reference: torch.nn.functional.linear; FusedMlp's for the gated one.
+The matrix does not depend on the kernel before: the first of it is on its way to the L2 while that one still runs.
+Reference: torch.nn.functional.linear; FusedMlp's for the gated one.
 
 Shapes: T rows, d inputs, I outputs.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-from functools import cache
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.expert_routing import RowPlan
-from workers.kernels.grouped_gemm import down, gate_up
-from workers.kernels.tactics import ExpertTactic
+from workers.kernels.tactics import SKINNY_ROWS, SkinnyTactic
 
-
-def skinny_linear(x: Tensor, weight: Tensor, tactic: ExpertTactic) -> Tensor:
-    """x [T, d], weight [I, d] -> [T, I]. T is at most the tactic's rows."""
-    return down(x, weight.unsqueeze(0), _plan(x.shape[0], tactic.rows, x.device), tactic)
+_PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
+_LINE = 64  # elements of two bytes
 
 
-def skinny_gate_up(x: Tensor, both: Tensor, tactic: ExpertTactic) -> Tensor:
-    """x [T, d], both [2 I, d], gates first -> silu(gate) * up, [T, I]. T is at most the tactic's rows."""
-    return gate_up(x, both.unsqueeze(0), _plan(x.shape[0], tactic.rows, x.device), tactic, 1)
+@triton.jit
+def _product(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    num_rows,
+    features,  # inputs
+    outputs,  # of a row; gates and ups count once
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,  # inputs of the first output features that are fetched ahead
+    EVEN: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    gdc_launch_dependents()
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    safe = tl.minimum(cols, outputs - 1).to(tl.int64)
+    if AHEAD:
+        lines = w_ptr + safe[:, None] * features + (tl.arange(0, AHEAD // LINE) * LINE)[None, :]
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        if GATED:
+            lines += outputs.to(tl.int64) * features
+            tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    gdc_wait()
+    rows = tl.arange(0, ROWS)
+    depth = tl.arange(0, DEPTH)
+    valid = (rows < num_rows)[:, None]
+    x_at = x_ptr + rows[:, None] * features + depth[None, :]
+    w_at = w_ptr + safe[:, None] * features + depth[None, :]
+    up_at = w_at + outputs.to(tl.int64) * features
+    acc = tl.zeros([COLS, ROWS], tl.float32)
+    acc_up = tl.zeros([COLS, ROWS], tl.float32)
+    for start in range(0, features, DEPTH):
+        if EVEN:
+            x = tl.load(x_at + start, mask=valid, other=0.0)
+            w = tl.load(w_at + start)
+        else:
+            there = (start + depth < features)[None, :]
+            x = tl.load(x_at + start, mask=valid & there, other=0.0)
+            w = tl.load(w_at + start, mask=there, other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc)
+        if GATED:
+            if EVEN:
+                up = tl.load(up_at + start)
+            else:
+                up = tl.load(up_at + start, mask=(start + depth < features)[None, :], other=0.0)
+            acc_up = tl.dot(up, tl.trans(x), acc_up)
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        gate = acc.to(dtype).to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        acc = silu * acc_up.to(dtype).to(tl.float32)
+    out_at = out_ptr + rows[None, :] * outputs + cols[:, None]
+    tl.store(out_at, acc.to(dtype), mask=(rows < num_rows)[None, :] & (cols < outputs)[:, None])
 
 
-@cache
-def _plan(count: int, tile: int, device: torch.device) -> RowPlan:
-    """All rows are one tile of slot 0. Kept for ever: a captured graph goes on to read it."""
-    assert count <= tile, "more rows than a tile holds"
-    order = torch.arange(count, dtype=torch.int32, device=device)
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    return RowPlan(order, zero, zero, zero + count, tile)
+def _launch(
+    x: Tensor, weight: Tensor, outputs: int, tactic: SkinnyTactic, *, gated: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    assert len(x) <= SKINNY_ROWS and x.is_contiguous() and weight.is_contiguous(), "few rows, one after the other"
+    features = x.shape[1]
+    out = torch.empty(len(x), outputs, dtype=dtype or x.dtype, device=x.device)
+    _product[(triton.cdiv(outputs, tactic.cols),)](
+        x,
+        weight,
+        out,
+        len(x),
+        features,
+        outputs,
+        GATED=gated,
+        ROWS=SKINNY_ROWS,
+        COLS=tactic.cols,
+        DEPTH=tactic.depth,
+        AHEAD=tactic.ahead if tactic.ahead <= features else 0,
+        EVEN=features % tactic.depth == 0,
+        LINE=_LINE,
+        num_warps=tactic.warps,
+        num_stages=tactic.stages,
+        launch_pdl=True,
+    )
+    return out
+
+
+def skinny_linear(x: Tensor, weight: Tensor, tactic: SkinnyTactic, dtype: torch.dtype | None = None) -> Tensor:
+    """x [T, d], weight [I, d] -> [T, I], in the dtype of x or in `dtype`. T is at most SKINNY_ROWS."""
+    return _launch(x, weight, len(weight), tactic, gated=False, dtype=dtype)
+
+
+def skinny_gate_up(x: Tensor, both: Tensor, tactic: SkinnyTactic) -> Tensor:
+    """x [T, d], both [2 I, d], gates first -> silu(gate) * up, [T, I]. T is at most SKINNY_ROWS."""
+    return _launch(x, both, len(both) // 2, tactic, gated=True)

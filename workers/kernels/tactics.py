@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 _PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 _MAX_SPLITS = 32
-SINGLE_ENTRIES = 64  # up to here entries are not sorted by expert
+SINGLE_ENTRIES = 16  # up to here entries are not sorted by expert
 SKINNY_ROWS = 16  # up to here the gates and ups of a dense layer, and the head, are ours; the rest is cuBLAS's
 
 DENSE_TOKENS = 2048  # from here on a shared expert is computed apart from the others
@@ -35,7 +35,36 @@ class ExpertTactic:
     group: int = 8  # tiles of rows that run side by side on one piece of the weights
 
 
-SKINNY = ExpertTactic(SKINNY_ROWS, 64, 128, 4, 3, swap=True, tma=True)
+@dataclass(frozen=True, slots=True)
+class ExpertTactics:
+    """Of the two products of experts; both have the same tile of rows."""
+
+    first: ExpertTactic
+    second: ExpertTactic
+    sort: bool = True  # else each entry is a tile of its own; up to SINGLE_ENTRIES
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyTactic:
+    cols: int  # output features of a program
+    depth: int  # input features at a time
+    ahead: int  # input features of each that are fetched before the kernel ahead has ended; a power of two, or 0
+    warps: int
+    stages: int
+
+
+def skinny_tactic(outputs: int, *, gated: bool) -> SkinnyTactic:
+    """Of a product of SKINNY_ROWS or fewer. Where programs are few, each has more under way, and begins early."""
+    if gated:
+        return SkinnyTactic(32, 128, 0, 4, 4)
+    if outputs >= 64 * _PROGRAMS:
+        return SkinnyTactic(64, 128, 0, 4, 3)
+    if outputs >= 6000:
+        return SkinnyTactic(64, 256, 0, 4, 3)
+    return SkinnyTactic(32, 256, 512, 4, 6) if outputs >= 3000 else SkinnyTactic(16, 512, 512, 4, 6)
+
+
+ROUTER = SkinnyTactic(16, 512, 512, 4, 4)  # of few experts, the same for all models
 
 
 def num_splits(programs: int) -> int:
@@ -70,17 +99,28 @@ def sparse_tactic(num_queries: int, num_heads: int) -> DecodeTactic:
 SHORT_ROWS = DecodeTactic(4, tile=64, warps=8, stages=2)  # of the few queries of a step that choose fewer rows
 
 
-def expert_tactics(num_entries: int, num_slots: int) -> tuple[ExpertTactic, ExpertTactic]:
-    """Of the two products of `num_entries` rows over `num_slots` experts; both have the same tile of rows."""
+def expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics:
+    """Of `num_entries` rows over `num_slots` experts."""
     per_slot = num_entries / num_slots
     if num_entries <= SINGLE_ENTRIES:
-        few = ExpertTactic(16, 64, 128, 4, 3, swap=True, tma=True)
-        return few, few
+        few = ExpertTactic(16, 64, 128, 4, 4, swap=True, tma=True)
+        return ExpertTactics(few, few, sort=False)
     if per_slot <= 20:
-        return (
+        return ExpertTactics(
             ExpertTactic(16, 64, 128, 4, 3, swap=True, tma=True),
             ExpertTactic(16, 128, 64, 4, 4, swap=True, tma=True),
         )
     if per_slot <= 96:
-        return ExpertTactic(64, 64, 64, 4, 4), ExpertTactic(64, 128, 64, 4, 3, swap=True, tma=True)
-    return ExpertTactic(128, 128, 64, 8, 4, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True)
+        return ExpertTactics(ExpertTactic(64, 64, 64, 4, 4), ExpertTactic(64, 128, 64, 4, 3, swap=True, tma=True))
+    return ExpertTactics(ExpertTactic(128, 128, 64, 8, 3, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True))
+
+
+def fp8_expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics | None:
+    """The same in fp8, where weights times rows is the only way round; None: rows in tiles, by DeepGEMM."""
+    per_slot = num_entries / num_slots
+    if num_entries <= SINGLE_ENTRIES or per_slot <= 20:
+        first, second = ExpertTactic(16, 128, 128, 4, 3), ExpertTactic(16, 128, 128, 4, 4)
+        return ExpertTactics(first, second, sort=num_entries > SINGLE_ENTRIES)
+    if per_slot <= 64:
+        return ExpertTactics(ExpertTactic(32, 128, 128, 4, 3), ExpertTactic(32, 128, 128, 4, 4))
+    return None

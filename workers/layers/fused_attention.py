@@ -15,8 +15,10 @@ from torch import Tensor
 from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.attention.merging import PartialAttention, merge
+from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
+from workers.kernels.tactic_table import RULES, TacticTable
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Linear
 from workers.layers.mla import LatentAttention
@@ -26,38 +28,57 @@ from workers.layers.packed_weights import PackedLinear
 class FusedGqa:
     """x [T, d] -> [T, d]: one projection, one pass for norms, rotation and cache, attention, one projection."""
 
-    def __init__(self, attention: GroupedQueryAttention) -> None:
+    def __init__(self, attention: GroupedQueryAttention, tactics: TacticTable = RULES) -> None:
         self._layer = attention.layer
-        self._qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = attention.o_proj
+        self._qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], tactics)
+        self._out = PackedLinear([attention.o_proj], tactics)
         self._norms = None
         if attention.q_norm is not None and attention.k_norm is not None:
             self._norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
 
-    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep) -> Tensor:
-        seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms)
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it has a use for x in fp8."""
+        return self._qkv.scales is not None
+
+    def __call__(
+        self, x: Tensor, rotation: RotationTable, step: HopperGqaStep, quantized: QuantizedRows | None = None
+    ) -> Tensor:
+        seen = step.rotate_and_attend(self._layer, self._qkv(x, quantized), rotation, self._norms)
         return self._out(seen)
 
 
 class FusedMla:
     """x [T, d] -> [T, d]: what makes queries and latents is one product, norm, rotation and cache are one pass."""
 
-    def __init__(self, attention: LatentAttention, extra: Sequence[Linear] = ()) -> None:
+    def __init__(self, attention: LatentAttention, extra: Sequence[Linear] = (), tactics: TacticTable = RULES) -> None:
         """extra: what else is projected from x, behind queries and latents."""
         self._layer = attention.layer
         self._shape = attention.shape
         self._attention = attention
         queries = attention.q_proj if attention.shape.query_latent_size is None else attention.q_a_proj
         parts = [queries, attention.kv_a_proj_with_mqa, *extra]
-        self._first = PackedLinear(parts)
+        # Its halves multiply apart, and in latent space: products of bf16.
+        attention.kv_b_proj.widen()
+        self._first = PackedLinear(parts, tactics)
         self._sizes = [part.weight.shape[0] for part in parts]
+        two_steps = attention.shape.query_latent_size is not None
+        self._second = PackedLinear([attention.q_b_proj], tactics) if two_steps else None
+        self._out = PackedLinear([attention.o_proj], tactics)
 
-    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperMlaStep) -> Tensor:
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it has a use for x in fp8."""
+        return self._first.scales is not None
+
+    def __call__(
+        self, x: Tensor, rotation: RotationTable, step: HopperMlaStep, quantized: QuantizedRows | None = None
+    ) -> Tensor:
         shape, attention = self._shape, self._attention
-        queries, kv = self.project(x)
-        if shape.query_latent_size is not None:
+        queries, kv = self.project(x, quantized)
+        if self._second is not None:
             norm = attention.q_a_layernorm
-            queries = attention.q_b_proj(rms_norm(queries, norm.weight, norm.eps))
+            queries = self._second(rms_norm(queries, norm.weight, norm.eps))
         q = queries.unflatten(-1, (-1, shape.nope_dim + shape.rope_dim))  # [T, H, N + R]
         norm = attention.kv_a_layernorm
         rotate_latents(q, kv, rotation, step.positions, norm.weight, norm.eps, step.pages, step.slots, self._layer)
@@ -67,11 +88,11 @@ class FusedMla:
             self.generate(q[:singles], out[:singles], lambda a, rope: step.decode(self._layer, a, rope))
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
-        return attention.o_proj(out.flatten(1))
+        return self._out(out.flatten(1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, quantized: QuantizedRows | None = None) -> tuple[Tensor, ...]:
         """[T, d] -> of each projection its features, [T, …]."""
-        return self._first(x).split(self._sizes, -1)
+        return self._first(x, quantized).split(self._sizes, -1)
 
     def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
         """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it.

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from workers.kernels.activation import silu_mul
 from workers.kernels.expert_routing import RouteSpec, plan_rows, route
-from workers.kernels.grouped_gemm import down, finalize, gate_up, single_rows
-from workers.kernels.skinny_gemm import skinny_gate_up
-from workers.kernels.tactics import DENSE_TOKENS, SINGLE_ENTRIES, SKINNY, SKINNY_ROWS, expert_tactics
+from workers.kernels.fp8_rows import QuantizedRows, quantize_rows, silu_mul_quantized
+from workers.kernels.grouped_gemm import down, gate_up, single_rows
+from workers.kernels.norms import ExpertOutputs
+from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear
+from workers.kernels.tactic_table import RULES, TacticTable
+from workers.kernels.tactics import DENSE_TOKENS, ROUTER, SINGLE_ENTRIES, SKINNY_ROWS
+from workers.layers.fp8_experts import Fp8Experts
 from workers.layers.mlp import GatedMlp
 from workers.layers.moe import SparseMlp
-from workers.layers.packed_weights import PackedLinear, pack_experts
+from workers.layers.packed_weights import PackedExperts, PackedLinear, pack_experts
 
 # Router logits [T, E] fp32, the tokens' cache slots [T], what is asked -> experts [T, k] int32, weights [T, k] fp32.
 Chooser: TypeAlias = Callable[[Tensor, Tensor, RouteSpec], tuple[Tensor, Tensor]]
@@ -27,32 +31,43 @@ Chooser: TypeAlias = Callable[[Tensor, Tensor, RouteSpec], tuple[Tensor, Tensor]
 class FusedMlp:
     """x [T, d] -> [T, d]."""
 
-    def __init__(self, mlp: GatedMlp) -> None:
-        self._both = PackedLinear([mlp.gate_proj, mlp.up_proj])
-        self._down = mlp.down_proj
+    def __init__(self, mlp: GatedMlp, tactics: TacticTable = RULES) -> None:
+        self._both = PackedLinear([mlp.gate_proj, mlp.up_proj], tactics)
+        self._down = PackedLinear([mlp.down_proj], tactics)
+        self._tactics = tactics
 
-    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
-        if len(x) > SKINNY_ROWS or self._both.bias is not None:
-            return self._down(silu_mul(self._both(x)))
-        return self._down(skinny_gate_up(x, self._both.weight, SKINNY))
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it has a use for x in fp8."""
+        return self._both.scales is not None
+
+    def __call__(self, x: Tensor, slots: Tensor, quantized: QuantizedRows | None = None) -> Tensor:
+        if self.in_fp8 and self._down.scales is not None:
+            both = self._both(x, quantized)
+            return self._down(both, silu_mul_quantized(both))
+        if self.in_fp8 or len(x) > SKINNY_ROWS or self._both.bias is not None:
+            return self._down(silu_mul(self._both(x, quantized)))
+        weight = self._both.weight
+        return self._down(skinny_gate_up(x, weight, self._tactics.skinny(weight.shape, gated=True)))
 
 
 class FusedExperts:
-    """x [T, d] -> [T, d]. A shared expert computes as further slots that every token has, with weight 1; for many
-    tokens as the dense layer that it is, whose products are then faster.
+    """x [T, d] -> what sums to [T, d]. A shared expert computes as further slots that every token has, with weight 1;
+    for many tokens as the dense layer that it is, whose products are then faster.
 
     `choose` is the learned routing; who measures with weights that were never trained puts another there.
     """
 
-    def __init__(self, mlp: SparseMlp) -> None:
+    def __init__(self, mlp: SparseMlp, tactics: TacticTable = RULES) -> None:
         experts = [expert for expert in mlp.experts if isinstance(expert, GatedMlp)]
         self._router = mlp.gate
-        self._both, self._downs = pack_experts(experts, mlp.shared_experts)
+        packed = pack_experts(experts, mlp.shared_experts)
+        self._experts = (_Bf16Experts if packed.both_scales is None else Fp8Experts)(packed, tactics)
         rule = mlp.gate.rule
         self.spec = RouteSpec(
             rule.num_experts,
             rule.experts_per_token,
-            len(self._both) - len(experts),
+            len(packed.both) - len(experts),
             rule.scale,
             rule.scoring == "sigmoid",
             rule.balanced,
@@ -62,23 +77,47 @@ class FusedExperts:
             rule.best_of_group,
         )
         self._routed = self.spec._replace(shared=0)
-        self._shared = None if mlp.shared_experts is None else FusedMlp(mlp.shared_experts)
+        self._shared = None if mlp.shared_experts is None else FusedMlp(mlp.shared_experts, tactics)
         self.choose: Chooser = self._choose
-        self._rows = torch.arange(SINGLE_ENTRIES, dtype=torch.int32, device=self._both.device)
 
-    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it has a use for x in fp8."""
+        return isinstance(self._experts, Fp8Experts)
+
+    def __call__(self, x: Tensor, slots: Tensor, quantized: QuantizedRows | None = None) -> ExpertOutputs:
         # Products of bf16 are exact in fp32: no rounding of the weights, whatever the choice is near to.
-        logits = torch.mm(x, self._router.weight.t(), out_dtype=torch.float32)
+        if len(x) > SKINNY_ROWS:
+            logits = torch.mm(x, self._router.weight.t(), out_dtype=torch.float32)
+        else:
+            logits = skinny_linear(x, self._router.weight, ROUTER, dtype=torch.float32)
         apart = self._shared is not None and len(x) >= DENSE_TOKENS
         chosen, weights = self.choose(logits, slots, self._routed if apart else self.spec)
-        first, second = expert_tactics(chosen.numel(), len(self._both))
-        if chosen.numel() <= SINGLE_ENTRIES:
-            plan = single_rows(chosen, self._rows)
-        else:
-            plan = plan_rows(chosen, len(self._both), first.rows)
-        inner = gate_up(x, self._both, plan, first, chosen.shape[1])
-        base = self._shared(x, slots) if apart and self._shared is not None else None
-        return finalize(down(inner, self._downs, plan, second), weights, base)
+        if self.in_fp8 and quantized is None:
+            quantized = quantize_rows(x)
+        base = self._shared(x, slots, quantized) if apart and self._shared is not None else None
+        if isinstance(self._experts, Fp8Experts):
+            assert quantized is not None, "made above"
+            return self._experts(quantized, chosen, weights, base)
+        return self._experts(x, chosen, weights, base)
 
     def _choose(self, logits: Tensor, slots: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor]:
         return route(logits, self._router.e_score_correction_bias, spec)
+
+
+class _Bf16Experts:
+    def __init__(self, packed: PackedExperts, tactics: TacticTable) -> None:
+        self._packed = packed
+        self._tactics = tactics
+        self._rows = torch.arange(SINGLE_ENTRIES, dtype=torch.int32, device=packed.both.device)
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, base: Tensor | None) -> ExpertOutputs:
+        """x [T, d], chosen and weights [T, k], base [T, d]."""
+        both, downs = self._packed.both, self._packed.downs
+        tactics = self._tactics.experts(chosen.shape, both.shape)
+        if tactics.sort:
+            plan = plan_rows(chosen, len(both), tactics.first.rows)
+        else:
+            plan = single_rows(chosen, self._rows)
+        inner = gate_up(x, both, plan, tactics.first, chosen.shape[1])
+        return ExpertOutputs(down(inner, downs, plan, tactics.second), weights, base, None)

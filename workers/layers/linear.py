@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.layers.block_fp8 import BlockMatrix, dequantize_matrix
+
 
 class Partition(StrEnum):
     """Which dim of the weight tensor-parallel ranks share out; the loader slices by it."""
@@ -18,7 +20,10 @@ class Partition(StrEnum):
 
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., out]. The weight [out, in] lies as in checkpoints, so that it can be a view of the file."""
+    """x [..., in] -> [..., out]. The weight [out, in] lies as in checkpoints, so that it can be a view of the file.
+
+    With `scales`, fp32 [ceil(out / 128), ceil(in / 128)], it is in fp8 blocks, and computes as what they stand for.
+    """
 
     def __init__(
         self,
@@ -31,11 +36,25 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.partition = partition
+        self.dtype = dtype or torch.get_default_dtype()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.scales: Tensor | None = None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.matrix(), self.bias)
+
+    def matrix(self) -> Tensor:
+        """The weight in the layer's dtype, whatever it is stored in."""
+        if self.scales is None:
+            return self.weight
+        return dequantize_matrix(BlockMatrix(self.weight, self.scales), self.dtype)
+
+    def widen(self) -> None:
+        """Gives up fp8."""
+        if self.scales is not None:
+            self.weight.data = self.matrix()
+            self.scales = None
 
 
 class Embedding(nn.Module):

@@ -156,7 +156,7 @@ class LatentAttention(nn.Module):
 
     @property
     def _kv_weights(self) -> Tensor:
-        return self.kv_b_proj.weight.view(-1, self.shape.nope_dim + self.shape.value_dim, self.shape.latent_size)
+        return self.kv_b_proj.matrix().view(-1, self.shape.nope_dim + self.shape.value_dim, self.shape.latent_size)
 
     def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor | None, Tensor]:
         """Query latents [T, Q], if the model has them, and rotated queries [T, H, N + R]."""

@@ -63,4 +63,4 @@ class SparseMlp(nn.Module):
     def _weights_of(self, slot: int) -> ExpertWeights:
         expert = self.experts[slot]
         assert isinstance(expert, GatedMlp)
-        return ExpertWeights(expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight)
+        return ExpertWeights(expert.gate_proj.matrix(), expert.up_proj.matrix(), expert.down_proj.matrix())

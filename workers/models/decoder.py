@@ -6,6 +6,7 @@ Shapes: T tokens, N rows with logits, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cluster.log import Log
 from kvtransfer.layout import GroupSpec
 from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, AttentionStep, KvCache
@@ -186,9 +188,12 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
     def _fuse(self, choice: Choice) -> None:
         """Packs the weights, once, for the backend that has more than attention to offer."""
         if choice.chosen == HOPPER and self._fused is None:
+            from workers.kernels.tactic_table import DeviceSetting, TacticTable
             from workers.models.fused_decoder import FusedDecoder
 
-            self._fused = FusedDecoder(self.model, self.spec.max_position_embeddings)
+            tactics = TacticTable.tuned(DeviceSetting.of(self.model.embed_tokens.weight.device))
+            self._fused = FusedDecoder(self.model, self.spec.max_position_embeddings, tactics)
+            Log(logging.getLogger("sluice.models")).info("kernel tactics", reason=tactics.source)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:

@@ -16,14 +16,17 @@ from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.attention.interface import AttentionStep
 from workers.attention.mla_interface import MlaStep
-from workers.kernels.norms import add_rms_norm, rms_norm
+from workers.kernels.fp8_rows import QuantizedRows
+from workers.kernels.norms import ExpertOutputs, add_rms_norm, finalize_rms_norm, rms_norm, rms_norm_quantized
 from workers.kernels.rotary import RotationTable
 from workers.kernels.skinny_gemm import skinny_linear
-from workers.kernels.tactics import SKINNY, SKINNY_ROWS
+from workers.kernels.tactic_table import RULES, TacticTable
+from workers.kernels.tactics import SKINNY_ROWS
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.fused_attention import FusedGqa, FusedMla
 from workers.layers.fused_mlp import FusedExperts, FusedMlp
 from workers.layers.fused_sparse_attention import FusedDsa
+from workers.layers.linear import Linear
 from workers.layers.mla import LatentAttention
 from workers.layers.moe import SparseMlp
 from workers.layers.norm import RmsNorm
@@ -34,10 +37,11 @@ class FusedDecoder:
     """Packs the weights of `decoder`, layer by layer; the decoder goes on to work with views of them."""
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, num_positions: int) -> None:
+    def __init__(self, decoder: Decoder, num_positions: int, tactics: TacticTable = RULES) -> None:
+        self._tactics = tactics
         self._embed = decoder.embed_tokens
         self._norm = decoder.norm
-        self.layers = [_FusedLayer(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        self.layers = [_FusedLayer(layer, tactics) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         device = decoder.embed_tokens.weight.device
         rotation = decoder.rotary.rotation(torch.arange(num_positions, device=device), torch.float32)
         self._rotation = RotationTable(rotation.cos.flatten(1).contiguous(), rotation.sin.flatten(1).contiguous())
@@ -52,15 +56,16 @@ class FusedDecoder:
             "fused layers run on the backend they were made for"
         )
         x = self._embed(input_ids)
-        delta: Tensor | None = None
+        delta: Tensor | ExpertOutputs | None = None
         entering: list[Tensor] = []
         for layer in self.layers:
-            x, normed = _enter(x, delta, layer.input_norm)
+            x, normed, quantized = _enter(x, delta, layer.input_norm, layer.attends_in_fp8)
             if capture:
                 entering.append(x)
-            x, normed = _enter(x, layer.attend(normed, self._rotation, step), layer.mlp_norm)
-            delta = layer.mlp(normed, step.slots)
-        x, normed = _enter(x, delta, self._norm)
+            delta = layer.attend(normed, self._rotation, step, quantized)
+            x, normed, quantized = _enter(x, delta, layer.mlp_norm, layer.mlp.in_fp8)
+            delta = layer.mlp(normed, step.slots, quantized)
+        x, normed, _ = _enter(x, delta, self._norm, False)
         if not capture:
             return normed
         entering.append(x)
@@ -70,30 +75,53 @@ class FusedDecoder:
         """hidden [N, d], the head's weight [V, d] -> [N, V]."""
         if len(hidden) > SKINNY_ROWS or not hidden.is_contiguous():
             return F.linear(hidden, weight)
-        return skinny_linear(hidden, weight, SKINNY)
+        return skinny_linear(hidden, weight, self._tactics.skinny(weight.shape, gated=False))
 
 
 class _FusedLayer:
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: DecoderLayer, tactics: TacticTable) -> None:
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.mlp = FusedExperts(layer.mlp) if isinstance(layer.mlp, SparseMlp) else FusedMlp(layer.mlp)
+        self.mlp = (
+            FusedExperts(layer.mlp, tactics) if isinstance(layer.mlp, SparseMlp) else FusedMlp(layer.mlp, tactics)
+        )
         attention = layer.self_attn
-        self._gqa = FusedGqa(attention) if isinstance(attention, GroupedQueryAttention) else None
+        self._gqa = FusedGqa(attention, tactics) if isinstance(attention, GroupedQueryAttention) else None
         latent = attention if isinstance(attention, LatentAttention) else None
+        if latent is not None and latent.indexer is not None:
+            for linear in latent.modules():  # its layers compute in bf16
+                if isinstance(linear, Linear):
+                    linear.widen()
         self._dsa = FusedDsa(latent) if latent is not None and latent.indexer is not None else None
-        self._mla = FusedMla(latent) if latent is not None and latent.indexer is None else None
+        self._mla = FusedMla(latent, tactics=tactics) if latent is not None and latent.indexer is None else None
 
-    def attend(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep | HopperMlaStep | HopperDsaStep) -> Tensor:
+    @property
+    def attends_in_fp8(self) -> bool:
+        attention = self._gqa or self._mla
+        return attention is not None and attention.in_fp8
+
+    def attend(
+        self,
+        x: Tensor,
+        rotation: RotationTable,
+        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
+        quantized: QuantizedRows | None,
+    ) -> Tensor:
         if self._gqa is not None and isinstance(step, HopperGqaStep):
-            return self._gqa(x, rotation, step)
+            return self._gqa(x, rotation, step, quantized)
         if self._dsa is not None and isinstance(step, HopperDsaStep):
             return self._dsa(x, rotation, step)
         assert self._mla is not None and isinstance(step, HopperMlaStep), "the step belongs to another kind of model"
-        return self._mla(x, rotation, step)
+        return self._mla(x, rotation, step, quantized)
 
 
-def _enter(x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-    """What enters a part of a layer, and its norm."""
+def _enter(
+    x: Tensor, delta: Tensor | ExpertOutputs | None, norm: RmsNorm, in_fp8: bool
+) -> tuple[Tensor, Tensor, QuantizedRows | None]:
+    """What enters a part of a layer, its norm, and that in fp8 where it is of use."""
+    if isinstance(delta, ExpertOutputs):
+        return finalize_rms_norm(x, delta, norm.weight, norm.eps, quantize=in_fp8)
+    if in_fp8:
+        return rms_norm_quantized(x, delta, norm.weight, norm.eps)
     if delta is None:
-        return x, rms_norm(x, norm.weight, norm.eps)
-    return add_rms_norm(x, delta, norm.weight, norm.eps)
+        return x, rms_norm(x, norm.weight, norm.eps), None
+    return *add_rms_norm(x, delta, norm.weight, norm.eps), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from cluster.errors import CheckpointError
 from cluster.hashing import HASH_BYTES
 from cluster.log import Log
+from workers.attention.environment import Environment
+from workers.layers.block_fp8 import quantize_matrix
+from workers.layers.gemm_resolver import DEEP_GEMM, GemmProblem, resolve_gemm
 from workers.layers.linear import Embedding, Linear
 from workers.models.checkpoint import Checkpoint, read_json
 from workers.models.deepseek import DeepseekForCausalLM
@@ -47,30 +50,44 @@ def load(
     dummy_seed: int = 0,
     log: Log | None = None,
     device: torch.device = CPU,
+    environment: Environment | None = None,
 ) -> LoadedModel:
     """The model of a Hugging Face folder, on `device`. Says once in the log which stored tensors it leaves alone.
 
     `dtype` "auto" takes the checkpoint's. Where it equals the stored one nothing is copied: processes that load the
-    same folder share its pages. Matrices in fp8 blocks are dequantised. `load_format` "dummy" needs config.json only;
-    dummies are drawn on the device, and those of a GPU are not those of a CPU.
-    Raises CheckpointError naming file, tensor or key, and the remedy.
+    same folder share its pages. Matrices in fp8 blocks stay so where `environment` says that they multiply so, see
+    `workers.layers.gemm_resolver`; else, and without it, they are dequantised. `load_format` "dummy" needs config.json
+    only; dummies are drawn on the device, and those of a GPU are not those of a CPU.
+    Raises CheckpointError naming file, tensor or key, and the remedy; ConfigError where strict forbids dequantising.
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
     model, checkpoint, quantization = _outline(folder, config, dtype, load_format)
+    log = log or Log(logging.getLogger("sluice.models"))
+    kept: Mapping[str, Linear] = {}
+    if quantization is not None and environment is not None:
+        choice = resolve_gemm(
+            GemmProblem((quantization.rows, quantization.columns), model.spec.torch_dtype), environment
+        )
+        if environment.device_type != "cpu":
+            log.info("matrices in fp8 blocks", model=str(folder), reason=str(choice))
+        kept = _multiplied_in_fp8(model) if choice.chosen == DEEP_GEMM else {}
     if checkpoint is None:
         weights, ignored, identity = _dummy(model, dummy_seed, device), (), _dummy_identity(dummy_seed, device)
+        scales = _quantize(weights, kept)
     else:
-        weights, ignored = _stored(model, checkpoint, model.spec, quantization)
+        weights, scales, ignored = _stored(model, checkpoint, model.spec, quantization, kept)
         if device != CPU:
             weights = {name: weight.to(device) for name, weight in weights.items()}
+            scales = {name: each.to(device) for name, each in scales.items()}
         identity = checkpoint.identity()
     if ignored:
-        log = log or Log(logging.getLogger("sluice.models"))
         log.info("tensors not computed with", model=str(folder), reason=f"drafts, derived or tied: {_some(ignored)}")
     model.load_state_dict(weights, assign=True)
-    kept = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
-    return LoadedModel(model.eval(), identity, ignored, json.dumps(kept, sort_keys=True, separators=(",", ":")))
+    for name, each in scales.items():
+        kept[name].scales = each
+    stated = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
+    return LoadedModel(model.eval(), identity, ignored, json.dumps(stated, sort_keys=True, separators=(",", ":")))
 
 
 def outline(path: str | Path, *, dtype: str = "auto", load_format: str = "auto") -> CausalModel:
@@ -140,10 +157,29 @@ def _single(token_ids: tuple[int, ...] | None, fields: ConfigFields, key: str) -
     return None if token_ids is None else token_ids[0]
 
 
+def _multiplied_in_fp8(model: nn.Module) -> Mapping[str, Linear]:
+    """By the name of their weight. Not the router, whose choices are computed in fp32, nor the head."""
+    if isinstance(model, EncoderDecoderModel):
+        return {}
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if type(module) is Linear and name != "lm_head" and module.dtype == torch.bfloat16
+    }
+
+
+def _quantize(weights: dict[str, Tensor], kept: Iterable[str]) -> dict[str, Tensor]:
+    """Those that are kept become fp8 in place; returns their scales."""
+    scales: dict[str, Tensor] = {}
+    for name in kept:
+        weights[name], scales[name] = quantize_matrix(weights[name])
+    return scales
+
+
 def _stored(
-    model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, quantization: BlockFp8 | None
-) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The parameters by name, and which tensors were left alone."""
+    model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, quantization: BlockFp8 | None, kept: Container[str]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], tuple[str, ...]]:
+    """The parameters by name, the scales of those that are kept in fp8, and which tensors were left alone."""
     wanted = dict(model.named_parameters())
     stored = checkpoint.tensors
     left_out = {name: other for name, other in spec.stand_ins if name not in stored}
@@ -169,20 +205,26 @@ def _stored(
             "describes another model, or one that is not computed here"
         )
     weights: dict[str, Tensor] = {}
+    kept_scales: dict[str, Tensor] = {}
     for name, parameter in wanted.items():
         _expect_shape(checkpoint, name, tuple(parameter.shape))
         if quantization is not None and name in quantized:
-            weights[name] = _dequantized(checkpoint, name, quantization, parameter.dtype)
+            values, scales = _blocks(checkpoint, name, quantization)
+            if name in kept:
+                weights[name], kept_scales[name] = values, scales.float()
+            else:
+                weights[name] = quantization.dequantize(values, scales, parameter.dtype)
             continue
         _expect_plain(checkpoint, name)
         weights[name] = checkpoint.read(name).to(parameter.dtype)
     for name, parameter in absent.items():
         other = left_out[name]
         weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype) if other is None else weights[other]
-    return weights, tuple(ignored)
+    return weights, kept_scales, tuple(ignored)
 
 
-def _dequantized(checkpoint: Checkpoint, name: str, quantization: BlockFp8, dtype: torch.dtype) -> Tensor:
+def _blocks(checkpoint: Checkpoint, name: str, quantization: BlockFp8) -> tuple[Tensor, Tensor]:
+    """Values [n, m] and the scales of their blocks."""
     scales = name + SCALE_SUFFIX
     if scales not in checkpoint.tensors:
         raise CheckpointError(
@@ -197,7 +239,7 @@ def _dequantized(checkpoint: Checkpoint, name: str, quantization: BlockFp8, dtyp
         )
     _expect_shape(checkpoint, scales, quantization.scale_shape(tuple(values.shape)))
     _expect_plain(checkpoint, scales)
-    return quantization.dequantize(values, checkpoint.read(scales), dtype)
+    return values, checkpoint.read(scales)
 
 
 def _expect_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
@@ -223,7 +265,7 @@ def _some(names: Iterable[str]) -> str:
     return f"{'tensors' if len(listed) > 1 else 'tensor'} {', '.join(listed[:3])}{tail}"
 
 
-def _dummy(model: nn.Module, seed: int, device: torch.device) -> Mapping[str, Tensor]:
+def _dummy(model: nn.Module, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Weights that neither collapse to one repeated token nor explode: matrices with std 4 / sqrt(inputs), embeddings
     0.1, biases 0, norms 1. Each tensor depends on (seed, name, shape) alone."""
     weights: dict[str, Tensor] = {}

@@ -1,4 +1,5 @@
-"""Checkpoints whose matrices are fp8 with one scale per block: DeepSeek V3's format. They are dequantised on load.
+"""Checkpoints whose matrices are fp8 with one scale per block: DeepSeek V3's format. They are dequantised on load, but
+for those that multiply as they are (workers.layers.gemm_resolver).
 
 A matrix [n, m] stored as float8_e4m3fn has a companion `<name>_scale_inv` [ceil(n / rows), ceil(m / columns)] fp32;
 its value is fp8 * scale. Which matrices are quantised, the stored dtypes say.
