@@ -133,7 +133,7 @@ class Skip:
     count: int = 1
 
     def __call__(self, attempt: Attempt) -> bool:
-        attempt.index += self.count
+        attempt.index = min(attempt.index + self.count, attempt.submit.sampling.max_tokens)
         return True
 
 
