@@ -31,5 +31,7 @@ class Census:
             if member.state is MemberState.DRAINING and member.name not in present:
                 self._known.discard(member.name)
         self._pools.update(member.pool for member in membership.members)
+        for pool in self._pools:
+            self._metrics.restarts.labels(pool)  # at 0: rate() does not see a series that begins at 1
         counts = Counter((member.pool, member.state) for member in membership.members)
         self._metrics.set_workers({place: counts[place] for place in product(sorted(self._pools), MemberState)})

@@ -12,10 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
+
+from cluster.protos import worker_pb2 as pb
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -69,6 +72,15 @@ class DropReason(StrEnum):
     REPEATED_INDEX = "repeated_index"
     UNKNOWN_REQUEST = "unknown_request"
     UNSUPPORTED = "unsupported"
+
+
+# What `reason`, `limit` and `stage` may be, where no class above says so.
+_CODES = tuple(name.lower() for name, number in pb.ErrorCode.items() if number)
+_STAGES = ("encode", "prefill", "decode")
+_BROKEN = ("mistake", "gone", "closed", "silent", "stuffed")
+_LIMITS = ("queue_full", "predicted_ttft", "key_max_concurrent", "key_tokens_per_minute", "key_requests_per_minute")
+_LOCAL_PLANS = ("configured", "no_source", "short", "saturated")
+_LOCAL_PREFILLS = ("plan", "no_source", "source_lost", "too_long_to_pull")
 
 
 class Registry(CollectorRegistry):
@@ -271,9 +283,16 @@ class Metrics:
             (self.fetches, FetchOutcome),
             (self.outputs, FetchOutcome),
             (self.dropped_frames, DropReason),
+            (self.failures, _CODES),
+            (self.rejections, _LIMITS),
+            (self.broken_sessions, _BROKEN),
+            (self.local_plans, _LOCAL_PLANS),
+            (self.local_prefills, _LOCAL_PREFILLS),
         ):
             for label in labels:
                 metric.labels(label)
+        for stage, code in product(_STAGES, _CODES):
+            self.engine_failures.labels(stage, code)
 
     def set_blocks(self, group: str, counts: Mapping[str, int]) -> None:
         """All states of one group at once: {"free": 10, "filling": 0, ...}."""

@@ -8,12 +8,18 @@ from helm.panels import Dashboard, Panel, Query
 
 _APP: Final = 'app="$app"'
 _RANGE: Final = "$__rate_interval"
+_TOKENS: Final = "suffix: tok/s"
 
 
 def _rate(metric: str, by: str = "", where: str = "") -> str:
     """Per second, summed over processes, `by` labels."""
     grouping = f" by ({by})" if by else ""
     return f"sum{grouping} (rate({metric}{{{_APP}{where}}}[{_RANGE}]))"
+
+
+def _increase(metric: str, by: str = "", where: str = "") -> str:
+    """For what is rare: how many in the time that a rate is taken over, summed over processes, `by` labels."""
+    return _rate(metric, by, where).replace("(rate(", "(increase(", 1)
 
 
 def _gauge(metric: str, by: str = "", where: str = "") -> str:
@@ -24,6 +30,11 @@ def _gauge(metric: str, by: str = "", where: str = "") -> str:
 def _quantile(share: str, histogram: str, by: str = "") -> str:
     labels = f"le, {by}" if by else "le"
     return f"histogram_quantile({share}, {_rate(histogram + '_bucket', labels)})"
+
+
+def _mean(histogram: str, by: str) -> str:
+    """Where buckets are too wide for a quantile."""
+    return f"{_rate(histogram + '_sum', by)} / {_rate(histogram + '_count', by)}"
 
 
 def _quantiles(histogram: str) -> tuple[Query, ...]:
@@ -70,7 +81,7 @@ _OVERVIEW: Final = Dashboard(
         _lines(
             "Tokens",
             "Generated ones are the goodput where objectives are met.",
-            "short",
+            _TOKENS,
             (_rate("sluice_ingress_prompt_tokens_total"), "prompt"),
             (_rate("sluice_ingress_generated_tokens_total"), "generated"),
         ),
@@ -112,7 +123,7 @@ _POOLS: Final = Dashboard(
             "Replaced",
             "Workers that died or hung.",
             "short",
-            (_rate("sluice_cluster_restarts_total", "pool"), "{{pool}}"),
+            (_increase("sluice_cluster_restarts_total", "pool"), "{{pool}}"),
         ),
         _stack(
             "Waiting",
@@ -136,9 +147,9 @@ _POOLS: Final = Dashboard(
         ),
         _lines(
             "Batch",
-            "Sequences in a step, median.",
+            "Sequences in a step, mean.",
             "short",
-            (_quantile("0.50", "sluice_engine_batch_sequences", "role"), "{{role}}"),
+            (_mean("sluice_engine_batch_sequences", "role"), "{{role}}"),
         ),
         _lines(
             "Step",
@@ -150,7 +161,7 @@ _POOLS: Final = Dashboard(
         _lines(
             "Tokens",
             "Computed in steps, and drawn.",
-            "short",
+            _TOKENS,
             (_rate("sluice_engine_computed_tokens_total", "role"), "{{role}} computed"),
             (_rate("sluice_engine_sampled_tokens_total", "role"), "{{role}} drawn"),
         ),
@@ -180,7 +191,7 @@ _KV: Final = Dashboard(
             "Preemptions",
             "Sequences put back because blocks ran out.",
             "short",
-            (_rate("sluice_engine_preemptions_total", "name"), "{{name}}"),
+            (_increase("sluice_engine_preemptions_total", "name"), "{{name}}"),
         ),
         _lines(
             "Leases",
@@ -193,7 +204,7 @@ _KV: Final = Dashboard(
             "Expired leases",
             "That ran out without a release.",
             "short",
-            (_rate("sluice_kv_expired_leases_total", "name"), "{{name}}"),
+            (_increase("sluice_kv_expired_leases_total", "name"), "{{name}}"),
         ),
     ),
 )
@@ -220,7 +231,7 @@ _TRANSFERS: Final = Dashboard(
             "Bps",
             (f"sluice_transfer_warm_rate_bytes_per_second{{{_APP}}}", "{{name}} ← {{peer}}"),
         ),
-        _stack("Reads", "By outcome.", "short", _rate("sluice_transfer_pulls_total", "outcome"), "{{outcome}}"),
+        _stack("Reads", "By outcome.", "ops", _rate("sluice_transfer_pulls_total", "outcome"), "{{outcome}}"),
         Panel("Time of a read", "Quantiles.", "s", _quantiles("sluice_transfer_read_seconds")),
         _lines(
             "Waiting for KV",
@@ -231,22 +242,22 @@ _TRANSFERS: Final = Dashboard(
         _stack(
             "Fetches",
             "Prefixes fetched rather than computed, by outcome.",
-            "short",
+            "ops",
             _rate("sluice_transfer_fetches_total", "outcome"),
             "{{outcome}}",
         ),
         _lines(
             "Fetched tokens",
             "That need not be computed.",
-            "short",
+            _TOKENS,
             (_rate("sluice_transfer_fetched_tokens_total"), "tokens"),
         ),
         _lines(
             "Quarantine",
-            "Blocks that a read may still touch, and how they got there.",
+            "Blocks that a read may still touch, and those that came there, by side.",
             "short",
             (_gauge("sluice_kv_blocks", where=', state="quarantined"'), "blocks"),
-            (_rate("sluice_kv_quarantines_total", "side"), "{{side}} per second"),
+            (_increase("sluice_kv_quarantines_total", "side"), "{{side}} came"),
         ),
     ),
 )
@@ -259,7 +270,7 @@ _ROUTER: Final = Dashboard(
         _lines(
             "Hits",
             "Tokens expected in a cache and tokens found there, of the same requests.",
-            "short",
+            _TOKENS,
             (_rate("sluice_router_expected_hit_tokens_total", "stage"), "{{stage}} expected"),
             (_rate("sluice_router_found_hit_tokens_total", "stage"), "{{stage}} found"),
         ),
@@ -279,7 +290,7 @@ _ROUTER: Final = Dashboard(
             "Event gaps",
             "Events that were missing and asked for again.",
             "short",
-            (_rate("sluice_router_event_gaps_total", "name"), "{{name}}"),
+            (_increase("sluice_router_event_gaps_total", "name"), "{{name}}"),
         ),
         _lines(
             "Index",
@@ -347,7 +358,7 @@ _FAILURES: Final = Dashboard(
             "Sessions that broke",
             "By reason.",
             "short",
-            _rate("sluice_words_broken_sessions_total", "reason"),
+            _increase("sluice_words_broken_sessions_total", "reason"),
             "{{reason}}",
         ),
         _lines(
@@ -357,19 +368,23 @@ _FAILURES: Final = Dashboard(
             (_gauge("sluice_words_sessions", "peer_kind"), "{{peer_kind}}"),
         ),
         _stack(
-            "Dropped frames", "By reason.", "short", _rate("sluice_words_dropped_frames_total", "reason"), "{{reason}}"
+            "Dropped frames",
+            "By reason.",
+            "short",
+            _increase("sluice_words_dropped_frames_total", "reason"),
+            "{{reason}}",
         ),
         _lines(
             "Overflows",
             "Requests ended because their reader was too slow.",
-            "reqps",
-            (_rate("sluice_words_overflows_total"), "requests"),
+            "short",
+            (_increase("sluice_words_overflows_total"), "requests"),
         ),
         _lines(
             "Reads that failed",
             "By outcome.",
             "short",
-            (_rate("sluice_transfer_pulls_total", "outcome", ', outcome!="ok"'), "{{outcome}}"),
+            (_increase("sluice_transfer_pulls_total", "outcome", ', outcome!="ok"'), "{{outcome}}"),
         ),
         _stack(
             "Computed by decode",

@@ -91,7 +91,7 @@ def test_a_pod_lives_while_its_workers_step(pod: Pod) -> None:
     assert pod.ask("live", "--head") == (1, "the GCS does not answer")
 
 
-def test_a_pod_that_goes_is_drained_and_waits_until_it_is_idle(pod: Pod) -> None:
+def test_a_pod_that_goes_is_drained_and_waits_until_its_workers_are_gone_and_it_is_idle(pod: Pod) -> None:
     drain = ("drain", "--ports", RANGE, "--deadline-s")
     assert pod.ask(*drain, "60") == (0, "")
     asked = (pod.home / "asked").read_text()
@@ -101,6 +101,9 @@ def test_a_pod_that_goes_is_drained_and_waits_until_it_is_idle(pod: Pod) -> None
     status, said = pod.ask(*drain, "0.1")
     assert status == 1 and said.endswith(f"still busy: 127.0.0.1:{PORTS.port_min}")
     pod.metrics.leases.set(0)
+    pod.metrics.set_blocks("self", {"free": 8})
+    status, said = pod.ask(*drain, "0.1")
+    assert status == 1 and said.endswith(f"still there: 127.0.0.1:{PORTS.port_min}"), "a worker, idle or not"
     (pod.home / "ray").write_text("#!/bin/sh\necho no such node; exit 3\n")
     assert pod.ask(*drain, "60") == (0, "Ray did not drain the node: no such node")
 

@@ -2,7 +2,8 @@
 
     pod_health.py live   [--head] [--ports MIN-MAX] [--stalled-s S]   Ray answers; with ports: and nobody is stalled
     pod_health.py ready  --public-port PORT                           a request sent to this pod could be served now
-    pod_health.py drain  --ports MIN-MAX --deadline-s S               takes the node out of Ray, returns when it is idle
+    pod_health.py drain  --ports MIN-MAX --deadline-s S               takes the node out of Ray, returns when its
+                                                                      workers are gone and nothing is open
 
 Processes of sluice are found by what listens within the ports; those that answer GET /metrics tell their work there.
 """
@@ -31,6 +32,7 @@ WORK = (
     "sluice_engine_pulling_sequences",
     "sluice_kv_leases",
 )
+BLOCKS = "sluice_kv_blocks{"  # of workers alone
 _LISTENS = "0A"
 _POLL_S = 0.5
 _ANSWER_S = 2.0
@@ -42,12 +44,7 @@ def answers(url: str) -> bool:
 
 def processes(first: int, last: int) -> dict[str, dict[str, float]]:
     """Address -> its samples without labels, of every process here that tells metrics."""
-    found: dict[str, dict[str, float]] = {}
-    for address in _listening(first, last):
-        text = _get(f"http://{address}/metrics")
-        if text is not None and "sluice_" in text:
-            found[address] = _samples(text)
-    return found
+    return {address: _samples(text) for address, text in _told(first, last).items()}
 
 
 def stalled(now: dict[str, dict[str, float]], before: dict[str, list[float]], clock: float) -> dict[str, list[float]]:
@@ -103,11 +100,16 @@ def drain(options: argparse.Namespace) -> str | None:
     if said:
         print(f"Ray did not drain the node: {said}", file=sys.stderr)  # Its processes may still become idle.
     while True:
-        work = {address: sum(s.get(name, 0.0) for name in WORK) for address, s in processes(*options.ports).items()}
-        if not any(work.values()):
+        told = _told(*options.ports)
+        samples = {address: _samples(text) for address, text in told.items()}
+        busy = [address for address, each in samples.items() if any(each.get(name, 0.0) for name in WORK)]
+        # The controller has read that the node is to go, and starts successors; until they serve, its workers do.
+        staying = [] if said else [address for address, text in told.items() if BLOCKS in text]
+        if not busy and not staying:
             return None
         if time.monotonic() >= deadline:
-            return "still busy: " + ", ".join(address for address, amount in sorted(work.items()) if amount)
+            which = "busy" if busy else "there"
+            return f"still {which}: {', '.join(sorted(busy or staying))}"
         time.sleep(_POLL_S)
 
 
@@ -159,6 +161,12 @@ def _listening(first: int, last: int) -> list[str]:
             elif not int(host, 16):
                 found.add(f"127.0.0.1:{int(port, 16)}")
     return sorted(found)
+
+
+def _told(first: int, last: int) -> dict[str, str]:
+    """Address -> what it tells, of every process here that tells metrics."""
+    answers = {address: _get(f"http://{address}/metrics") for address in _listening(first, last)}
+    return {address: text for address, text in answers.items() if text is not None and "sluice_" in text}
 
 
 def _get(url: str) -> str | None:
