@@ -49,6 +49,39 @@ class Grammar(NamedTuple):
     text: str
 
 
+class EarlyStopping(Enum):
+    """When a search that has found as many texts as it has beams is over (transformers: False, True, "never")."""
+
+    UNLIKELY = pb.STOP_UNLIKELY  # a better one is not to be expected at the length so far
+    AT_ONCE = pb.STOP_AT_ONCE
+    IMPOSSIBLE = pb.STOP_IMPOSSIBLE  # none that is as long as it may become can be better
+
+
+class Beams(NamedTuple):
+    """A search for the likeliest texts, as transformers does it, instead of draws."""
+
+    num_beams: int  # 2 or more
+    num_returned: int = 1  # at most as many
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.UNLIKELY
+
+
+class Hypothesis(NamedTuple):
+    """A text that a search found."""
+
+    token_ids: tuple[int, ...]
+    score: float  # sum of its logprobs / len(token_ids) ** length_penalty
+    finish: FinishReason
+
+    @classmethod
+    def of(cls, found: pb.Hypothesis) -> Hypothesis:
+        """Raises ValueError for a finish reason of a later version."""
+        return cls(tuple(found.token_ids), found.score, FinishReason(found.finish))
+
+    def wire(self) -> pb.Hypothesis:
+        return pb.Hypothesis(token_ids=self.token_ids, score=self.score, finish=self.finish.value)
+
+
 class TokenLogprobs(NamedTuple):
     """Of the model's raw distribution (log softmax, before penalties and temperature) where one token stands."""
 
@@ -94,6 +127,25 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None  # the same for prompt tokens from the second on
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # an embedding of the prompt is wanted, no tokens
+    no_repeat_ngram_size: int = 0  # no such many tokens in a row stand twice in prompt + emitted; 0: off
+    beams: Beams | None = None  # None: tokens are drawn
+
+    @property
+    def num_beams(self) -> int:
+        """Rows of a step that it decodes with."""
+        return 1 if self.beams is None else self.beams.num_beams
+
+    @property
+    def unfit_for_beams(self) -> str | None:
+        """A parameter that makes no sense in a search, or whose state cannot be divided between beams."""
+        asked = {
+            "temperature": self.temperature > 0,
+            "logprobs": self.num_logprobs is not None,
+            "prompt_logprobs": self.num_prompt_logprobs is not None,
+            "grammar": self.grammar is not None,
+            "pooling": self.pooling is not None,
+        }
+        return next((name for name, is_asked in asked.items() if is_asked), None)
 
     @property
     def has_penalties(self) -> bool:
@@ -103,7 +155,7 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether the ranks must know every token of the sequence, not only those they compute."""
         asked = self.bad_words or self.grammar is not None or self.num_prompt_logprobs is not None
-        return bool(asked) or self.has_penalties
+        return bool(asked or self.no_repeat_ngram_size) or self.has_penalties
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -136,6 +188,8 @@ class SamplingParams:
             if params.HasField("grammar")
             else None,
             pooling=Pooling(params.pooling) if params.pooling else None,
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+            beams=_beams_of(params.beams) if params.HasField("beams") else None,
         )
 
     def wire(self) -> pb.SamplingParams:
@@ -160,4 +214,22 @@ class SamplingParams:
             num_prompt_logprobs=self.num_prompt_logprobs,
             grammar=None if self.grammar is None else pb.Grammar(kind=self.grammar.kind.value, text=self.grammar.text),
             pooling=pb.POOL_NONE if self.pooling is None else self.pooling.value,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            beams=None if self.beams is None else _beams_wire(self.beams),
         )
+
+
+def _beams_of(beams: pb.Beams) -> Beams:
+    if not 1 <= beams.num_returned <= beams.num_beams or beams.num_beams < 2:
+        raise ValueError(f"{beams.num_returned} texts of {beams.num_beams} beams")
+    early = EarlyStopping(beams.early_stopping)
+    return Beams(beams.num_beams, beams.num_returned, beams.length_penalty, early)
+
+
+def _beams_wire(beams: Beams) -> pb.Beams:
+    return pb.Beams(
+        num_beams=beams.num_beams,
+        num_returned=beams.num_returned,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping.value,
+    )

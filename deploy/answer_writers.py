@@ -151,6 +151,7 @@ class CompletionWriter:
             finish_reason=piece.finish,
             token_ids=frame.token_ids(piece),
             prompt_logprobs=frame.prompt_logprobs(piece) if first else None,
+            score=piece.score,
         )
 
 

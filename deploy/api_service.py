@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from deploy.openai_requests import (
 from deploy.quota import Quotas
 from deploy.request_fields import TokenIds
 from deploy.sampling_request import check_ids, sampling_of
+from deploy.search import Search
 from deploy.served_model import ServedModel
 from deploy.stream import Detokenizer
 from deploy.structured_output import may_call
@@ -162,6 +164,9 @@ class ApiService:
             name = "n" if body.n == body.num_samples else "best_of"
             limit = f"{name}: {body.num_samples} is over the limit of {self.limits.max_samples}; send several requests"
             raise InvalidRequest(limit, name)
+        if isinstance(body, CompletionRequest) and body.num_beams > self.limits.max_samples:
+            limit = f"num_beams: {body.num_beams} is over the limit of {self.limits.max_samples}; lower it"
+            raise InvalidRequest(limit, "num_beams")
         deadline_s = self._deadline_s(body.timeout_s)
         ending = Ending(
             stops=tuple(body.stop),
@@ -193,8 +198,11 @@ class ApiService:
                     weight=caller.key.limits.weight,
                     journal=tally.journal(),
                 )
+                parts = self.router, request, tally
                 completions.append(
-                    Completion(self.router, request, tally, detokenizer=self._detokenizer(body), ending=ending)
+                    Completion(*parts, detokenizer=self._detokenizer(body), ending=ending)
+                    if first.beams is None
+                    else Search(*parts, detokenizer=partial(self._detokenizer, body), ending=ending)
                 )
         for prompt in prompts:
             tally.prompt(len(prompt.token_ids))
@@ -202,9 +210,10 @@ class ApiService:
             prompts,
             completions,
             tally,
-            num_choices=body.n,
+            num_choices=body.num_choices,
             max_running=self.limits.max_samples,
             scores_prompt=scores_prompt,
+            num_found=body.num_found,
         )
 
     async def _prompt(self, given: str | TokenIds, param: str, *, with_text: bool, add_special_tokens: bool) -> Prompt:

@@ -177,7 +177,7 @@ class Batch:
         """The message of a chat is its text, and the tool calls where there are some."""
         message = choice.get("message", {})
         text = message["content"] if message else choice["text"]
-        asked = {"logprobs": choice["logprobs"], "prompt_logprobs": choice.get("prompt_logprobs")}
+        asked = {name: choice.get(name) for name in ("logprobs", "prompt_logprobs", "score")}
         return {
             "token_ids": choice["token_ids"],
             "text": None if self._service.tokenizer is None else text,

@@ -31,6 +31,8 @@ class Piece:
     """Where each token's text begins in the whole text, in characters."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of prompt tokens 1 …; with the first piece."""
+    score: float | None = None
+    """Of a text that a search found: sum of its logprobs, by its length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

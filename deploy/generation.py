@@ -49,13 +49,16 @@ class Generation:
         num_choices: int,
         max_running: int,
         scores_prompt: bool,
+        num_found: int = 1,
     ) -> None:
-        """`num_choices` of each prompt are told, `max_running` sequences run at once."""
+        """`num_choices` of each prompt are told, `max_running` sequences run at once; each brings `num_found` texts, or
+        fewer."""
         self.prompts = prompts
         self.completions = completions
         self.tally = tally
         self._num_samples = len(completions) // len(prompts)
         self._num_choices = num_choices
+        self._num_found = num_found
         self._max_running = max_running
         self._scores_prompt = scores_prompt
 
@@ -89,7 +92,7 @@ class Generation:
                     yield piece
             return
         arrived: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
-        run = _Run(arrived, max_running=self._max_running)
+        run = _Run(arrived, max_running=self._max_running, num_found=self._num_found)
         scores: list[asyncio.Future[tuple[TokenLogprobs, ...]]] = []
         tasks: list[asyncio.Task[None]] = []
         for number, completion in enumerate(self.completions):
@@ -116,12 +119,12 @@ class Generation:
 
     async def collect(self) -> list[Piece]:
         """One whole piece for each choice, in order; of more samples than choices the likeliest, best first."""
-        parts: list[list[Piece]] = [[] for _ in self.completions]
+        parts: list[list[Piece]] = [[] for _ in range(len(self.completions) * self._num_found)]
         async with aclosing(self._sequences()) as pieces:
             async for piece in pieces:
                 parts[piece.index].append(piece)
-        wholes = [_joined(each) for each in parts]
-        if self._num_choices == self._num_samples:
+        wholes = [_joined(each) for each in parts if each]
+        if self._num_choices == self._num_samples * self._num_found:
             return wholes
         best: list[Piece] = []
         for first in range(0, len(wholes), self._num_samples):
@@ -147,7 +150,8 @@ class Generation:
 class _Run:
     """What the sequences of one generation share while they run."""
 
-    def __init__(self, arrived: asyncio.Queue[Piece | asyncio.Task[None]], *, max_running: int) -> None:
+    def __init__(self, arrived: asyncio.Queue[Piece | asyncio.Task[None]], *, max_running: int, num_found: int) -> None:
+        self._num_found = num_found
         self.unread = asyncio.Semaphore(_MAX_UNREAD_PIECES)
         self._arrived = arrived
         self._slots = asyncio.Semaphore(max_running)  # first come, first served: a leader goes before its followers
@@ -170,7 +174,7 @@ class _Run:
                     piece = replace(piece, prompt_logprobs=await score)
                 is_first = False
                 await self.unread.acquire()
-                self._arrived.put_nowait(replace(piece, index=index))
+                self._arrived.put_nowait(replace(piece, index=index * self._num_found + piece.index))
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:

@@ -148,6 +148,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Finish | None
     token_ids: list[int] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    score: float | None = None
+    """Of a text that a search found, by which they are ordered: sum of logprobs / length ** length_penalty."""
 
 
 class CompletionAnswer(BaseModel):

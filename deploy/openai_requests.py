@@ -4,7 +4,7 @@ Every parameter that OpenAI documents is done, accepted because it changes nothi
 other is unknown. Fields of our own: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, bad_words,
 ignore_eos, include_stop_str_in_output, prompt_logprobs, priority, timeout_s, add_special_tokens, return_token_ids
 (the ids beside the text), cache_salt and return_route (what happened to the request, in `usage.sluice`). Of models with
-an encoder: decoder_prompt, source_language, target_language.
+an encoder: decoder_prompt, source_language, target_language. Of searches: see deploy/beam_fields.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from deploy.beam_fields import BeamFields
 from deploy.openai_chat import ChatMessage
 from deploy.request_fields import (
     MAX_LOGPROBS,
@@ -87,9 +88,19 @@ class SamplingRequest(Body):
         return self
 
     @property
-    def num_samples(self) -> int:
-        """Generated for each prompt; not fewer than `n`."""
+    def num_choices(self) -> int:
+        """Told of each prompt."""
         return self.n
+
+    @property
+    def num_samples(self) -> int:
+        """Generated for each prompt."""
+        return self.n
+
+    @property
+    def num_found(self) -> int:
+        """Texts that one sequence brings."""
+        return 1
 
     @property
     def num_logprobs(self) -> int | None:
@@ -97,7 +108,7 @@ class SamplingRequest(Body):
         return None
 
 
-class CompletionRequest(SamplingRequest):
+class CompletionRequest(SamplingRequest, BeamFields):
     prompt: Prompts
     max_tokens: Int31 = 16
     best_of: Count | None = None
@@ -114,8 +125,16 @@ class CompletionRequest(SamplingRequest):
         return each_prompt(self.prompt)
 
     @property
+    def num_choices(self) -> int:
+        return self.num_return_sequences or self.n
+
+    @property
     def num_samples(self) -> int:
-        return self.best_of or self.n
+        return 1 if self.searches else self.best_of or self.n
+
+    @property
+    def num_found(self) -> int:
+        return self.num_choices if self.searches else 1
 
     @property
     def num_logprobs(self) -> int | None:
@@ -129,6 +148,33 @@ class CompletionRequest(SamplingRequest):
             raise ValueError(f"best_of: {self.best_of} is under n = {self.n}; raise it")
         if self.stream and self.num_samples > self.n:
             raise ValueError("best_of: the best is known at the end only; remove stream or best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _search(self) -> CompletionRequest:
+        if not self.searches:
+            given = self.model_fields_set & {"length_penalty", "early_stopping", "num_return_sequences"}
+            if given:
+                raise ValueError(f"{min(given)} needs num_beams of 2 or more; set it or remove {min(given)}")
+            return self
+        if self.num_return_sequences is not None and "n" in self.model_fields_set and self.n != self.num_choices:
+            raise ValueError(f"n: {self.n} is not num_return_sequences = {self.num_choices}; remove one of them")
+        if self.num_choices > self.num_beams:
+            raise ValueError(f"num_beams: {self.num_beams} do not find {self.num_choices} texts; raise it or lower n")
+        if self.stream:
+            raise ValueError("num_beams: what a search finds is known at the end only; remove stream or num_beams")
+        if self.temperature > 0 and "temperature" in self.model_fields_set:
+            raise ValueError(f"temperature: {self.temperature:g} with num_beams, which draws nothing; remove one")
+        unfit = {
+            "stop": bool(self.stop),
+            "best_of": self.best_of is not None,
+            "logprobs": self.logprobs is not None,
+            "prompt_logprobs": self.prompt_logprobs is not None,
+            "max_tokens: 0": self.max_tokens == 0,
+        }
+        for name, is_given in unfit.items():
+            if is_given:
+                raise ValueError(f"{name} does not go with num_beams; remove one of them")
         return self
 
 

@@ -31,12 +31,14 @@ async def sampling_of(
     num_logprobs, num_prompt_logprobs = body.num_logprobs, body.prompt_logprobs
     if isinstance(body, CompletionRequest) and body.echo and num_logprobs is not None:
         num_prompt_logprobs = max(num_logprobs, num_prompt_logprobs or 0)
+    search = body if isinstance(body, CompletionRequest) else None
+    searches = search is not None and search.searches
     if num_logprobs is None and body.num_samples > body.n:
         num_logprobs = 0  # the best is the one with the largest
     return SamplingParams(
         max_tokens=max(1, max_tokens),
         min_tokens=body.min_tokens,
-        temperature=body.temperature,
+        temperature=0.0 if searches else body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
@@ -51,6 +53,8 @@ async def sampling_of(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
         grammar=grammar,
+        no_repeat_ngram_size=0 if search is None else search.no_repeat_ngram_size,
+        beams=None if search is None else search.beams(search.num_choices),
     )
 
 

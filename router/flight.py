@@ -19,7 +19,7 @@ from enum import Enum, auto
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
 from cluster.hashing import HASH_BYTES, block_hashes, chain_root
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
+from cluster.request import FinishReason, Hypothesis, RequestKey, SamplingParams, TokenLogprobs
 from router.journal import Journal
 from router.output import Output
 from router.plan import NoPlan, Plan
@@ -67,6 +67,7 @@ class TokenDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, where sampling.num_logprobs asks
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # all of them, of prompt tokens 1 …, with the first token
     embedding: tuple[float, ...] = ()  # where sampling.pooling asks; comes with the finish, and no tokens
+    hypotheses: tuple[Hypothesis, ...] = ()  # where sampling.beams asks, best first; as the embedding
 
 
 class State(Enum):
@@ -306,6 +307,7 @@ class Flight:
             logprobs=tuple(output.logprobs[first:]),
             prompt_logprobs=() if first else tuple(output.prompt_logprobs),
             embedding=output.embedding,
+            hypotheses=output.hypotheses,
         )
 
     async def news(self) -> None:

@@ -1,4 +1,5 @@
-"""What the attempts at one request have brought so far: tokens, logprobs and an embedding, each piece once."""
+"""What the attempts at one request have brought so far: tokens, logprobs, an embedding, what a search found, each
+piece once."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import struct
 from collections.abc import Sequence
 
 from cluster.protos import worker_pb2 as pb
-from cluster.request import SamplingParams, TokenLogprobs
+from cluster.request import Hypothesis, SamplingParams, TokenLogprobs
 
 
 class Output:
@@ -20,10 +21,12 @@ class Output:
         self._num_wanted = 0 if sampling.num_prompt_logprobs is None else num_prompt - 1
         self._wants_logprobs = sampling.num_logprobs is not None
         self._wants_embedding = sampling.pooling is not None
+        self._num_hypotheses = 0 if sampling.beams is None else sampling.beams.num_returned
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []  # one per token, where asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1 …
         self.embedding: tuple[float, ...] = ()
+        self.hypotheses: tuple[Hypothesis, ...] = ()
 
     @property
     def has_prompt_logprobs(self) -> bool:
@@ -40,7 +43,8 @@ class Output:
         try:
             new = [TokenLogprobs.of(each) for each in tokens.logprobs[known:]]
             new_prompt = [TokenLogprobs.of(each) for each in tokens.prompt_logprobs[prompt_known:]]
-        except ValueError:  # tokens without probability, or the other way round
+            hypotheses = tuple(Hypothesis.of(each) for each in tokens.hypotheses)
+        except ValueError:  # tokens without probability, or the other way round; an end that is none
             return None
         num_prompt = len(self.prompt_logprobs) + len(new_prompt)
         ends = tokens.finish in (pb.STOP, pb.LENGTH)
@@ -50,6 +54,9 @@ class Output:
             if not tokens.embedding or len(tokens.embedding) % 4:
                 return None
             self.embedding = struct.unpack(f"<{len(tokens.embedding) // 4}f", tokens.embedding)
+        if self._num_hypotheses and (new_ids or (ends and not 1 <= len(hypotheses) <= self._num_hypotheses)):
+            return None
+        self.hypotheses = hypotheses
         self.token_ids += new_ids
         self.logprobs += new
         self.prompt_logprobs += new_prompt

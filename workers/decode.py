@@ -15,13 +15,14 @@ prompt beside its KV (logprobs, an embedding) is passed on as it comes. Engine t
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
 from cluster.config import SchedulerConfig
 from cluster.errors import Busy, Cancelled, DeadlineExceeded, Draining, RequestError, from_failure
 from cluster.hashing import root_of
 from cluster.metrics import DropReason, Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, RequestKey
+from cluster.request import FinishReason, Hypothesis, RequestKey
 from cluster.session import Session
 from kvtransfer.connector import PullResult
 from workers.assembly import Assembly
@@ -209,6 +210,10 @@ class DecodeStage:
             if (request := self._by_sequence.get(sequence.id)) is not None:
                 request.emitted_here(began_at, now)
                 self._settle(request, now, finish=FinishReason.STOP, embedding=vector)
+        for sequence, hypotheses in outcome.searches:
+            if (request := self._by_sequence.get(sequence.id)) is not None:
+                request.emitted_here(began_at, now)
+                self._settle(request, now, finish=hypotheses[0].finish, hypotheses=hypotheses)
         for sequence in outcome.preempted:
             request = self._by_sequence.get(sequence.id)
             if request is None:
@@ -291,6 +296,8 @@ class DecodeStage:
         if sequence.params.pooling is not None:
             self._settle(request, now, finish=FinishReason.STOP, embedding=handoff.embedding)
             return
+        if sequence.params.beams is not None:
+            return  # its beams begin with the last position, computed here anew: the source's token is none of theirs
         for offset, token in enumerate(handoff.token_ids):
             if fetch.num_tokens + offset < len(sequence.tokens):
                 continue  # a second source drew it again: the same one
@@ -322,6 +329,7 @@ class DecodeStage:
         *,
         finish: FinishReason | None = None,
         embedding: bytes = b"",
+        hypotheses: SequenceOf[Hypothesis] = (),
         error: RequestError | None = None,
     ) -> None:
         """The one way out: blocks, source, followers and ingress all hear of it."""
@@ -345,4 +353,4 @@ class DecodeStage:
             self._tokens.fail(request.session, request.key, emitted, error, request.route, request.stages.take())
         else:
             assert finish is not None
-            self._tokens.end(request, finish, embedding=embedding)
+            self._tokens.end(request, finish, embedding=embedding, hypotheses=hypotheses)

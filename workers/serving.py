@@ -12,7 +12,7 @@ from cluster import hashing
 from cluster.errors import RequestError, SourcesLost
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, RequestKey, SamplingParams
+from cluster.request import FinishReason, Hypothesis, RequestKey, SamplingParams
 from cluster.session import Session
 from workers.engine.sequence import EncoderInput, ForcedTokens, Sequence
 from workers.fetch import Fetch
@@ -224,7 +224,14 @@ class Tokens:
             self._put(request.session, piece)
         return True
 
-    def end(self, request: Request, finish: FinishReason, *, embedding: bytes = b"") -> None:
+    def end(
+        self,
+        request: Request,
+        finish: FinishReason,
+        *,
+        embedding: bytes = b"",
+        hypotheses: SequenceOf[Hypothesis] = (),
+    ) -> None:
         """The last word about a request. Nothing follows it."""
         last = pb.SequenceTokens(
             key=request.key.wire(),
@@ -232,6 +239,7 @@ class Tokens:
             finish=finish.value,
             route=request.route,
             embedding=embedding,
+            hypotheses=[each.wire() for each in hypotheses],
             stages=request.stages.take(),
         )
         self._put(request.session, last)

@@ -132,6 +132,7 @@ class Supply:
         num_full, rest = divmod(len(tokens), self._block_size)
         if not request.lacks_prompt_logprobs:
             params = replace(params, num_prompt_logprobs=None)
+        params = replace(params, beams=None)  # a search begins here, with the last position computed anew
         frame = pb.KvRequest(
             key=request.key.wire(),
             token_ids=tokens,

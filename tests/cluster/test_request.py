@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.protos import worker_pb2 as pb
-from cluster.request import Grammar, GrammarKind, Pooling, RequestKey, SamplingParams, TokenLogprobs
+from cluster.request import (
+    Beams,
+    EarlyStopping,
+    Grammar,
+    GrammarKind,
+    Pooling,
+    RequestKey,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 tokens = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 2**32 - 1)
@@ -31,6 +40,15 @@ sampling_params = st.builds(
     num_prompt_logprobs=st.none() | counts,
     grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), st.text()),
     pooling=st.none() | st.sampled_from(Pooling),
+    no_repeat_ngram_size=counts,
+    beams=st.none()
+    | st.builds(
+        Beams,
+        st.integers(2, 2**32 - 1),
+        st.integers(1, 2),
+        st.floats(allow_nan=False),
+        st.sampled_from(EarlyStopping),
+    ),
 )
 
 
@@ -54,6 +72,9 @@ def test_a_value_of_a_later_version_is_refused() -> None:
     later.grammar.kind = 78  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="78"):
         SamplingParams.of(later)
+    for num_beams, num_returned in ((1, 1), (4, 5), (4, 0)):
+        with pytest.raises(ValueError, match=f"{num_returned} texts of {num_beams} beams"):
+            SamplingParams.of(SamplingParams(beams=Beams(num_beams, num_returned)).wire())
 
 
 @given(floats, st.lists(st.tuples(tokens, floats)).map(tuple))

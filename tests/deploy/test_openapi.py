@@ -34,11 +34,12 @@ FIELDS = {
         user verbosity web_search_options
     """,
     "CompletionAnswer": "choices created id model object system_fingerprint usage",
-    "CompletionChoice": "finish_reason index logprobs prompt_logprobs text token_ids",
+    "CompletionChoice": "finish_reason index logprobs prompt_logprobs score text token_ids",
     "CompletionLogprobs": "text_offset token_logprobs tokens top_logprobs",
     "CompletionRequest": """
-        add_special_tokens bad_words best_of cache_salt decoder_prompt echo frequency_penalty ignore_eos
-        include_stop_str_in_output logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority
+        add_special_tokens bad_words best_of cache_salt decoder_prompt early_stopping echo frequency_penalty ignore_eos
+        include_stop_str_in_output length_penalty logit_bias logprobs max_tokens min_p min_tokens model n
+        no_repeat_ngram_size num_beams num_return_sequences presence_penalty priority
         prompt prompt_logprobs repetition_penalty return_route return_token_ids seed source_language stop
         stop_token_ids stream stream_options suffix target_language temperature timeout_s top_k top_p user
     """,

@@ -20,6 +20,7 @@ from cluster.request import SamplingParams
 from deploy.api_service import ApiService
 from deploy.openai_api import create_app
 from deploy.served_model import ServedModel
+from tests.support.beam_searches import searching, transformers_finds
 from tests.support.checkpoints import checkpoint
 from tests.support.encoder_decoders import Text, judge, texts
 from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
@@ -51,7 +52,8 @@ class Scene:
             list(text.prompt), params, f"text-{next(self._numbers)}", encoder_token_ids=text.source, cache_salt=salt
         )
         answers = [answer async for _, answer in stream]
-        assert answers[-1] is not None and len(answers[-1].token_ids) == params.max_tokens
+        assert answers[-1] is not None
+        assert len(answers[-1].token_ids) == (params.max_tokens if params.beams is None else 0)
         return answers[-1]
 
     def check(self, wanted: Sequence[Text], answers: Sequence[Answer]) -> set[int]:
@@ -60,6 +62,19 @@ class Scene:
         decided = [verdict for verdict in verdicts if verdict.is_decided]
         assert len(decided) >= 0.9 * len(wanted) and all(verdict.is_greedy for verdict in decided)
         return {token for answer in answers for token in answer.token_ids}
+
+    async def search(self, wanted: Sequence[Text], num_cancelled: int = 3) -> None:
+        """What transformers finds, beside searches that nobody waits for."""
+        params = searching(4, max_tokens=NUM_TOKENS, no_repeat_ngram_size=2)
+        doomed = [asyncio.ensure_future(self.ask(text, searching(4, max_tokens=60))) for text in wanted[:num_cancelled]]
+        asked = [asyncio.ensure_future(self.ask(text, params)) for text in wanted]
+        await asked[0]
+        for task in doomed:
+            task.cancel()
+        for text, answer in zip(wanted, await asyncio.gather(*asked), strict=True):
+            found = transformers_finds(self.family, text, params)
+            assert [each.token_ids for each in answer.hypotheses] == [each.token_ids for each in found]
+            assert [each.score for each in answer.hypotheses] == pytest.approx([s for _, s in found], abs=1e-3)
 
     async def expect(self, wanted: Sequence[Text]) -> list[Answer]:
         answers = await asyncio.gather(*(self.ask(text) for text in wanted))
@@ -137,6 +152,11 @@ def test_encode_prefill_decode() -> None:
         shown = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "return_route": True}
         told = await over_http(stage.cluster, {**asked, **shown, "model": "t5"})
         assert told["choices"][0]["token_ids"] == answers[-1].token_ids
+        found = transformers_finds("t5", text, searching(4, num_returned=3, max_tokens=NUM_TOKENS))
+        searched = await over_http(stage.cluster, {**asked, **shown, "model": "t5", "num_beams": 4, "n": 3})
+        assert [tuple(choice["token_ids"]) for choice in searched["choices"]] == [each.token_ids for each in found]
+        assert [choice["score"] for choice in searched["choices"]] == pytest.approx([s for _, s in found], abs=1e-3)
+        await stage.search(wanted[:12])
         assert told["usage"]["sluice"]["encoder_tokens"] == told["usage"]["prompt_tokens"] == len(text.source)
 
     with running("t5", prefill=1) as stage:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.config import Role
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, Pooling, SamplingParams, TokenLogprobs
+from cluster.request import Beams, FinishReason, Hypothesis, Pooling, SamplingParams, TokenLogprobs
 from router.flight import Flight, Receipt, RouterRequest, State
 from router.plan import Candidate, Plan
 
@@ -18,6 +18,7 @@ PROMPT = tuple(range(10, 18))
 NUM_TOKENS = 6
 BOTH = SamplingParams(max_tokens=NUM_TOKENS, num_logprobs=2, num_prompt_logprobs=1)
 EMBEDDING = SamplingParams(pooling=Pooling.MEAN)
+SEARCH = SamplingParams(beams=Beams(4, num_returned=3))
 LOST = pb.Failure(code=pb.PEER_LOST, message="gone")
 
 
@@ -151,6 +152,27 @@ def test_an_embedding_comes_with_the_finish() -> None:
     delta = one.take()
     assert delta is not None and (delta.token_ids, delta.finish) == ((), FinishReason.STOP)
     assert struct.pack("<3f", *delta.embedding) == struct.pack("<3f", *values)
+
+
+def test_what_a_search_found_comes_with_the_finish() -> None:
+    found = [Hypothesis((7, 8), -0.5, FinishReason.STOP), Hypothesis((7, 9, 9), -0.75, FinishReason.LENGTH)]
+
+    def told(attempt: int, *hypotheses: pb.Hypothesis, count: int = 0) -> pb.SequenceTokens:
+        tokens = frame(attempt, count=count, num_logprobs=0, finish=pb.STOP)
+        tokens.hypotheses.extend(hypotheses)
+        return tokens
+
+    wires = [each.wire() for each in found]
+    broken = pb.Hypothesis(token_ids=[1], score=0.0, finish=pb.FINISH_UNSPECIFIED)
+    for wrong in (told(1), told(1, *wires, *wires), told(1, broken), told(1, wires[0], count=1)):
+        assert hear(flight(SEARCH), wrong) is Receipt.GAP
+    one = flight(SEARCH)
+    assert one.fail_attempt(LOST, 8, reported=False), "nothing was emitted: another worker begins anew"
+    place(one)
+    assert hear(one, told(2, *wires)) is Receipt.TAKEN
+    delta = one.take()
+    assert delta is not None and (delta.token_ids, delta.finish) == ((), FinishReason.STOP)
+    assert list(delta.hypotheses) == found
 
 
 def test_an_embedding_is_tried_again_whatever_max_tokens_says() -> None:

@@ -23,7 +23,7 @@ from cluster.log import Log
 from cluster.membership import Member, Membership
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, SamplingParams, TokenLogprobs
+from cluster.request import FinishReason, Hypothesis, SamplingParams, TokenLogprobs
 from cluster.words_thread import WordsThread
 from router.flight import RouterRequest
 from router.router import Router
@@ -59,6 +59,7 @@ class Answer:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: tuple[TokenLogprobs, ...]
     embedding: tuple[float, ...]
+    hypotheses: tuple[Hypothesis, ...]
 
 
 def serve(config: SluiceConfig, pool: str, name: str, pipe: Connection) -> None:
@@ -200,6 +201,7 @@ class PlainCluster:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     embedding=delta.embedding,
+                    hypotheses=delta.hypotheses,
                 )
             yield list(delta.token_ids), answer
 

@@ -22,7 +22,7 @@ from cluster.config import Role
 from cluster.errors import SessionError
 from cluster.membership import Member, Membership, MemberState
 from cluster.protos import worker_pb2 as pb
-from cluster.request import RequestKey
+from cluster.request import Hypothesis, RequestKey
 from cluster.rpc import WordsServer
 from cluster.session import Session
 from cluster.words_config import WordsConfig
@@ -69,11 +69,13 @@ class Attempt:
         finish: pb.FinishReason = pb.FINISH_UNSPECIFIED,
         attempt: int | None = None,
         failure: pb.Failure | None = None,
+        found: Iterable[pb.Hypothesis] = (),
     ) -> None:
         key = pb.RequestKey(request_id=self.submit.key.request_id, attempt=self.submit.key.attempt)
         if attempt is not None:
             key.attempt = attempt
         tokens = pb.SequenceTokens(key=key, first_token_index=first, token_ids=token_ids, finish=finish)
+        tokens.hypotheses.extend(found)
         if failure is not None:
             tokens.failure.CopyFrom(failure)
         if finish in (pb.STOP, pb.LENGTH):
@@ -156,6 +158,18 @@ class Stop:
 
     def __call__(self, attempt: Attempt) -> bool:
         attempt.send(attempt.index, attempt.tokens(attempt.index, self.count), finish=pb.STOP)
+        return False
+
+
+@dataclass(frozen=True)
+class Find:
+    """What a search finds."""
+
+    hypotheses: tuple[Hypothesis, ...]
+
+    def __call__(self, attempt: Attempt) -> bool:
+        found = [each.wire() for each in self.hypotheses]
+        attempt.send(0, [], finish=found[0].finish, found=found)
         return False
 
 

@@ -2,9 +2,9 @@
 
 In this order: penalties, bias, then what is forbidden. A prohibition that would leave its row no token at all is
 lifted for that row and token, the strongest staying: a grammar's mask first, then the early ends that `min_tokens`
-forbids, then bad words, all of one row at once. So a grammar wins over bad words and min_tokens (it always allows a
-token), and a request whose bad words name the whole vocabulary still goes on. A token that the model forces comes
-last, whatever it overrides.
+forbids, then bad words and repeated runs, all of one row at once. So a grammar wins over bad words and min_tokens (it
+always allows a token), and a request whose bad words name the whole vocabulary still goes on. A token that the model
+forces comes last, whatever it overrides.
 
 Rows are independent of each other. Shapes: N drawing rows, V vocabulary.
 """
@@ -62,7 +62,7 @@ class Adjustments:
     bias: Bias | None = None
     grammar: GrammarMask | None = None
     early_ends: Entries | None = None
-    bad_words: Entries | None = None
+    bad_words: Entries | None = None  # and repeated runs
     forced: Entries | None = None  # one per row: nothing else may be drawn there
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -106,8 +106,7 @@ def adjustments(
         for row, history in histories
         if history.counts is not None and len(history.counts.ids)
     ]
-    words = [(row, history.words.completing()) for row, history in histories if history.words is not None]
-    bad_words = Entries.of(words)
+    bad_words = Entries.of((row, history.forbidden()) for row, history in histories)
     grammar, failures = _grammar([each for each in histories if each[1].has_grammar], vocab_size)
     return Adjustments(
         penalties=Penalties.of(penalised) if penalised else None,

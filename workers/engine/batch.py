@@ -37,6 +37,7 @@ class StepBatch:
     sampled_slots: _Ints  # [N]: where the mirror has them
     draws: Draws
     num_logprobs: _Ints  # [N]: alternatives with each drawn token, −1 where no logprobs are wanted
+    num_candidates: _Ints  # [N]: the likeliest tokens that a search wants to know of, 0 where none does
     readings: PromptReadings
 
 
@@ -96,6 +97,7 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         sampled_slots=sampled_slots,
         draws=_draws(mirror, sampled_slots, context_lens[sampled]),
         num_logprobs=mirror.num_logprobs[sampled_slots],
+        num_candidates=mirror.num_candidates[sampled_slots],
         readings=read,
     )
 

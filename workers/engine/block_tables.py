@@ -102,7 +102,7 @@ class BlockTables:
 
     def grow(self, seq: Sequence, end: int) -> bool:
         """Room for the first `end` tokens. False and nothing changed if blocks are short."""
-        got = self._blocks.reserve(self._missing(seq, end))
+        got = self._blocks.reserve(self.missing(seq, end))
         if got is None:
             return False
         if seq.fresh is None:
@@ -113,18 +113,43 @@ class BlockTables:
         self._measure(seq)
         return True
 
-    def victims(self, seq: Sequence, end: int, candidates: Iterable[Sequence]) -> list[Sequence] | None:
-        """Whom to preempt, first candidates first, so that `grow` succeeds; None if all of them do not suffice.
+    def fork(self, source: Sequence, seq: Sequence) -> list[tuple[int, int, int]]:
+        """Gives a sequence without blocks those of all that `source` has confirmed, which it begins with, too. There is
+        room for one more block in each growing group.
+
+        A partial last block is not shared: (group, block, new block) says what is to be copied before it is written.
+        """
+        assert not any(seq.block_tables) and source.num_confirmed <= len(seq.tokens), f"{seq} from {source}"
+        full, rest = divmod(source.num_confirmed, self.block_size)
+        fresh = self._blocks.reserve([int(bool(rest) and seq.grows(index)) for index in self._indexes])
+        assert fresh is not None, f"{seq} finds no room for its fork"
+        copies: list[tuple[int, int, int]] = []
+        tables: list[list[int]] = []
+        for group, (table, new) in enumerate(zip(source.block_tables, fresh, strict=True)):
+            shared = table[:full] if seq.grows(group) else table
+            self._blocks.acquire(group, shared)
+            copies += [(group, table[full], block) for block in new]
+            tables.append(shared + new)
+        seq.block_tables = tables
+        seq.num_ready_blocks = full
+        seq.num_computed = seq.num_confirmed = source.num_confirmed
+        self._measure(seq)
+        return copies
+
+    def victims(self, needed: SequenceOf[int], candidates: Iterable[Sequence]) -> list[Sequence] | None:
+        """Whom to preempt, first candidates first, so that `needed` blocks of each group are to be had; None if all of
+        them do not suffice.
 
         Blocks that others reference or that are held free nothing; a candidate that frees nothing is spared.
         """
-        lacking = [missing - self._blocks.num_available(index) for index, missing in enumerate(self._missing(seq, end))]
+        lacking = [count - self._blocks.num_available(index) for index, count in enumerate(needed)]
         users: defaultdict[tuple[int, int], list[Sequence]] = defaultdict(list)
         useful: set[int] = set()
         chosen: list[Sequence] = []
         for candidate in candidates:
             chosen.append(candidate)
-            for index, table in enumerate(candidate.block_tables):
+            tables = (pair for each in (candidate, *candidate.beams) for pair in enumerate(each.block_tables))
+            for index, table in tables:
                 for block in table:
                     sharing = users[index, block]
                     sharing.append(candidate)
@@ -137,6 +162,12 @@ class BlockTables:
         return None
 
     # ------------------------------------------------------------------ what blocks hold
+
+    def confirm(self, seq: Sequence, confirmed: int) -> None:
+        """A step wrote the KV of its first `confirmed` tokens."""
+        seq.num_confirmed = confirmed
+        if confirmed >= (seq.num_ready_blocks + 1) * self.block_size:
+            self.fill(seq, confirmed)
 
     def fill(self, seq: Sequence, confirmed: int) -> None:
         """Blocks that the first `confirmed` tokens fill become READY under their hashes."""
@@ -223,7 +254,8 @@ class BlockTables:
             for extent, group in zip(extents, self._groups, strict=True)
         ]
 
-    def _missing(self, seq: Sequence, end: int) -> list[int]:
+    def missing(self, seq: Sequence, end: int) -> list[int]:
+        """Blocks per group that room for the first `end` tokens lacks."""
         pairs = zip(self.totals(seq, end), seq.block_tables, strict=True)
         return [max(0, total - len(table)) for total, table in pairs]
 

@@ -58,11 +58,14 @@ class Encodes:
         batch.found.append(seq)
 
     def done(self, seq: Sequence) -> None:
-        """The step that read its input is over: the output is kept for it, and found by others."""
+        """The step that read its input is over: the output is kept for it, and found by others. -> WAITING, if it wants
+        more than that."""
         if seq.id in self._reading:
             self._tables.fill_output(seq)
         self.forget(seq)
         self._holding[seq.id] = seq
+        if not seq.only_encodes:
+            seq.enter(SequenceStatus.WAITING)
 
     def reserve(self, seq: Sequence) -> PullReservation | None:
         """WAITING -> ENCODING, elsewhere. None: not now, as in `start`."""

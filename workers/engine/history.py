@@ -12,6 +12,7 @@ from cluster.request import SamplingParams
 from workers.engine.bad_words import BadWords
 from workers.engine.constraint import Constraint, ConstraintCompiler
 from workers.engine.penalties import TokenCounts
+from workers.engine.repeats import Repeats
 
 
 class History:
@@ -25,16 +26,18 @@ class History:
         "_constraints",
         "_num_constrained",
         "_num_prompt",
+        "_repeats",
+        "_words",
         "counts",
         "params",
         "tokens",
-        "words",
     )
 
     def __init__(self, params: SamplingParams, num_prompt: int, constraints: ConstraintCompiler | None) -> None:
         self.tokens: list[int] = []  # prompt + emitted, as far as they are known here
         self.counts = TokenCounts() if params.has_penalties else None
-        self.words = BadWords(params.bad_words) if params.bad_words else None
+        self._words = BadWords(params.bad_words) if params.bad_words else None
+        self._repeats = Repeats(params.no_repeat_ngram_size) if params.no_repeat_ngram_size else None
         self.params = params
         self._num_prompt = num_prompt
         self._constraints = constraints
@@ -53,13 +56,19 @@ class History:
         if not new:
             return
         self.tokens += new
-        if self.words is not None:
-            self.words.see(new)
+        for follower in (self._words, self._repeats):
+            if follower is not None:
+                follower.see(new)
         if self.counts is not None:
             num_prompt = max(0, self._num_prompt - known)
             if self.params.repetition_penalty != 1.0:
                 self.counts.see(new[:num_prompt])
             self.counts.emit(new[num_prompt:])
+
+    def forbidden(self) -> list[int]:
+        """The tokens that would complete a bad word, or repeat a run; a token may be named twice."""
+        words = [] if self._words is None else self._words.completing()
+        return words if self._repeats is None else [*words, *self._repeats.completing()]
 
     def fill(self, mask: npt.NDArray[np.uint32]) -> None:
         """As Constraint.fill, after all emitted tokens. Compiles at the first call; raises what the grammar raises."""

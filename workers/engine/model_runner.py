@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from workers.engine import sampler
 from workers.engine.adjustments import adjustments
 from workers.engine.batch import StepBatch, build, build_encodes
 from workers.engine.block_manager import BlockRaise
+from workers.engine.candidates import Best, BestTokens, SearchingRows
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
 from workers.engine.pooling import Pooler
@@ -22,6 +23,7 @@ from workers.engine.prompt_readings import PromptRow
 from workers.engine.sequence_mirror import SequenceMirror
 from workers.engine.step_plan import BlockCopy, EncodeRow, PromptLogprobs, StepPlan, StepResult
 
+_Brought = TypeVar("_Brought", Logprobs, Best)
 _NOT_NUMBERS = "the model's logits are not finite numbers; the checkpoint may need another dtype"
 
 
@@ -75,6 +77,7 @@ class Launched:
     ids: list[int]  # [N]: whose they are
     failures: Mapping[int, str]  # row of N -> why it was not to be drawn
     drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
+    candidates: BestTokens | None = None  # of searches
     prompts: Sequence[PromptSlice] = ()
     vectors: Mapping[int, Tensor] = field(default_factory=dict)  # sequence id -> [d] float32
     over: torch.cuda.Event | None = None  # of the whole step, tokens on the host included; None: it is over
@@ -106,7 +109,8 @@ class Launched:
             if not vector.isfinite().all():
                 failed[id_] = "the hidden states of its prompt are not finite numbers"
             vectors[id_] = vector.cpu().numpy().astype("<f4").tobytes()
-        return StepResult(tokens, logprobs, prompts, vectors, failed)
+        candidates = {} if self.candidates is None else self.candidates.collect(ids)
+        return StepResult(tokens, logprobs, prompts, candidates, vectors, failed)
 
 
 class ModelRunner:
@@ -202,12 +206,16 @@ class ModelRunner:
         kept: list[DrawnRows] = []
         if (batch.num_logprobs >= 0).any():
             kept = DrawnRows.keep(logits, batch.num_logprobs.tolist())
+        searching = SearchingRows.of(batch.num_candidates)
+        if searching is not None:
+            logits = searching.normalise(logits)
         adjusted, failures = adjustments(self._mirror, batch.sampled_slots, batch.draws.position, logits.shape[1])
         if adjusted is not None:
             logits = adjusted.apply(logits)
         tokens, is_valid = sampler.sample(logits, batch.draws)
         self._previous[batch.sampled_rows] = tokens
         logprobs = [(rows.rows, self._bring(rows.of(tokens))) for rows in kept]
+        candidates = None if searching is None else searching.best(logits, self._bring)
         if self._device.type == "cuda":
             tokens, is_valid = _to_host(tokens), _to_host(is_valid)
         return Launched(
@@ -217,6 +225,7 @@ class ModelRunner:
             ids=batch.sampled_ids,
             failures=failures,
             drawn_logprobs=logprobs,
+            candidates=candidates,
         )
 
     def _nothing_drawn(self, plan: StepPlan) -> Launched:
@@ -228,11 +237,11 @@ class ModelRunner:
         logprobs = hidden_logprobs(states, self._model.logits, row.targets, row.num_top)
         return PromptSlice(row.id, row.first, self._bring(logprobs))
 
-    def _bring(self, logprobs: Logprobs) -> Logprobs:
+    def _bring(self, logprobs: _Brought) -> _Brought:
         """To the host, with the step: whoever reads them later waits for no other one."""
         if self._device.type != "cuda":
             return logprobs
-        return Logprobs(*(_to_host(each) for each in logprobs))
+        return type(logprobs)(*(_to_host(each) for each in logprobs))
 
     def drain(self) -> None:
         """Waits until the device does nothing of ours any more: blocks of a failed step may then be reused."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import (
+    BlockCopy,
     EncodeRow,
     Literal,
     NewSequence,
@@ -32,7 +34,7 @@ class Launched(NamedTuple):
 class PlanBuilder:
     """Collects rows under a token budget. Rows keep their order; a victim of preemption loses its row."""
 
-    __slots__ = ("budget", "encoded", "encoder_budget", "found", "preempted", "rows", "stalled")
+    __slots__ = ("budget", "copies", "encoded", "encoder_budget", "found", "preempted", "rows", "stalled")
 
     def __init__(self, budget: int, encoder_budget: int) -> None:
         self.budget = budget
@@ -40,6 +42,7 @@ class PlanBuilder:
         self.encoded: list[Sequence] = []
         self.found: list[Sequence] = []  # only encode, and what they want is cached
         self.rows: dict[int, tuple[Sequence, int]] = {}
+        self.copies: dict[int, list[BlockCopy]] = {}  # of forks, by the sequence that they are for
         self.preempted: list[Sequence] = []
         self.stalled = False  # somebody who runs found no blocks
 
@@ -52,9 +55,11 @@ class PlanBuilder:
         self.encoder_budget -= num_tokens
 
     def preempt(self, seq: Sequence) -> None:
-        entry = self.rows.pop(seq.id, None)
-        if entry is not None:
-            self.budget += entry[1]
+        for each in (seq, *seq.beams):
+            entry = self.rows.pop(each.id, None)
+            if entry is not None:
+                self.budget += entry[1]
+            self.copies.pop(each.id, None)
         self.preempted.append(seq)
 
     def build(self, step: int, finished: Iterable[int], raises: Iterable[BlockRaise]) -> tuple[StepPlan, Launched]:
@@ -101,6 +106,7 @@ class PlanBuilder:
             finished=tuple(finished),
             preempted=preempted,
             raises=tuple(raises),
+            copies=tuple(chain.from_iterable(self.copies.values())),
             num_tokens=num_total,
             encodes=tuple(_encode_row(seq, step) for seq in self.encoded),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 
 from cluster.request import FinishReason
+from workers.engine.beams import Beams
 from workers.engine.block_manager import BlockManager
 from workers.engine.block_tables import BlockTables
 from workers.engine.encodes import Encodes
@@ -50,6 +51,7 @@ class Scheduler:
         self._blocked: Sequence | None = None  # head of the queue that found no room; later ones do not pass it
         self._lingering: list[Sequence] = []  # finished sources whose blocks the stage may still lease
         self._ended: list[int] = []  # ids that the ranks may forget
+        self._beams = Beams(self._tables, limits, eos_token_ids, self._ended)
         self._launched: deque[Launched] = deque()
         self._step = 0
 
@@ -105,7 +107,7 @@ class Scheduler:
 
     def abort_plan(self, plan: StepPlan) -> list[Sequence]:
         """Its step failed: ends every sequence that has a row in it. To be settled next, with nothing sampled."""
-        ids = [row.id for row in (*plan.sequences, *plan.encodes)]
+        ids = dict.fromkeys(self._beams.leader_id(row.id) for row in (*plan.sequences, *plan.encodes))
         failed = [seq for id_ in ids if (seq := self._sequences.get(id_)) is not None]
         for seq in failed:
             self.abort(seq)
@@ -120,9 +122,9 @@ class Scheduler:
     def _accept(self, seq: Sequence) -> None:
         if seq.max_total_tokens == 0:
             self.check(seq)
-            seq.max_total_tokens = self._limits.max_total_tokens(seq)
-            seq.forced_end = self._limits.last_position(seq)
+            seq.max_total_tokens, seq.forced_end = self._limits.max_total_tokens(seq), self._limits.last_position(seq)
             self._sequences[seq.id] = seq
+            self._beams.begin(seq)
 
     def _enqueue(self, seq: Sequence) -> None:
         seq.is_queued = True
@@ -143,6 +145,7 @@ class Scheduler:
             case _ if seq.is_queued:
                 self._dequeue(seq)
         self._encodes.forget(seq)
+        self._beams.end(seq)
         seq.enter(SequenceStatus.FINISHED)
         seq.finish = reason
         self._sequences.pop(seq.id, None)
@@ -229,60 +232,63 @@ class Scheduler:
         self._advance(batch)
         self._admit(batch)
         plan, launched = batch.build(self._step, self._ended, self._blocks.drain_raises())
-        self._ended = []
+        self._ended.clear()
         self._launched.append(launched)
         return plan
 
     def _advance(self, batch: PlanBuilder) -> None:
         """Rows for what runs: single tokens first, then chunks, both in order."""
         chunks: list[Sequence] = []
-        rows = batch.rows
         for seq in self._running.first(self._limits.max_sequences):
-            computed = seq.num_computed
-            known = len(seq.tokens)
+            computed, known = seq.num_computed, len(seq.tokens)
             remaining = known + seq.num_pending - computed
+            if seq.num_rows > 1 and known == computed:
+                remaining = self._beams.remaining(seq)
             if remaining > 1:
                 chunks.append(seq)
+            elif remaining and seq.beams and known == computed:
+                self._search(seq, batch)
             elif remaining == 1 and seq.status is SequenceStatus.RUNNING:
                 if known == computed and (known + 1 >= seq.max_total_tokens or seq.needs_history):
                     continue  # the token in flight is its last, or must be known before the next one is drawn
                 if computed < seq.capacity or self._grow(seq, computed + 1, batch):
-                    rows[seq.id] = (seq, 1)
-                    batch.budget -= 1
+                    batch.add(seq, 1)
         for seq in chunks:
-            if batch.budget > 0 and seq.status is SequenceStatus.RUNNING:
-                num_tokens = self._chunk(seq, batch.budget)
+            if batch.budget <= 0 or seq.status is not SequenceStatus.RUNNING:
+                continue
+            if seq.num_computed == len(seq.tokens):
+                self._search(seq, batch)
+            else:
+                num_tokens = self._limits.chunk(seq, batch.budget, self._tables.block_size)
                 if self._grow(seq, seq.num_computed + num_tokens, batch):
                     batch.add(seq, num_tokens)
 
-    def _chunk(self, seq: Sequence, budget: int) -> int:
-        """Tokens of the next chunk. One that is not the last ends with a full block where it can."""
-        remaining = len(seq.tokens) - seq.num_computed
-        num_tokens = min(remaining, self._limits.chunk_tokens, budget)
-        if num_tokens < remaining:
-            over = (seq.num_computed + num_tokens) % self._tables.block_size
-            if over < num_tokens:
-                num_tokens -= over
-        return num_tokens
+    def _search(self, seq: Sequence, batch: PlanBuilder) -> None:
+        """Rows for its beams, all of them or none."""
+        needed = self._beams.needed(seq) if seq.status is SequenceStatus.RUNNING else None
+        if needed is not None and (self._blocks.can_reserve(needed) or self._make_room(seq, needed, batch)):
+            self._beams.add_rows(seq, batch, self._step)
 
     def _grow(self, seq: Sequence, end: int, batch: PlanBuilder) -> bool:
         """Room for the first `end` tokens, if need be at the cost of those behind it. False: it sits this step out."""
         if end <= seq.capacity or self._tables.grow(seq, end):
             return True
-        behind = [other for other in self._running if other.order > seq.order]
-        victims = self._tables.victims(seq, end, behind[::-1])
+        return self._make_room(seq, self._tables.missing(seq, end), batch) and self._tables.grow(seq, end)
+
+    def _make_room(self, seq: Sequence, needed: list[int], batch: PlanBuilder) -> bool:
+        victims = self._tables.victims(needed, [other for other in self._running if other.order > seq.order][::-1])
         if victims is None:
             batch.stalled = True  # what it lacks is held by pulls, leases or quarantine: they end on their own
             return False
         for victim in victims:
             batch.preempt(victim)
             self._preempt(victim)
-        grown = self._tables.grow(seq, end)
-        assert grown, f"{seq} found no room after preempting {victims}"
+        assert self._blocks.can_reserve(needed), f"{seq} found no room after preempting {victims}"
         return True
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)
+        self._beams.preempt(seq)
         self._tables.drop(seq)
         seq.num_preemptions += 1
         seq.is_unreported = True
@@ -309,7 +315,7 @@ class Scheduler:
                 not batch.preempted
                 and not batch.stalled
                 and not seq.is_unreported
-                and len(self._running) < self._limits.max_sequences
+                and self._running.num_rows + seq.num_rows <= self._limits.max_sequences
                 and self._tables.admit(seq, num_running=len(self._running))
             )
             if not room:
@@ -319,13 +325,13 @@ class Scheduler:
             self._encodes.forget(seq)
             seq.enter(SequenceStatus.RUNNING)
             self._running.insert(seq)
-            batch.add(seq, self._chunk(seq, batch.budget))
+            batch.add(seq, self._limits.chunk(seq, batch.budget, self._tables.block_size))
 
     def _encode(self, seq: Sequence, batch: PlanBuilder) -> bool:
         """Has its encoder input read in this step; no further ahead than there are rows for."""
-        if seq.is_unreported or len(self._running) + self._encodes.num_reading >= self._limits.max_sequences:
-            return False
-        if not self._encodes.start(seq, batch):
+        num_rows = self._running.num_rows + self._encodes.num_reading
+        has_rows = num_rows + seq.num_rows <= self._limits.max_sequences
+        if seq.is_unreported or not has_rows or not self._encodes.start(seq, batch):
             return False
         self._dequeue(seq)
         seq.enter(SequenceStatus.ENCODING)
@@ -342,20 +348,15 @@ class Scheduler:
         assert launched.step == plan.step, f"plan {plan.step} settled before plan {launched.step}"
         self._blocks.retire_fences(plan.step)
         outcome = StepOutcome(plan.step)
-        block_size = self._tables.block_size
-        eos_token_ids = self._eos_token_ids
         for row, (seq, num_preemptions) in zip(plan.sequences, launched.rows, strict=True):
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if row.id in result.failed:  # before its blocks could be registered: what they hold is not to be hit
-                self._finish(seq, None)
-                outcome.failed.append(seq)
+                outcome.failed.append(self._beams.leader_of(seq))
+                self._finish(outcome.failed[-1], None)
                 continue
             if seq.num_preemptions == num_preemptions:  # else its blocks are gone, but the token is good
-                confirmed = row.start + row.num_tokens
-                seq.num_confirmed = confirmed
-                if confirmed >= (seq.num_ready_blocks + 1) * block_size:
-                    self._tables.fill(seq, confirmed)
+                self._tables.confirm(seq, confirmed := row.start + row.num_tokens)
                 if row.start < seq.num_known:
                     outcome.chunks.append(Chunk(seq, confirmed, result.prompt_logprobs.get(row.id)))
             if row.sample:
@@ -363,27 +364,29 @@ class Scheduler:
                 if seq.params.pooling is not None:
                     finish = FinishReason.STOP
                     outcome.vectors.append(PooledVector(seq, result.vectors[row.id]))
+                elif seq.num_rows > 1:
+                    finish = None
+                    if (found := self._beams.heard(seq, result.candidates[row.id])) is not None:
+                        outcome.searches.append(found)
+                        seq, finish = found.seq, found.hypotheses[0].finish
                 else:
                     token = result.tokens[row.id]
-                    finish = seq.accept(token, eos_token_ids)
+                    finish = seq.accept(token, self._eos_token_ids)
                     logprobs = result.logprobs.get(row.id)
                     outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))
                 if finish is not None:
                     self._finish(seq, finish)
                     outcome.finished.append(seq)
-        for seq in launched.encoded:
-            if seq.status is SequenceStatus.ENCODING:
-                self._encodes.done(seq)
-                if seq.only_encodes:
-                    self._finish(seq, FinishReason.STOP)
-                    outcome.encoded.append(seq)
-                else:
-                    seq.enter(SequenceStatus.WAITING)
-                    self._enqueue(seq)
+        for seq in (each for each in launched.encoded if each.status is SequenceStatus.ENCODING):
+            self._encodes.done(seq)
+            if seq.only_encodes:
+                self._finish(seq, FinishReason.STOP)
+                outcome.encoded.append(seq)
+            else:
+                self._enqueue(seq)
         for seq in launched.preempted:
             seq.is_unreported = False
-            if seq.status is SequenceStatus.WAITING:
-                outcome.preempted.append(seq)
+        outcome.preempted += [seq for seq in launched.preempted if seq.status is SequenceStatus.WAITING]
         return outcome
 
     def check_integrity(self) -> None:
@@ -391,10 +394,7 @@ class Scheduler:
         self._blocks.check_integrity()
         running, waiting = list(self._running), list(self._waiting)
         for seq in self._sequences.values():
-            assert (seq in running) == (seq.status is SequenceStatus.RUNNING), f"{seq}"
-            assert (seq in waiting) == seq.is_queued, f"{seq}"
-            assert (seq in self._pulls) == (seq.status is SequenceStatus.PULLING), f"{seq}"
-            assert seq.num_confirmed <= seq.num_computed <= len(seq.tokens) + seq.num_pending, f"{seq}"
-        self._tables.check_integrity([*self._sequences.values(), *self._lingering])
+            seq.check_integrity(is_running=seq in running, is_waiting=seq in waiting, is_pulling=seq in self._pulls)
+        self._tables.check_integrity([*self._sequences.values(), *self._lingering, *self._beams.members()])
         self._pulls.check_integrity()
         self._encodes.check_integrity()

@@ -39,6 +39,16 @@ class SchedulerLimits:
         """Of the token with which its length ends it, whoever draws it."""
         return min(seq.num_prompt + seq.params.max_tokens, self.max_model_len) - 1
 
+    def chunk(self, seq: Sequence, budget: int, block_size: int) -> int:
+        """Tokens of its next chunk. One that is not the last ends with a full block where it can."""
+        remaining = len(seq.tokens) - seq.num_computed
+        num_tokens = min(remaining, self.chunk_tokens, budget)
+        if num_tokens < remaining:
+            over = (seq.num_computed + num_tokens) % block_size
+            if over < num_tokens:
+                num_tokens -= over
+        return num_tokens
+
     def max_pull_blocks(self, group: GroupCapacity) -> int:
         """What all waiting reservations together may hold of a group."""
         return int((1.0 - self.prefill_reserve) * group.num_blocks + 1e-9)
@@ -50,6 +60,7 @@ class SchedulerLimits:
             self._check_tokens(seq)
             self._check_pool(seq, groups, 0, None)
             return
+        self._check_beams(seq)
         assert len(seq.extents) in (0, len(groups)), f"{seq}: extents {seq.extents} for {len(groups)} groups"
         growing = [group for index, group in enumerate(groups) if seq.grows(index)]
         assert growing and all(g.block_size == groups[0].block_size for g in growing), f"{seq}: growing groups differ"
@@ -72,6 +83,20 @@ class SchedulerLimits:
             )
         # The last token is emitted without KV of its own.
         self._check_pool(seq, groups, self.max_total_tokens(seq) - 1, None)
+
+    def _check_beams(self, seq: Sequence) -> None:
+        if seq.params.beams is None:
+            return
+        unfit = seq.params.unfit_for_beams
+        if unfit is not None:
+            raise InvalidRequest(f"num_beams: a search goes without {unfit}; remove one of them", unfit)
+        if seq.num_emitted or seq.stop_after_first:
+            raise InvalidRequest("num_beams: a search begins behind the prompt, and nowhere else", "num_beams")
+        if seq.num_rows > self.max_sequences:
+            raise InvalidRequest(
+                f"num_beams={seq.num_rows} is over the max_sequences={self.max_sequences} of this worker; lower it",
+                "num_beams",
+            )
 
     def _check_encoder_input(self, seq: Sequence, groups: SequenceOf[GroupCapacity]) -> None:
         """Its blocks are `_check_pool`'s to check."""
@@ -128,6 +153,9 @@ class SchedulerLimits:
             extent = seq.extents[index] if seq.extents else None
             tokens = num_tokens if extent is None else extent
             needed = -(-tokens // group.block_size)
+            if seq.num_rows > 1 and extent is None and reserve is None:
+                full, rest = divmod(len(seq.tokens), group.block_size)  # of the prompt: the beams share full blocks
+                needed = full + bool(rest) + seq.num_rows * (needed - full)
             have = group.num_blocks if reserve is None else self.max_pull_blocks(group)
             if needed > have:
                 where = (

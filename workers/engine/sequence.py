@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple
 
 from cluster.hashing import iter_block_hashes
@@ -73,6 +74,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "beams",
         "block_tables",
         "capacity",
         "chain_root",
@@ -99,6 +101,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_ready_blocks",
+        "num_rows",
         "only_encodes",
         "order",
         "params",
@@ -177,6 +180,9 @@ class Sequence:
         self.is_unreported = False  # preempted by a plan that is not settled yet
         self.is_known_to_ranks = False
         self.is_table_sent = False
+        searches = params.beams is not None and not stop_after_first
+        self.num_rows = params.num_beams if searches else 1  # of a step, at most, when it decodes
+        self.beams: list[Sequence] = []  # of its search: scheduled, preempted and ended with it (beams.py)
 
     @property
     def num_emitted(self) -> int:
@@ -226,6 +232,13 @@ class Sequence:
             previous = self.hashes[-1] if have else None
             self.hashes += iter_block_hashes(self.chain_root or root, tokens, block_size, previous)
 
+    def check_integrity(self, *, is_running: bool, is_waiting: bool, is_pulling: bool) -> None:
+        """Asserts that it is in the queues that its status names."""
+        assert is_running == (self.status is SequenceStatus.RUNNING), f"{self}"
+        assert is_waiting == self.is_queued, f"{self}"
+        assert is_pulling == (self.status is SequenceStatus.PULLING), f"{self}"
+        assert self.num_confirmed <= self.num_computed <= len(self.tokens) + self.num_pending, f"{self}"
+
     def __repr__(self) -> str:
         progress = f"{self.num_confirmed}/{self.num_computed}/{len(self.tokens)}"
         return f"Sequence({self.id}, {self.key.request_id}#{self.key.attempt}, {self.status.name}, {progress})"
@@ -234,27 +247,33 @@ class Sequence:
 class SequenceQueue:
     """Sequences in serving order: priority, then arrival."""
 
-    __slots__ = ("_orders", "_sequences")
+    __slots__ = ("_orders", "_sequences", "num_rows")
 
     def __init__(self) -> None:
         self._orders: list[tuple[int, int, int]] = []
         self._sequences: list[Sequence] = []
+        self.num_rows = 0  # of all of them
 
     def insert(self, seq: Sequence) -> None:
         index = bisect_left(self._orders, seq.order)
         insort(self._orders, seq.order)
         self._sequences.insert(index, seq)
+        self.num_rows += seq.num_rows
 
     def remove(self, seq: Sequence) -> None:
         index = bisect_left(self._orders, seq.order)
         assert index < len(self._sequences) and self._sequences[index] is seq, f"{seq} is not queued"
         del self._orders[index], self._sequences[index]
+        self.num_rows -= seq.num_rows
 
     def head(self) -> Sequence | None:
         return self._sequences[0] if self._sequences else None
 
-    def first(self, count: int) -> list[Sequence]:
-        """A copy of the first ones, safe to walk while the queue changes."""
+    def first(self, num_rows: int) -> list[Sequence]:
+        """A copy of the first ones that fit into so many rows, safe to walk while the queue changes."""
+        if self.num_rows == len(self._sequences):
+            return self._sequences[:num_rows]
+        count = bisect_right(list(accumulate(seq.num_rows for seq in self._sequences)), num_rows)
         return self._sequences[:count]
 
     def __len__(self) -> int:

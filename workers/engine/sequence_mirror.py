@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.request import SamplingParams
+from workers.engine.beam_search import num_candidates
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.history import History
 from workers.engine.prompt_readings import PromptReader
@@ -77,6 +78,7 @@ class SequenceMirror:
         self.seed = np.zeros(_FIRST_SLOTS, np.uint64)
         self.sample = np.zeros(_FIRST_SLOTS, np.int64)
         self.num_logprobs = np.zeros(_FIRST_SLOTS, np.int64)  # −1: off
+        self.num_candidates = np.zeros(_FIRST_SLOTS, np.int64)  # of a search; 0: a token is drawn
         self.histories: dict[int, History] = {}  # by slot
         self.biases: dict[int, tuple[tuple[int, ...], tuple[float, ...]]] = {}  # by slot: token ids, what is added
         self.readers: dict[int, PromptReader] = {}  # by sequence id
@@ -166,11 +168,11 @@ class SequenceMirror:
         self.seed[slot] = params.seed
         self.sample[slot] = params.sample
         self.num_logprobs[slot] = -1 if params.num_logprobs is None else params.num_logprobs
-        if params.min_tokens:
-            eos = frozenset() if params.ignore_eos else self._eos_token_ids
-            ending = tuple(sorted({*params.stop_token_ids, *eos}))
-            if ending:
-                self._ending[slot] = ending
+        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        ending = tuple(sorted({*params.stop_token_ids, *eos}))
+        if params.min_tokens and ending:
+            self._ending[slot] = ending
+        self.num_candidates[slot] = num_candidates(params.num_beams, len(ending)) if params.beams is not None else 0
         for table, extent in zip(self.fixed_tables, extents, strict=True):
             table.extents[slot] = extent
         self._append(slot, new.block_tables)
@@ -215,6 +217,7 @@ class SequenceMirror:
             "seed",
             "sample",
             "num_logprobs",
+            "num_candidates",
         ):
             setattr(self, name, _widen(getattr(self, name), (size,)))
         self._free.extend(range(size - 1, old - 1, -1))

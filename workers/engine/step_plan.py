@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from cluster.errors import WorkerFailed
-from cluster.request import FinishReason, SamplingParams, TokenLogprobs
+from cluster.request import FinishReason, Hypothesis, SamplingParams, TokenLogprobs
+from workers.engine.beam_search import Candidate
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
 
@@ -115,6 +116,7 @@ class StepResult:
     tokens: Mapping[int, int] = field(default_factory=dict)
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # where params.num_logprobs asks
     prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)  # where it asks, a chunk at a time
+    candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)  # where params.beams asks; best first
     vectors: Mapping[int, bytes] = field(default_factory=dict)  # float32, little endian, [d]: where params.pooling asks
     failed: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be sampled, and why; others are well
 
@@ -134,6 +136,13 @@ class PooledVector(NamedTuple):
     vector: bytes
 
 
+class FinishedSearch(NamedTuple):
+    """The sequence has ended with what its search found, best first; with STOP or LENGTH as the best one has."""
+
+    seq: Sequence
+    hypotheses: tuple[Hypothesis, ...]
+
+
 class Chunk(NamedTuple):
     """A piece of known input whose KV is written and may be ticketed."""
 
@@ -150,6 +159,7 @@ class StepOutcome:
     tokens: list[SampledToken] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     vectors: list[PooledVector] = field(default_factory=list)
+    searches: list[FinishedSearch] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
     encoded: list[Sequence] = field(default_factory=list)  # FINISHED: they wanted the output of their encoder alone

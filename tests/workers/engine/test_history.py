@@ -13,16 +13,20 @@ from tests.support.counting_grammar import CountingCompiler, counting
 from workers.engine.history import History
 
 PARAMS = SamplingParams(
-    repetition_penalty=1.5, frequency_penalty=1.0, bad_words=((1,), (2, 3), (4, 2, 5)), grammar=counting(4)
+    repetition_penalty=1.5,
+    frequency_penalty=1.0,
+    bad_words=((1,), (2, 3), (4, 2, 5)),
+    grammar=counting(4),
+    no_repeat_ngram_size=3,
 )
 
 
 def state(history: History) -> tuple[list[int], dict[int, float], list[int], list[int]]:
     mask = np.zeros(4, np.uint32)
     history.fill(mask)
-    assert history.counts is not None and history.words is not None
+    assert history.counts is not None
     counts = dict(zip(history.counts.ids.tolist(), history.counts.counts.tolist(), strict=True))
-    return history.tokens, counts, history.words.completing(), mask.tolist()
+    return history.tokens, counts, history.forbidden(), mask.tolist()
 
 
 @given(
@@ -53,7 +57,16 @@ def test_a_prompt_is_no_penalty_where_only_emitted_tokens_count() -> None:
     history.extend(0, [1, 2, 3, 9, 9])
     assert history.counts is not None
     assert (history.counts.ids.tolist(), history.counts.counts.tolist()) == ([9], [2.0])
-    assert history.words is None and not history.has_grammar
+    assert not history.forbidden() and not history.has_grammar
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40), size=st.integers(1, 4))
+def test_a_run_that_stood_before_is_not_completed_again(tokens: list[int], size: int) -> None:
+    history = History(SamplingParams(no_repeat_ngram_size=size), 1, None)
+    history.extend(0, tokens)
+    runs = {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
+    last = tokens[len(tokens) - size + 1 :]
+    assert set(history.forbidden()) == {token for token in range(4) if (*last, token) in runs}
 
 
 def test_a_grammar_is_compiled_when_it_is_first_needed_and_not_without_a_compiler() -> None:
