@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import promql_parser
 import pytest
@@ -16,6 +17,7 @@ from helm.alerts import ALERTS
 from helm.dashboards import DASHBOARDS
 from helm.readme import CHART
 
+ROOT = Path(__file__).parents[2]
 TARGET = {"app", "model", "role", "name", "incarnation", "job", "instance"}  # of a scraped process: deploy.prometheus
 EXPRESSIONS = [
     *((f"{board.name}: {panel.title}", query.expr, query.legend)
@@ -101,3 +103,11 @@ def test_dashboards_are_what_grafana_imports() -> None:
         for panel in board["panels"]:
             assert panel["title"] and panel["description"] and panel["datasource"]["uid"] == "$source"
             assert all('app="$app"' in target["expr"] for target in panel["targets"])
+
+
+def test_each_dashboard_is_shown_and_explained() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    for board in DASHBOARDS:
+        picture = f"images/dashboard-{board.name}.png"
+        assert f"**{board.title}.**" in page and f"({picture})" in page
+        assert (ROOT / "docs" / picture).exists()
