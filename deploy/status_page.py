@@ -11,6 +11,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,12 +26,15 @@ from cluster.config import SluiceConfig
 from deploy.route_page import Tell, page_of
 from router.route_book import RouteSummary
 from router.router import Router
-from router.status import WorkerTold
+from router.status import PairTold, WorkerTold
 
 NUM_ROUTES: Final = 30
+MAX_PAIRS: Final = 200
+_FRESH_S: Final = 0.5  # an answer counts for all who ask meanwhile
 _ROUTES_PATH: Final = "/routes"
 _ANSWER_S: Final = 1.0
 _ROUTES: Final = TypeAdapter(tuple[RouteSummary, ...])
+_JSON: Final = "application/json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +65,14 @@ class StatusTold:
     """Requests of the replica that answered."""
     pools: tuple[PoolTold, ...]
     workers: tuple[WorkerTold, ...]
+    num_pairs: int
+    pairs: tuple[PairTold, ...]
+    """Of them the cold ones first, then the slowest."""
     routes: tuple[RouteSummary, ...]
     """Of all replicas, the youngest first."""
+
+
+_STATUS: Final = TypeAdapter(StatusTold)
 
 
 def pages_of(tell: Tell, last: Callable[[int], tuple[RouteSummary, ...]]) -> Callable[[str], bytes | None]:
@@ -91,25 +101,38 @@ def add_status_page(
     async def page() -> Response:
         return Response(html, media_type="text/html", headers=headers)
 
+    made_at, made = -_FRESH_S, b""
+
     @app.get("/status", include_in_schema=False)
-    async def status() -> StatusTold:
-        others = list(replicas())
-        routes = [*router.last_routes(NUM_ROUTES), *await _ask(others)]
-        workers = router.workers()
-        ready = router.ready()
-        return StatusTold(
-            app=config.name,
-            model=config.served_name,
-            policy=config.router.policy,
-            ready=ready,
-            reason="" if ready else router.why_not_ready(),
-            replica=replica,
-            num_replicas=1 + len(others),
-            num_open=router.num_open,
-            pools=_pools(config, workers),
-            workers=workers,
-            routes=tuple(sorted(routes, key=lambda route: route.age_s)[:NUM_ROUTES]),
-        )
+    async def status() -> Response:
+        nonlocal made_at, made
+        if time.monotonic() - made_at >= _FRESH_S:
+            others = list(replicas())
+            routes = [*router.last_routes(NUM_ROUTES), *await _ask(others)]
+            told = _told(config, router, replica, 1 + len(others), routes)
+            made_at, made = time.monotonic(), _STATUS.dump_json(told)
+        return Response(made, media_type=_JSON, headers={"cache-control": "no-store"})
+
+
+def _told(
+    config: SluiceConfig, router: Router, replica: str, num_replicas: int, routes: Iterable[RouteSummary]
+) -> StatusTold:
+    ready, fleet = router.ready(), router.fleet(MAX_PAIRS)
+    return StatusTold(
+        app=config.name,
+        model=config.served_name,
+        policy=config.router.policy,
+        ready=ready,
+        reason="" if ready else router.why_not_ready(),
+        replica=replica,
+        num_replicas=num_replicas,
+        num_open=router.num_open,
+        pools=_pools(config, fleet.workers),
+        workers=fleet.workers,
+        num_pairs=fleet.num_pairs,
+        pairs=fleet.pairs,
+        routes=tuple(sorted(routes, key=lambda route: route.age_s)[:NUM_ROUTES]),
+    )
 
 
 def _pools(config: SluiceConfig, workers: Iterable[WorkerTold]) -> tuple[PoolTold, ...]:

@@ -74,6 +74,10 @@ class Traces:
         span = self._tracer.start_span(f"POST {path}", parent, SpanKind.SERVER, attributes)
         return Trace(self._tracer, span) if span.is_recording() else None
 
+    def flush(self) -> None:
+        """Sends what has ended so far. Blocks."""
+        self._provider.force_flush()
+
     def stop(self) -> None:
         self._exporter.closes = True
         self._provider.shutdown()

@@ -10,7 +10,7 @@ from cluster.membership import Member, Membership, MemberState
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
 from router.plan import Candidate
-from router.status import WorkerTold, shard_told
+from router.status import FleetTold, WorkerTold, pairs_told, shard_told
 
 
 @dataclass(slots=True)
@@ -70,6 +70,24 @@ class _Worker:
             prefill_tokens_per_s=shard.prefill_tokens_per_s,
             queued_encoder_tokens=shard.queued_encoder_tokens,
             warm_sources=shard.warm_sources,
+        )
+
+    def told(self) -> WorkerTold:
+        member = self.member
+        return WorkerTold(
+            name=member.name,
+            incarnation=member.incarnation,
+            pool=member.pool,
+            state=member.state.value,
+            roles=tuple(role.value for role in member.roles),
+            pid=member.pid,
+            connected=self.session is not None,
+            leaving=self.leaving,
+            shards=tuple(
+                shard_told(number, shard.report)
+                for number, shard in sorted(self.shards.items())
+                if shard.report is not None
+            ),
         )
 
 
@@ -167,26 +185,20 @@ class Fleet:
         """Whether any member, ready or not, has this role."""
         return any(role in worker.member.roles for worker in self._workers.values())
 
-    def told(self) -> tuple[WorkerTold, ...]:
-        """All members in order of their names, with what each said of itself last."""
+    def told(self, max_pairs: int) -> FleetTold:
+        """All members, with what each said of itself last."""
         names = {incarnation: worker.member.name for incarnation, worker in self._workers.items()}
-        return tuple(
-            WorkerTold(
-                name=worker.member.name,
-                incarnation=worker.member.incarnation,
-                pool=worker.member.pool,
-                state=worker.member.state.value,
-                roles=tuple(role.value for role in worker.member.roles),
-                pid=worker.member.pid,
-                connected=worker.session is not None,
-                leaving=worker.leaving,
-                shards=tuple(
-                    shard_told(number, shard.report, names)
-                    for number, shard in sorted(worker.shards.items())
-                    if shard.report is not None
-                ),
-            )
-            for worker in sorted(self._workers.values(), key=lambda each: (each.member.name, each.member.incarnation))
+        workers = sorted(self._workers.values(), key=lambda each: (each.member.name, each.member.incarnation))
+        reports = [
+            (worker.member.name, shard.report)
+            for worker in workers
+            for shard in worker.shards.values()
+            if shard.report is not None
+        ]
+        return FleetTold(
+            workers=tuple(worker.told() for worker in workers),
+            num_pairs=sum(len(report.pairs) for _, report in reports),
+            pairs=tuple(pairs_told(reports, names, max_pairs)),
         )
 
     def candidates(self) -> list[Candidate]:

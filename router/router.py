@@ -37,7 +37,7 @@ from router.flight import Receipt, RouterRequest, State, TokenDelta
 from router.navigator import Navigator
 from router.plan import NoPlan, Plan
 from router.route_book import RouteSummary, RouteTold
-from router.status import WorkerTold
+from router.status import FleetTold
 
 
 class Router:
@@ -136,9 +136,9 @@ class Router:
         """Of requests here, the youngest first. Any thread."""
         return self._navigator.routes.last(count)
 
-    def workers(self) -> tuple[WorkerTold, ...]:
-        """All members and what each said of itself last. On the loop."""
-        return self._fleet.told()
+    def fleet(self, max_pairs: int) -> FleetTold:
+        """All members and what each said of itself last; so many of their pairs. On the loop."""
+        return self._fleet.told(max_pairs)
 
     async def load(self) -> dict[str, pb.AdminResponse]:
         """Load and counters of every connected worker, asked now, by incarnation."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.protos import worker_pb2 as pb
@@ -23,10 +24,10 @@ class GroupTold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairTold:
-    """A source that the worker may read from."""
+    """A worker and a source that it may read from, by name; by incarnation where the source is no member any more."""
 
+    sink: str
     source: str
-    """Its name, or its incarnation where that is no member any more."""
     warm: bool
     transport: str
     bytes_per_s: float
@@ -45,7 +46,6 @@ class ShardTold:
     num_leases: int
     draining: bool
     groups: tuple[GroupTold, ...]
-    pairs: tuple[PairTold, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,31 @@ class WorkerTold:
     """Those that have reported."""
 
 
-def shard_told(shard: int, report: pb.LoadReport, names: Mapping[str, str]) -> ShardTold:
-    """`names` of the members, by incarnation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetTold:
+    workers: tuple[WorkerTold, ...]
+    """All members in order of their names."""
+    num_pairs: int
+    pairs: tuple[PairTold, ...]
+    """Of them the cold ones first, then the slowest."""
+
+
+def pairs_told(reports: Iterable[tuple[str, pb.LoadReport]], names: Mapping[str, str], count: int) -> list[PairTold]:
+    """The coldest and slowest `count` of all. `reports` by the sink's name; `names` of the members by incarnation."""
+    found = ((pair.warm, pair.bytes_per_s, sink, pair) for sink, report in reports for pair in report.pairs)
+    return [
+        PairTold(
+            sink=sink,
+            source=names.get(pair.source_incarnation, pair.source_incarnation),
+            warm=warm,
+            transport=pair.transport,
+            bytes_per_s=rate,
+        )
+        for warm, rate, sink, pair in heapq.nsmallest(count, found, key=lambda each: each[:3])
+    ]
+
+
+def shard_told(shard: int, report: pb.LoadReport) -> ShardTold:
     return ShardTold(
         shard=shard,
         num_waiting=report.num_waiting,
@@ -86,14 +109,5 @@ def shard_told(shard: int, report: pb.LoadReport, names: Mapping[str, str]) -> S
                 quarantined=group.quarantined,
             )
             for group in report.groups
-        ),
-        pairs=tuple(
-            PairTold(
-                source=names.get(pair.source_incarnation, pair.source_incarnation),
-                warm=pair.warm,
-                transport=pair.transport,
-                bytes_per_s=pair.bytes_per_s,
-            )
-            for pair in report.pairs
         ),
     )

@@ -6,13 +6,14 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from cluster.config import HttpConfig, LimitsConfig, LogConfig, RouterConfig
 from cluster.log import Log
@@ -24,6 +25,7 @@ from deploy.openai_api import ApiService, create_app
 from deploy.quota import Quotas
 from deploy.served_model import ServedEncoder, ServedModel
 from deploy.tokenizer import Tokenizer
+from deploy.traces import Traces
 from router.router import Router
 from tests.support.scripted_worker import ScriptedWorker, membership
 from tests.support.words import SECRET, identity, words_config
@@ -75,9 +77,11 @@ def front_door(
     api_keys: ApiKeys | None = None,
     limits: LimitsConfig | None = None,
     encoder: ServedEncoder | None = None,
+    traces: Traces | None = None,
+    add: Callable[[FastAPI, ApiService], None] = lambda app, service: None,
     **router: Any,
 ) -> Iterator[FrontDoor]:
-    """uvicorn in a thread of its own, its router on the same loop."""
+    """uvicorn in a thread of its own, its router on the same loop. `add`: what else the app has."""
     limits = limits or LimitsConfig()
     routing = RouterConfig(**{"local_prefill": "always", "worker_wait_s": 0.3, **router})
     log = Log.open("ingress", LogConfig(level="error"))
@@ -105,16 +109,19 @@ def front_door(
             api_keys=api_keys,
             affinity_header=routing.affinity_header,
             quotas=Quotas(metrics),
+            traces=traces,
         )
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            with _serve(service, listener) as loop:
+            app = create_app(service)
+            add(app, service)
+            with _serve(service, app, listener) as loop:
                 yield FrontDoor(f"http://127.0.0.1:{listener.getsockname()[1]}", service, loop)
 
 
 @contextmanager
-def _serve(service: ApiService, listener: socket.socket) -> Iterator[asyncio.AbstractEventLoop]:
-    config = uvicorn.Config(create_app(service), log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+def _serve(service: ApiService, app: FastAPI, listener: socket.socket) -> Iterator[asyncio.AbstractEventLoop]:
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     loop = asyncio.new_event_loop()
     started = threading.Event()
