@@ -46,6 +46,8 @@ SETTINGS: Mapping[str, object] = {
 }
 NUM_PREFILL, NUM_DECODE = 2, 2
 ALONE = frozenset({"prefill-0", "decode-1"})  # on the host that may be cut off
+INGRESSES = "sluice_words_sessions|peer_kind=ingress"  # a metric of workers
+NUM_OWN = 1  # the session of this process, as the router of the cluster
 REST_S = 60.0
 PATIENCE_S = 300.0  # a machine that others keep busy is no failure
 
@@ -211,7 +213,16 @@ class Arena:
         await self.cluster.until(holds, what, timeout_s)
 
     async def until_warm(self) -> None:
+        """Every ingress has its sessions too: one that has just woken up does not know yet that they broke."""
         await self.cluster.until_warm(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            counters = await self.cluster.counters()
+            sessions = {name: values.get(INGRESSES, 0) for name, values in counters.items()}
+            if len(sessions) == len(self.cluster.workers) and min(sessions.values()) >= len(self.crowds) + NUM_OWN:
+                return
+            assert time.monotonic() < deadline, f"sessions with ingresses: {sessions}"
+            await asyncio.sleep(0.02)
 
     async def until_nothing_is_open(self) -> None:
         await self.until(lambda: not self.open.every(), "nobody asks for anything")
