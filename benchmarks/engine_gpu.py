@@ -72,7 +72,7 @@ class Ceilings:
     fp8_flops: float  # 0: not asked for
 
     @classmethod
-    def measure(cls, *, in_fp8: bool) -> Ceilings:
+    def measure(cls, *, in_fp8: bool = False) -> Ceilings:
         source = torch.randn(1 << 30, device=CUDA, dtype=torch.bfloat16)
         target = torch.empty_like(source)
         a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))

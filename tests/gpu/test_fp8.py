@@ -79,16 +79,16 @@ def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, 
     from workers.layers.fp8_experts import Fp8Experts
     from workers.layers.packed_weights import PackedExperts
 
-    boths = [reference.quantize_matrix(random(2 * inner, d) * 0.1) for _ in range(experts)]
+    pairs = [reference.quantize_matrix(random(2 * inner, d) * 0.1) for _ in range(experts)]
     downs = [reference.quantize_matrix(random(d, inner) * 0.1) for _ in range(experts)]
-    parts = [torch.stack(each) for each in (*zip(*boths, strict=True), *zip(*downs, strict=True))]
+    parts = [torch.stack(each) for each in (*zip(*pairs, strict=True), *zip(*downs, strict=True))]
     packed = PackedExperts(parts[0], parts[2], parts[1], parts[3])
     x = random(tokens, d)
     slots = torch.stack([torch.randperm(experts, device=CUDA)[:per_token] for _ in range(tokens)]).int()
     weights, base = torch.rand(tokens, per_token, device=CUDA), random(tokens, d)
     want = base.float()
     for slot in range(experts):
-        gates = reference.product(x, boths[slot])
+        gates = reference.product(x, pairs[slot])
         inner_rows = (F.silu(gates[:, :inner].float()).to(BF16).float() * gates[:, inner:].float()).to(BF16)
         out = reference.product(inner_rows, downs[slot]).float()
         want += out * (weights * (slots == slot)).sum(1, keepdim=True)
@@ -102,7 +102,11 @@ def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, 
     assert (fp8_expert_tactics(tokens * per_token, experts) is None) == (tokens == 900), "one of them is DeepGEMM's"
 
 
+# Every token has all experts: the rounding of activations must not decide which.
 FP8 = LITE | {
+    "num_hidden_layers": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 8,
     "quantization_config": {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -125,16 +129,18 @@ def bound(folder: Path, environment: Environment, backend: str) -> DeepseekForCa
 
 @torch.inference_mode()
 def test_a_model_keeps_its_matrices_and_computes_as_they_say(tmp_path: Path) -> None:
-    """Against layers in torch that widen the same matrices: what differs is the rounding of activations."""
+    """Against layers in torch that widen the same matrices. What differs is the rounding of activations: 0.25 to 0.41
+    of these logits, says the same model in torch with rows rounded as `block_fp8.product` rounds them; matrices or
+    scales in a wrong place make it 1.4."""
     (tmp_path / "config.json").write_text(json.dumps(FP8 | {"torch_dtype": "bfloat16"}))
     kept = bound(tmp_path, Environment.probe(CUDA, strict=True), "hopper")
     plain = bound(tmp_path, Environment.probe(CUDA, disabled=["hopper"]), "reference")
     for model in (kept, plain):
         stored = [weight.dtype for weight in model.state_dict().values()]
-        assert stored.count(torch.float8_e4m3fn) > 100
+        assert stored.count(torch.float8_e4m3fn) == 2 * 3 + 3 + 3 + 8 * 3 + (2 if model is plain else 0)
     tokens = torch.randint(0, 1000, (4, 600), device=CUDA)
     for rows in STEPS:
         batch = batch_of(rows)
         ids = torch.cat([tokens[number, cached : cached + new] for number, cached, new in rows])
         ours, wanted = (model.logits(model.forward(ids, batch)) for model in (kept, plain))
-        assert agreement(ours, wanted) < 0.5, rows
+        assert 0.05 < agreement(ours, wanted) < 0.6, rows

@@ -309,7 +309,7 @@ def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, 
         assert error(summed, expected) < 8e-3
         total, normed, quantized = finalize_rms_norm(stream, delta, norm.weight, norm.eps, quantize=d % 128 == 0)
         apart = add_rms_norm(stream, summed, norm.weight, norm.eps)
-        assert torch.equal(total, apart[0]) and torch.equal(normed, apart[1])
+        assert torch.equal(total, apart[0]) and error(normed, apart[1]) < 1e-3
         assert (quantized is None) == (d % 128 != 0)
     again = down(gate_up(x, both, plan, first, per_token), downs, plan, second)
     assert torch.equal(outs, again)

@@ -1,0 +1,113 @@
+"""Tables of measured tactics: for which setting they hold, which steps take them, and that rules cover the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from workers.kernels.tactic_table import (
+    RULES,
+    TUNED,
+    DeviceSetting,
+    TacticTable,
+    TunedFile,
+    bucket,
+    experts_key,
+    read,
+    skinny_key,
+)
+from workers.kernels.tactics import (
+    SINGLE_ENTRIES,
+    ExpertTactic,
+    ExpertTactics,
+    SkinnyTactic,
+    expert_tactics,
+    fp8_expert_tactics,
+    skinny_tactic,
+)
+
+HERE = DeviceSetting("NVIDIA H200", "580.1", "13.0", "2.11.0", "3.6.0")
+BOTH = (66, 2816, 2048)
+PAIR = ExpertTactics(ExpertTactic(32, 64, 64, 4, 5), ExpertTactic(32, 64, 128, 4, 4))
+FEW = replace(PAIR, sort=False)
+SKINNY = SkinnyTactic(32, 256, 0, 4, 5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    experts = {
+        experts_key("experts", 128, 8, BOTH): PAIR,
+        experts_key("experts", 4, 8, BOTH): FEW,
+        experts_key("fp8_experts", 64, 8, BOTH): PAIR,
+        experts_key("fp8_experts", 4096, 8, BOTH): PAIR,
+    }
+    TunedFile(HERE, experts).write(tmp_path / "a.json")
+    TunedFile(HERE, {skinny_key((4096, 4096), gated=False): SKINNY}).write(tmp_path / "b.json")
+    return tmp_path
+
+
+def test_steps_take_what_was_measured_at_the_next_size_and_else_the_rule(folder: Path) -> None:
+    table = TacticTable.tuned(HERE, folder)
+    assert table.source == "5 from a.json, b.json"
+    for tokens in (97, 128):
+        assert table.experts((tokens, 8), BOTH) == PAIR
+    assert table.experts((129, 8), BOTH) == expert_tactics(129 * 8, 66) == RULES.experts((129, 8), BOTH)
+    assert table.experts((128, 6), BOTH) == expert_tactics(128 * 6, 66)
+    assert table.experts((128, 8), (64, 2816, 2048)) == expert_tactics(128 * 8, 64)
+    assert table.skinny((4096, 4096), gated=False) == SKINNY
+    assert table.skinny((4096, 4096), gated=True) == skinny_tactic(4096, gated=True)
+    assert table.fp8_experts((33, 8), BOTH) == PAIR
+    assert table.fp8_experts((65, 8), BOTH) == fp8_expert_tactics(65 * 8, 66)
+    assert table.fp8_experts((4096, 8), BOTH) is None, "DeepGEMM's, whatever a table says"
+
+
+def test_unsorted_rows_are_for_few_entries_only(folder: Path) -> None:
+    table = TacticTable.tuned(HERE, folder)
+    assert SINGLE_ENTRIES < 3 * 8 and table.experts((3, 8), BOTH) == PAIR
+    TunedFile(HERE, {experts_key("experts", 2, 8, BOTH): FEW}).write(folder / "c.json")
+    assert TacticTable.tuned(HERE, folder).experts((2, 8), BOTH) == FEW
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("driver", "590.0"), ("triton", "3.7.0"), ("torch", "2.12.0"), ("cuda", "12.9")]
+)
+def test_a_table_of_another_setting_is_left_alone(folder: Path, key: str, value: str) -> None:
+    table = TacticTable.tuned(replace(HERE, **{key: value}), folder)
+    was = getattr(HERE, key)
+    assert not table.entries
+    assert table.source == f"none measured on NVIDIA H200; a.json is for {key} {was}; b.json is for {key} {was}"
+    assert TacticTable.tuned(replace(HERE, device="NVIDIA H100"), folder).source == "none measured on NVIDIA H100"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"setting": {}, "entries": {}}', '{"entries": {}}'])
+def test_a_malformed_table_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=r"bad\.json: no table of tactics"):
+        TacticTable.tuned(HERE, tmp_path)
+
+
+def test_an_unknown_tactic_is_an_error(folder: Path) -> None:
+    content = json.loads((folder / "b.json").read_text())
+    content["entries"]["skinny/1x1"] = {"cols": "wide"}
+    (folder / "b.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"b\.json"):
+        read(folder / "b.json")
+
+
+def test_committed_tables_are_of_known_ops_and_both_products_fit() -> None:
+    paths = sorted(TUNED.glob("*.json"))
+    assert paths
+    for path in paths:
+        for key, tactic in read(path).entries.items():
+            op = key.split("/")[0]
+            assert op in ("experts", "fp8_experts", "skinny", "skinny_gate_up"), key
+            assert isinstance(tactic, SkinnyTactic if op.startswith("skinny") else ExpertTactics), key
+            if isinstance(tactic, ExpertTactics):
+                assert tactic.first.rows == tactic.second.rows, key
+
+
+def test_sizes_have_buckets() -> None:
+    assert [bucket(count) for count in (1, 3, 96, 97, 256, 257, 8192, 10**6)] == [1, 4, 96, 128, 256, 512, 8192, 8192]
