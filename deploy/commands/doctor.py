@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,8 +77,12 @@ def _show_versions(table: Table) -> None:
 
 def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]) -> None:
     """What this machine computes with, and why: for the config's model, else for shapes that are often served."""
+    import torch
+
     from workers.attention.environment import Environment, choose_device
     from workers.attention.resolver import resolve
+    from workers.kernels.fp8 import BLOCK
+    from workers.layers.gemm_resolver import GemmProblem, resolve_gemm
 
     engine = EngineConfig()
     num_gpus = 0.0
@@ -105,6 +110,8 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
         else:
             graphs = "; decode steps as CUDA graphs" if chosen.replays and engine.cuda_graphs else ""
             table.add_row(name, f"{chosen}{graphs}")
+    blocks = resolve_gemm(GemmProblem((BLOCK, BLOCK), torch.bfloat16), replace(environment, strict=False))
+    table.add_row("matrices in fp8", str(blocks))
 
 
 def _problems(config: SluiceConfig | None, problems: list[str]) -> Iterator[tuple[str, AttentionProblem | MlaProblem]]:
