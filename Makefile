@@ -46,7 +46,7 @@ types:
 	$(VENV)/basedpyright
 
 proto: setup-dev
-	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto
+	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto cluster/protos/ipc.proto
 
 setup:
 	@$(PYTHON) deploy/preflight.py

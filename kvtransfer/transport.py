@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NewType, Protocol
+from typing import Literal, NewType, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ HOST = 0  # device code of host memory; CUDA device i has code i + 1
 
 Descriptors = NDArray[np.uint64]  # [num_descriptors, 3]: address, bytes, device code; one device code per list
 Indices = NDArray[np.int32]  # [num_reads]: rows of a prepared list
+
+TransportKind = Literal["auto", "nixl", "ipc"]
 
 PreparedId = NewType("PreparedId", int)
 ReadId = NewType("ReadId", int)
@@ -55,7 +57,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """ "nixl", "loopback": what reports and offers call it."""
+        """ "nixl", "ipc", "loopback": what reports and offers call it."""
         ...
 
     @property

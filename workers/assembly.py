@@ -17,8 +17,8 @@ from cluster.words_config import WordsConfig
 from kvtransfer.connector import Done, Executor, ReadLimits, Sink, Source
 from kvtransfer.layout import KvGeometry, compatibility_hash
 from kvtransfer.ledger import Ledger
-from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pool import KvPool
+from kvtransfer.transports import open_transport
 from workers.attention.environment import Environment, choose_device
 from workers.bound_model import bind_model
 from workers.engine.block_manager import BlockManager, GroupCapacity
@@ -150,7 +150,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     is_overlapped = device.type == "cuda" if engine.overlap is None else engine.overlap
     transfer = settings.transfer
     ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
-    transport = NixlTransport(f"{settings.name}-{settings.incarnation}-0")
+    transport = open_transport(transfer.transport, f"{settings.name}-{settings.incarnation}-0", device)
     read_limits = ReadLimits(transfer.late_read_s, transfer.stuck_read_s)
     return Assembly(
         compatibility_hash=compatibility,

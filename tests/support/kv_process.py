@@ -17,6 +17,7 @@ from cluster.protos import worker_pb2 as pb
 from kvtransfer.connector import BlockPair, Connected, Done, Executor, Pull, ReadLimits
 from kvtransfer.layout import KvGeometry, RankLayout
 from kvtransfer.pool import KvPool
+from kvtransfer.transport import TransportKind
 from tests.support.kv_builders import sharded_block
 
 DEADLINE_S = 60.0
@@ -35,15 +36,16 @@ class RankProcess:
         ucx_tls: str = "auto",
         limits: ReadLimits | None = None,
         device: str = "cpu",
+        transport: TransportKind = "nixl",
     ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, name, geometry, num_blocks, ucx_tls, limits or ReadLimits(30.0, 60.0), device)
+        arguments = (theirs, name, geometry, num_blocks, ucx_tls, limits or ReadLimits(30.0, 60.0), device, transport)
         self.process: BaseProcess = context.Process(target=_main, args=arguments, name=name, daemon=True)
         self.process.start()
         theirs.close()
-        self.offer = pb.TransportOffer(transport="nixl")
+        self.offer = pb.TransportOffer(transport=transport)
 
     def __enter__(self) -> RankProcess:
         """Waits until it is up; make several before entering any, and they start side by side."""
@@ -114,10 +116,12 @@ def _main(
     ucx_tls: str,
     limits: ReadLimits,
     device: str,
+    transport: TransportKind,
 ) -> None:
     import torch
 
-    from kvtransfer.nixl_transport import NixlTransport, prepare_environment
+    from kvtransfer.nixl_transport import prepare_environment
+    from kvtransfer.transports import open_transport
 
     prepare_environment(ucx_tls)
     sending = threading.Lock()
@@ -136,7 +140,7 @@ def _main(
             torch.cuda.synchronize(pool.device)
 
     synchronize()
-    executor = Executor(pool, NixlTransport(f"{name}/0"), limits, send)
+    executor = Executor(pool, open_transport(transport, f"{name}/0", pool.device), limits, send)
     executor.start()
     send(executor.offer().SerializeToString())
     regions = list(zip(geometry.groups[0].regions, pool.regions[0], strict=True))
