@@ -41,9 +41,10 @@ def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int
 def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
     chunk = min(limits.chunk_tokens, limits.max_batched_tokens, limits.max_model_len)
     count = min(max(1, limits.max_batched_tokens // chunk), limits.max_sequences)
-    for num_tokens in small_sizes(chunk):
-        for cached in {0, min(block_size, limits.max_model_len - num_tokens)}:
-            small = batch_on_null_block([num_tokens], [cached], block_size, device)
+    for num_tokens in step_sizes(chunk * count):
+        query_lens = chunks(num_tokens, chunk)
+        for cached in {0, min(block_size, limits.max_model_len - query_lens[-1])}:
+            small = batch_on_null_block(query_lens, [cached] * len(query_lens), block_size, device)
             model.logits(model.forward(torch.arange(num_tokens, device=device) % (limits.vocab_size or 1), small)[-1:])
     query_lens = [chunk] * count
     ids = torch.arange(chunk * count, device=device) % (limits.vocab_size or 1)
@@ -69,16 +70,24 @@ def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: tor
     )
 
 
-def small_sizes(largest: int) -> list[int]:
-    """1, 2, 4, … up to `largest`, and the odd numbers between them: kernels are compiled for multiples of 16 apart."""
+def step_sizes(largest: int) -> list[int]:
+    """1, 2, 4, … up to `largest`, and beside each an odd number, an even one, and a multiple of 8: kernels are compiled
+    for multiples of 16 apart, also of a size times the experts of a token, and tactics change with the size."""
     powers = [1 << exponent for exponent in range(largest.bit_length())]
-    return sorted({size for power in powers for size in (power, power + 1) if size <= largest})
+    sizes = {power + more for power in powers for more in (0, 1, 2, 8) if power >= more}
+    return sorted({size for size in sizes if size <= largest} | {largest, max(1, largest - 1)})
+
+
+def chunks(num_tokens: int, chunk: int) -> list[int]:
+    """Lengths of the fewest chunks, the shortest one first: a single token is a decode beside prompts."""
+    rest = num_tokens % chunk
+    return [rest] * (rest > 0) + [chunk] * (num_tokens // chunk)
 
 
 def batch_on_null_block(
     query_lens: list[int], cached_lens: list[int], block_size: int, device: torch.device
 ) -> AttentionBatch:
-    """A step in which every block of every sequence is the null block. All lengths but 1, or all 1."""
+    """A step in which every block of every sequence is the null block. Lengths of 1 come first."""
     contexts = [query + cached for query, cached in zip(query_lens, cached_lens, strict=True)]
     parts = [torch.arange(cached, context) for cached, context in zip(cached_lens, contexts, strict=True)]
     positions = torch.cat(parts).to(device)
@@ -87,7 +96,7 @@ def batch_on_null_block(
     table = torch.zeros(len(query_lens), width, dtype=torch.int64, device=device)
     return AttentionBatch(
         num_sequences=len(query_lens),
-        num_decodes=len(query_lens) if query_lens[0] == 1 else 0,
+        num_decodes=query_lens.count(1),
         query_lens=query_lens,
         query_starts=starts,
         context_lens=contexts,

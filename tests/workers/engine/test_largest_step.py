@@ -10,16 +10,20 @@ from kvtransfer.pool import KvPool
 from tests.support.checkpoints import checkpoint
 from tests.support.engines import limits
 from workers.attention.kv_views import kv_cache
-from workers.engine.largest_step import run_largest_steps, small_sizes
+from workers.engine.largest_step import chunks, run_largest_steps, step_sizes
 from workers.models.loader import load
 
 CPU = torch.device("cpu")
 
 
 def test_sizes_are_powers_of_two_and_the_odd_ones_behind_them() -> None:
-    assert small_sizes(1) == [1]
-    assert small_sizes(9) == [1, 2, 3, 4, 5, 8, 9]
-    assert small_sizes(512)[-3:] == [256, 257, 512]
+    assert step_sizes(1) == [1]
+    assert step_sizes(9) == [1, 2, 3, 4, 5, 6, 8, 9]
+    assert step_sizes(512)[-6:] == [256, 257, 258, 264, 511, 512]
+
+
+def test_a_step_of_any_size_is_of_chunks_and_has_its_decodes_first() -> None:
+    assert [chunks(size, 4) for size in (1, 4, 8, 9, 11)] == [[1], [4], [4, 4], [1, 4, 4], [3, 4, 4]]
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek-v32"])
