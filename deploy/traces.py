@@ -218,6 +218,7 @@ def _of_attempt(entry: AttemptEntry) -> Attributes:
 def _of_stage(report: pb.StageReport) -> Attributes:
     """What is 0 for its kind is left out."""
     attributes: Attributes = {"sluice.worker": report.worker.name, "sluice.incarnation": report.worker.incarnation}
+    num_computed = report.tokens - report.prefix_hit_tokens - report.fetched.tokens
     sizes: Attributes = {
         "pid": report.pid,
         "tokens": report.tokens,
@@ -229,7 +230,7 @@ def _of_stage(report: pb.StageReport) -> Attributes:
         "compute_s": report.compute_s,
         "read_s": report.read_s,
         "gb_per_s": report.bytes / report.read_s / 1e9 if report.read_s > 0 else 0.0,
-        "tokens_per_s": (report.tokens - report.prefix_hit_tokens) / report.compute_s if report.compute_s > 0 else 0.0,
+        "tokens_per_s": num_computed / report.compute_s if report.compute_s > 0 else 0.0,
     }
     if report.HasField("fetched"):
         fetched = report.fetched

@@ -129,7 +129,7 @@ class RouteSummary:
     num_tokens: int
     """Known when it was placed last."""
     hit_tokens: int
-    """This and the rest: as reported at the end, 0 before."""
+    """Found in caches or fetched from one. This and the rest: as reported at the end, 0 before."""
     blocks: int
     bytes: int
     transfer_ms: float
@@ -203,6 +203,8 @@ class RouteBook:
 def _summary(request_id: str, entry: _Entry, now: float) -> RouteSummary:
     plan, num_tokens, leader = entry.plans[-1]
     route = entry.route or pb.Route()
+    decode_hits, prefill_hits = route.decode_prefix_hit_tokens, route.prefill_prefix_hit_tokens
+    computing = decode_hits if route.local_prefill else prefill_hits
     return RouteSummary(
         request_id=request_id,
         state=entry.state,
@@ -214,7 +216,7 @@ def _summary(request_id: str, entry: _Entry, now: float) -> RouteSummary:
         encode=plan.encode.name if plan.encode else None,
         reason=_reason(plan, leader),
         num_tokens=num_tokens,
-        hit_tokens=max(route.decode_prefix_hit_tokens, route.prefill_prefix_hit_tokens),
+        hit_tokens=max(decode_hits, prefill_hits, computing + route.fetched.tokens),
         blocks=route.blocks,
         bytes=route.bytes,
         transfer_ms=1000 * route.transfer_s,
