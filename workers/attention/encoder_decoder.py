@@ -1,4 +1,5 @@
-"""Attention of encoder–decoder models in plain torch: within an encoder's input, and from a decoder to it.
+"""Attention of encoder–decoder models in plain torch: within an encoder's input, from a decoder to it, and of single
+queries without a copy of what they read, on a CPU.
 
 Neither is causal, and neither takes a length from the decoder's own context: what an encoder read has lengths of its
 own, which must be given.
@@ -15,15 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.attention.block_parts import BlockParts
 from workers.attention.bucketing import bucket_table, buckets_by_length
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
+    AttentionStep,
     EncoderBatch,
     FixedGroupMetadata,
     KvCache,
 )
 from workers.attention.page_gather import PageGather
+from workers.attention.reference import ReferenceAttention, ReferenceStep
 
 
 class EncoderStep:
@@ -89,16 +93,30 @@ class CrossStep:
     """
 
     def __init__(
-        self, problem: AttentionProblem, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str
+        self,
+        problem: AttentionProblem,
+        batch: AttentionBatch,
+        fixed: FixedGroupMetadata,
+        cache: KvCache,
+        region: str,
+        *,
+        in_place: bool,
     ) -> None:
+        """`in_place`: single queries read the blocks where they lie."""
         if len(fixed.lens) != batch.num_sequences or min(fixed.lens, default=1) < 1:
             raise ValueError(
                 f"encoder lengths {fixed.lens} for {batch.num_sequences} sequences; give one of each, >= 1"
             )
         self._scale = problem.scale
-        self._pages = PageGather(cache.pages(region))
+        pages = cache.pages(region)
+        self._pages = PageGather(pages)
         table = fixed.block_table.to(torch.int64)
-        runs = buckets_by_length(fixed.lens, range(batch.num_decodes))
+        num_in_place = batch.num_decodes if in_place else 0
+        self._in_place = None
+        if num_in_place:
+            tables, lens = table[:num_in_place].tolist(), fixed.lens[:num_in_place]
+            self._in_place = BlockParts(pages, tables, lens, scale=problem.scale)
+        runs = buckets_by_length(fixed.lens, range(num_in_place, batch.num_decodes))
         runs += [[sequence] for sequence in range(batch.num_decodes, batch.num_sequences)]
         self._buckets = [self._bucket(problem, batch, fixed, table, members) for members in runs]
 
@@ -119,9 +137,52 @@ class CrossStep:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q [T, H, D] -> [T, H * D]: every query sees the whole encoder input of its sequence."""
         out = torch.empty_like(q)
+        if self._in_place is not None:
+            num_in_place = self._in_place.num_queries
+            out[:num_in_place] = self._in_place.attend(layer, q[:num_in_place])
         for bucket in self._buckets:
             keys, values = self._pages.gather(layer, bucket.gathered, bucket.num_sequences, bucket.context)
             queries = q[bucket.rows].unflatten(0, (bucket.num_sequences, -1)).transpose(1, 2)  # [B, H, n, D]
             part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bucket.mask, scale=self._scale)
             out[bucket.rows] = part.transpose(1, 2).flatten(0, 1)
         return out.flatten(1)
+
+
+class InPlaceStep:
+    """See `AttentionStep`: what writes and attends chunks, and the single queries."""
+
+    def __init__(self, rest: ReferenceStep, decodes: BlockParts) -> None:
+        self._rest = rest
+        self._decodes = decodes
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = self._rest.attend(layer, q, k, v)
+        singles = self._decodes.num_queries
+        out[:singles] = self._decodes.attend(layer, q[:singles]).flatten(1)
+        return out
+
+
+class SelfAttention:
+    """Of the decoder: causal, with a head of keys and values for each head of queries. See `AttentionBackend`."""
+
+    def __init__(self, problem: AttentionProblem, *, in_place: bool) -> None:
+        """`in_place`: single queries read the blocks where they lie."""
+        assert problem.group_size == 1, f"{problem}: heads share keys"
+        self._problem = problem
+        self._reference = ReferenceAttention(problem)
+        self._in_place = in_place
+
+    @property
+    def name(self) -> str:
+        return self._reference.name
+
+    def begin(
+        self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None = None
+    ) -> AttentionStep:
+        in_place = self._in_place and batch.num_decodes > 0
+        step = self._reference.begin(batch, group, cache, region, bias, with_decodes=not in_place)
+        if not in_place:
+            return step
+        tables = batch.groups[group].block_table[: batch.num_decodes].tolist()
+        lens = batch.context_lens[: batch.num_decodes]
+        return InPlaceStep(step, BlockParts(cache.pages(region), tables, lens, scale=self._problem.scale, bias=bias))

@@ -53,14 +53,22 @@ class ReferenceAttention:
         return "reference"
 
     def begin(
-        self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None = None
+        self,
+        batch: AttentionBatch,
+        group: int,
+        cache: KvCache,
+        region: str,
+        bias: Tensor | None = None,
+        *,
+        with_decodes: bool = True,
     ) -> ReferenceStep:
-        """`bias` [H, longest context]: added to the scores of a query and the key that stands so far before it."""
+        """`bias` [H, longest context]: added to the scores of a query and the key that stands so far before it.
+        Without decodes, what single queries see is left to the caller: their rows come out as they may."""
         pages = cache.pages(region)
         table = batch.groups[group].block_table.to(torch.int64)
         clear_started(batch, table, pages, self.problem.block_size)
         gather = PageGather(pages)
-        runs = buckets_by_length(batch.context_lens, range(batch.num_decodes))
+        runs = buckets_by_length(batch.context_lens, range(batch.num_decodes if with_decodes else 0))
         order = [sequence for members in runs for sequence in members]
         buckets = self._buckets(batch, runs, table, gather, bias)
         chunks = [self._chunk(batch, b, table, gather, bias) for b in range(batch.num_decodes, batch.num_sequences)]

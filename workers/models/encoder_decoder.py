@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
-from workers.attention.encoder_decoder import CrossStep, CrossWriter
+from workers.attention.encoder_decoder import CrossStep, CrossWriter, SelfAttention
 from workers.attention.environment import Environment
 from workers.attention.interface import (
     AttentionBatch,
@@ -26,7 +26,6 @@ from workers.attention.interface import (
     EncoderBatch,
     KvCache,
 )
-from workers.attention.reference import ReferenceAttention
 from workers.attention.resolver import Choice, resolve
 from workers.models.fields import ConfigFields
 from workers.models.model import EncoderSpec, ModelSpec
@@ -68,7 +67,8 @@ class EncoderDecoderModel(nn.Module, ABC):
         self.spec = spec
         self._caches: Sequence[KvCache] = ()
         self._problem: AttentionProblem | None = None
-        self._backend: ReferenceAttention | None = None
+        self._backend: SelfAttention | None = None
+        self._in_place = False
 
     # ------------------------------------------------------------------ what a family adds
 
@@ -135,7 +135,8 @@ class EncoderDecoderModel(nn.Module, ABC):
         problem = self.attention_problem(pages.shape[-2])
         choice = resolve(problem, environment or Environment.probe(pages.device))
         assert choice.chosen == "reference", f"{choice}: nothing else has a cross group"
-        self._problem, self._backend = problem, ReferenceAttention(problem)
+        self._in_place = pages.device.type == "cpu"
+        self._problem, self._backend = problem, SelfAttention(problem, in_place=self._in_place)
         return choice
 
     @torch.inference_mode()
@@ -161,7 +162,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         (fixed,) = batch.fixed
         bias = self._decoder_bias(max(batch.context_lens, default=1))
         step = self._backend.begin(batch, 0, self._caches[0], REGION, bias)
-        cross = CrossStep(self._problem, batch, fixed, self._caches[1], REGION)
+        cross = CrossStep(self._problem, batch, fixed, self._caches[1], REGION, in_place=self._in_place)
         return self._run_decoder(input_ids, batch.positions, step, cross)
 
     @torch.inference_mode()

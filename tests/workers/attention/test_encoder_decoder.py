@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
+from workers.attention.block_parts import BlockParts
+from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep, SelfAttention
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
@@ -15,7 +16,6 @@ from workers.attention.interface import (
     GroupMetadata,
     KvCache,
 )
-from workers.attention.reference import ReferenceAttention
 from workers.attention.relative_bias import bidirectional_bias, causal_bias, distance_buckets
 
 HEADS, SIZE, BLOCK, LAYERS = 3, 8, 4, 2
@@ -82,8 +82,11 @@ def test_every_token_of_an_input_sees_all_of_it_and_nothing_else() -> None:
                 torch.testing.assert_close(out[start + at], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 3, 2], [4, 2, 5]])
-def test_every_decoder_query_sees_the_whole_input_whatever_its_own_context(query_lens: list[int]) -> None:
+def test_every_decoder_query_sees_the_whole_input_whatever_its_own_context(
+    query_lens: list[int], *, in_place: bool
+) -> None:
     """Never causal: the first query of a chunk sees the last token of the input, which is longer than its context."""
     cache, tables = nan_cache(), [[7, 3], [9], [2, 8]]
     batch = EncoderBatch(LENS, torch.tensor([s for t, n in zip(tables, LENS, strict=True) for s in slots(t, 0, n)]))
@@ -92,7 +95,8 @@ def test_every_decoder_query_sees_the_whole_input_whatever_its_own_context(query
     for layer, (k, v) in enumerate(kept):
         writer.write(layer, k, v)
     table = torch.tensor([[7, 3], [9, 0], [2, 8]])
-    step = CrossStep(PROBLEM, decoder_batch(query_lens, query_lens), FixedGroupMetadata(table, LENS), cache, "kv")
+    fixed = FixedGroupMetadata(table, LENS)
+    step = CrossStep(PROBLEM, decoder_batch(query_lens, query_lens), fixed, cache, "kv", in_place=in_place)
     q = draw(sum(query_lens), HEADS, SIZE, seed=5)
     for layer, (k, v) in enumerate(kept):
         out = step.attend(layer, q)
@@ -102,6 +106,25 @@ def test_every_decoder_query_sees_the_whole_input_whatever_its_own_context(query
                 wanted = written_out(q[row], k[start : start + length], v[start : start + length])
                 torch.testing.assert_close(out[row], wanted, rtol=1e-5, atol=1e-5)
                 row += 1
+
+
+def test_sequences_with_one_input_read_its_blocks_together() -> None:
+    """Beside others, in blocks that stand side by side or apart, in any order, and none of them full."""
+    pages = torch.full((40, LAYERS, 2, HEADS, BLOCK, SIZE), math.nan)
+    tables, lens = [[7, 8, 9], [11], [3, 2, 12, 30], [7, 8, 9], [20, 21], [7, 8, 9], [22]], [10, 1, 16, 10, 5, 10, 3]
+    for table in tables:
+        pages[table] = draw(len(table), LAYERS, 2, HEADS, BLOCK, SIZE, seed=table[0])
+    q = draw(len(lens), HEADS, SIZE)
+    bias = draw(HEADS, max(lens))
+    for given in (None, bias):
+        parts = BlockParts(pages, [[*table, 0] for table in tables], lens, scale=PROBLEM.scale, bias=given)
+        for layer in range(LAYERS):
+            out = parts.attend(layer, q)
+            for row, (table, length) in enumerate(zip(tables, lens, strict=True)):
+                keys, values = pages[table, layer].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]  # [C, H, D]
+                own = None if given is None else given[:, :length].flip(1)
+                wanted = written_out(q[row], keys, values, own)
+                torch.testing.assert_close(out[row].flatten(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_are_never_guessed() -> None:
@@ -114,7 +137,7 @@ def test_lengths_are_never_guessed() -> None:
     batch, table = decoder_batch([1, 1], [4, 4]), torch.ones(2, 1, dtype=torch.int64)
     for lens in ([], [4], [4, 0]):
         with pytest.raises(ValueError, match="for 2 sequences; give one of each"):
-            CrossStep(PROBLEM, batch, FixedGroupMetadata(table, lens), nan_cache(), "kv")
+            CrossStep(PROBLEM, batch, FixedGroupMetadata(table, lens), nan_cache(), "kv", in_place=True)
     encoder = EncoderBatch([2, 4], torch.arange(6))
     with pytest.raises(ValueError, match="a bias of \\(3, 6, 6\\) for inputs of up to 4 tokens"):
         EncoderStep(encoder, 1.0, torch.zeros(HEADS, 6, 6))
@@ -138,14 +161,15 @@ def test_buckets_of_distances() -> None:
     assert all(torch.equal(before[:, distance], table[buckets[distance]]) for distance in range(40))
 
 
-def test_a_causal_bias_in_fresh_cached_chunked_and_single_steps() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_causal_bias_in_fresh_cached_chunked_and_single_steps(*, in_place: bool) -> None:
     """By how far the key stands before its query, sized by the longest context and not by the packed tokens."""
     cache, tables = nan_cache(), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     lengths = [9, 12, 6]
     bias = draw(HEADS, 12)
     q, k, v = ([draw(n, HEADS, SIZE, seed=10 * seed + n) for n in lengths] for seed in range(3))
     done = [0, 0, 0]
-    backend = ReferenceAttention(PROBLEM)
+    backend = SelfAttention(PROBLEM, in_place=in_place)
     for counts in ([3, 5, 2], [1, 1, 1], [1, 4, 2], [1, 1, 1], [3, 1, 0]):
         order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: counts[i] != 1)
         ends = [done[i] + counts[i] for i in order]
