@@ -95,7 +95,6 @@ class ApiService:
 
     async def embed(self, body: EmbeddingRequest, tally: Tally, caller: Caller = _NOBODY) -> Embeddings:
         self._check_model(body.model)
-        self._check_decoder("input")
         size = self.model.hidden_size
         if body.dimensions is not None and body.dimensions != size:
             raise InvalidRequest(
@@ -106,14 +105,21 @@ class ApiService:
             await self._prompt(text, "input", with_text=False, add_special_tokens=body.add_special_tokens)
             for text in body.inputs
         ]
+        encoder = self.model.encoder
+        if encoder is not None:
+            for prompt in prompts:
+                encoder.check(len(prompt.token_ids), "input")
+            prompts = [replace(prompt, decoder_token_ids=(encoder.decoder_start_token_id,)) for prompt in prompts]
         for prompt in prompts:
             self._fit(prompt, 1, "input", caller.key)
             tally.prompt(len(prompt.token_ids))
-        sampling = SamplingParams(max_tokens=1, pooling=Pooling.MEAN if body.pooling == "mean" else Pooling.LAST)
+        asked = body.pooling or ("last" if encoder is None else "mean")
+        sampling = SamplingParams(max_tokens=1, pooling=Pooling.MEAN if asked == "mean" else Pooling.LAST)
         requests = [
             RouterRequest(
                 request_id=uuid4().hex,
-                prompt_token_ids=prompt.token_ids,
+                prompt_token_ids=prompt.continued,
+                encoder_token_ids=prompt.encoded,
                 sampling=sampling,
                 priority=body.priority,
                 deadline_s=deadline_s,

@@ -29,7 +29,7 @@ class Embeddings:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return sum(len(request.prompt_token_ids) for request in self._requests)
+        return sum(len(request.encoder_token_ids or request.prompt_token_ids) for request in self._requests)
 
     async def vectors(self) -> list[np.ndarray]:
         """Float32, each of length 1, in the order of the prompts. The first failure ends all."""

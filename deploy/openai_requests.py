@@ -270,13 +270,14 @@ class ChatRequest(SamplingRequest):
 
 
 class EmbeddingRequest(Body):
-    """`pooling` is our own: which of the final hidden states make the vector."""
+    """`pooling` is our own: which of the final hidden states make the vector; of an encoder's the mean, if nothing is
+    said, else the last."""
 
     model: str
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean"] | None = None
     add_special_tokens: bool = True
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     timeout_s: Annotated[float, Field(gt=0)] | None = None

@@ -23,13 +23,11 @@ class ServedEncoder:
     max_source_tokens: int
     decoder_start_token_id: int
 
-    def check(self, num_tokens: int) -> None:
+    def check(self, num_tokens: int, param: str = "prompt") -> None:
         """Raises RequestTooLong."""
         if num_tokens > self.max_source_tokens:
-            raise RequestTooLong(
-                f"prompt: {num_tokens} tokens are over the {self.max_source_tokens} that the encoder reads; shorten it",
-                "prompt",
-            )
+            limit = f"{self.max_source_tokens} that the encoder reads"
+            raise RequestTooLong(f"{param}: {num_tokens} tokens are over the {limit}; shorten it", param)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

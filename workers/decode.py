@@ -258,6 +258,10 @@ class DecodeStage:
         if error is not None:
             self._settle(request, now, error=error)
             return
+        vector = self._outputs.vector(request.sequence)
+        if vector:
+            self._settle(request, now, finish=FinishReason.STOP, embedding=vector)
+            return
         request.pend(now, 0.0)
         self._try(self._supply.start, request, now)
 

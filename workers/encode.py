@@ -12,6 +12,7 @@ only.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from cluster import hashing
@@ -19,15 +20,13 @@ from cluster.config import SchedulerConfig
 from cluster.errors import Busy, DeadlineExceeded, Draining, RequestError
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import RequestKey, SamplingParams
+from cluster.request import Pooling, RequestKey, SamplingParams
 from cluster.session import Session
-from kvtransfer.connector import BlockSpan
+from kvtransfer.connector import BlockRun, BlockSpan
 from workers.assembly import Assembly
 from workers.encode_input import encoder_input
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import StepOutcome
-
-_NO_SAMPLING = SamplingParams(max_tokens=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +86,7 @@ class EncodeStage:
                 key,
                 [],
                 0,
-                _NO_SAMPLING,
+                SamplingParams(max_tokens=1, pooling=Pooling(ask.pooling) if ask.pooling else None),
                 arrival=sequence_id,
                 priority=ask.priority,
                 encoder_input=encoder_input(ask.token_ids, root, self._compatibility_hash),
@@ -119,6 +118,7 @@ class EncodeStage:
 
     def settle(self, outcome: StepOutcome, began_at: float, now: float) -> None:
         """A ticket for every input that this step read, or that was found in the cache."""
+        vectors = dict(outcome.vectors)
         for sequence in outcome.encoded:
             reading = self._by_sequence.get(sequence.id)
             if reading is None:
@@ -126,8 +126,10 @@ class EncodeStage:
             self._forget(reading)
             started_at = max(began_at, reading.accepted_at)
             self._metrics.queue.labels("encode").observe(started_at - reading.accepted_at)
-            group, blocks = sequence.output_blocks()
-            runs = self._source.publish(reading.key, reading.session.id, [BlockSpan(group, 0, blocks)], now)
+            runs: SequenceOf[BlockRun] = ()
+            if sequence not in vectors:
+                group, blocks = sequence.output_blocks()
+                runs = self._source.publish(reading.key, reading.session.id, [BlockSpan(group, 0, blocks)], now)
             ticket = pb.Ticket(
                 key=reading.key.wire(),
                 runs=[run.wire() for run in runs],
@@ -135,6 +137,7 @@ class EncodeStage:
                 pid=os.getpid(),
                 queue_s=started_at - reading.accepted_at,
                 compute_s=now - started_at,
+                handoff=pb.Handoff(embedding=vectors[sequence]) if sequence in vectors else None,
             )
             reading.session.send(pb.Frame(ticket=ticket), reading.key)
 

@@ -25,12 +25,14 @@ from cluster.request import RequestKey
 from cluster.session import Session
 from kvtransfer.connector import BlockSpan, Outcome, PullResult
 from workers.assembly import Assembly
+from workers.engine.pulls import PullReservation
 from workers.engine.sequence import Sequence as TokenStream
 from workers.fetch import Fetch, Lingering
 from workers.pairs import Pairs
 from workers.reads import Reads
 
 MAX_DEATHS = 2  # of encoders, under one input
+_NO_BLOCKS = PullReservation(0, 0, (), ())
 RETRY_S = 0.05  # before encoders that were busy, or a full pool, are tried again
 
 Then: TypeAlias = Callable[[RequestError | None, float], None]
@@ -50,6 +52,7 @@ class _Wait:
     fetch: Fetch | None = None
     not_before: float = 0.0
     num_deaths: int = 0
+    vector: bytes = b""  # what its encoder told of the output, where the sequence is pooled: no block is fetched then
 
 
 class OutputFetches:
@@ -68,6 +71,7 @@ class OutputFetches:
         self._waits: dict[int, _Wait] = {}  # by sequence
         self._asks: dict[RequestKey, _Wait] = {}
         self._told: dict[int, pb.Encoded] = {}  # of sequences that have not left
+        self._vectors: dict[int, bytes] = {}
         self._lingering = Lingering()
 
     @property
@@ -109,8 +113,13 @@ class OutputFetches:
         """How its output came here so far; None: it needs none."""
         return self._told.get(sequence.id)
 
+    def vector(self, sequence: TokenStream) -> bytes:
+        """What was asked of its output, as another worker's encoder told it; empty: nothing yet."""
+        return self._vectors.get(sequence.id, b"")
+
     def leave(self, sequence: TokenStream) -> pb.Encoded | None:
         """The stage is through with the sequence, before it ends it: how its output came here."""
+        self._vectors.pop(sequence.id, None)
         wait = self._waits.pop(sequence.id, None)
         if wait is not None:
             self._metrics.outputs.labels(FetchOutcome.CANCELLED).inc()
@@ -125,6 +134,9 @@ class OutputFetches:
         if wait is None or wait.key is None or wait.fetch is None:
             return False
         wait.fetch.had_ticket = wait.fetch.last_ticket = True
+        wait.vector = ticket.handoff.embedding
+        if wait.sequence.params.pooling is not None and not wait.vector:
+            wait.fetch.lose("it left out what was asked of the output", now, died=False)
         self._reads.begin(wait.key, wait.fetch, session, ticket, now)
         self._advance(wait, now)
         return True
@@ -208,7 +220,7 @@ class OutputFetches:
             wait.not_before = now + RETRY_S
             return True
         try:
-            reservation = self._scheduler.reserve_output(sequence)
+            reservation = _NO_BLOCKS if sequence.params.pooling else self._scheduler.reserve_output(sequence)
         except RequestTooLong:  # for a reservation, which may not fill the pool; not for reading it here
             if not wait.may_read:
                 raise
@@ -234,6 +246,7 @@ class OutputFetches:
             chain_root=source.root,
             priority=sequence.priority,
             deadline_ms=0 if wait.deadline is None else max(1, int((wait.deadline - now) * 1000)),
+            pooling=pb.POOL_NONE if sequence.params.pooling is None else sequence.params.pooling.value,
         )
         session.send(pb.Frame(encode_request=ask), key)
         return True
@@ -245,7 +258,10 @@ class OutputFetches:
             return
         if fetch.complete and not fetch.source_lost:
             self._leave_encoder(wait)
-            self._scheduler.output_done(wait.sequence, is_here=True)
+            if wait.vector:
+                self._vectors[wait.sequence.id] = wait.vector
+            else:
+                self._scheduler.output_done(wait.sequence, is_here=True)
             self._metrics.outputs.labels(FetchOutcome.OK).inc()
             self._end(wait, None, now)
             self._wake(wait)
@@ -284,7 +300,8 @@ class OutputFetches:
 
     def _give_back(self, wait: _Wait) -> None:
         self._leave_encoder(wait)
-        self._scheduler.output_done(wait.sequence, is_here=False)
+        if wait.sequence.params.pooling is None:
+            self._scheduler.output_done(wait.sequence, is_here=False)
 
     def _leave_encoder(self, wait: _Wait) -> None:
         """Nothing more is wanted of it. While reads are in flight the release waits for them."""

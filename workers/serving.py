@@ -76,11 +76,12 @@ class Request:
         now: float,
     ) -> Request:
         key = RequestKey.of(submit.key)
+        only_encodes = source is not None and params.pooling is not None
         sequence = Sequence(
             sequence_id,
             key,
-            [*submit.prompt_token_ids, *submit.emitted_token_ids],
-            len(submit.prompt_token_ids),
+            [] if only_encodes else [*submit.prompt_token_ids, *submit.emitted_token_ids],
+            0 if only_encodes else len(submit.prompt_token_ids),
             params,
             arrival=sequence_id,
             priority=submit.priority,
@@ -88,6 +89,7 @@ class Request:
             chain_root=hashing.root_of(submit.chain_root) if source is None else None,
             encoder_input=source,
             forced=forced,
+            only_encodes=only_encodes,
         )
         stages = [stage for stage in submit.plan.stages if stage.stage == pb.PREFILL]
         return cls(

@@ -72,7 +72,7 @@ class Supply:
             request.phase = Phase.ENCODING
             request.stages.encoding(now)
             return
-        if not request.remote:
+        if not request.remote or request.sequence.only_encodes:
             self._compute_here(request, "plan", now)
             return
         session = self._pairs.pick(request.sources, ())

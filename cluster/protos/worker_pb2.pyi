@@ -594,20 +594,22 @@ class KvRequest(_message.Message):
     def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., ask: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., chain_root: _Optional[bytes] = ..., encoder_token_ids: _Optional[_Iterable[int]] = ..., encoders: _Optional[_Iterable[_Union[WorkerRef, _Mapping]]] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("key", "shard", "token_ids", "chain_root", "priority", "deadline_ms")
+    __slots__ = ("key", "shard", "token_ids", "chain_root", "priority", "deadline_ms", "pooling")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     shard: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     chain_root: bytes
     priority: int
     deadline_ms: int
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., chain_root: _Optional[bytes] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    pooling: Pooling
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., shard: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., chain_root: _Optional[bytes] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., pooling: _Optional[_Union[Pooling, str]] = ...) -> None: ...
 
 class HeldRequest(_message.Message):
     __slots__ = ("key", "shard", "first_block", "block_hashes")

@@ -118,7 +118,8 @@ def test_what_is_refused(served: tuple[FrontDoor, ScriptedWorker], door: FrontDo
         assert f"{name}: the answer does not go on" in refusal(served, prompt=[5], **{name: value})
     chat = post(served[0], "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}])
     assert "reads its prompts with an encoder; use /v1/completions" in error(chat, 400)["message"]
-    assert "with an encoder" in error(post(served[0], "/v1/embeddings", input="hi"), 400)["message"]
+    long = error(post(served[0], "/v1/embeddings", input=[5] * 41), 413)
+    assert "input: 41 tokens are over the 40" in long["message"] and long["param"] == "input"
     for name in ("decoder_prompt", "source_language", "target_language"):
         told = error(post(door, "/v1/completions", prompt=[5], **{name: "en_XX"}), 400)
         assert f"{name}: 'tiny' has no encoder" in told["message"] and told["param"] == name

@@ -22,7 +22,7 @@ from deploy.openai_api import create_app
 from deploy.served_model import ServedModel
 from tests.support.beam_searches import searching, transformers_finds
 from tests.support.checkpoints import checkpoint
-from tests.support.encoder_decoders import Text, judge, texts
+from tests.support.encoder_decoders import Text, encoded, judge, texts
 from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
 from tests.support.watch import Watch
 
@@ -82,7 +82,7 @@ class Scene:
         return answers
 
 
-async def over_http(cluster: PlainCluster, body: dict[str, object]) -> dict[str, Any]:
+async def over_http(cluster: PlainCluster, body: dict[str, object], path: str = "/v1/completions") -> dict[str, Any]:
     """What a front door over the cluster's router answers."""
     config = cluster.config
     service = ApiService(
@@ -96,7 +96,7 @@ async def over_http(cluster: PlainCluster, body: dict[str, object]) -> dict[str,
     )
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://sluice", timeout=60) as client:
-        answer = await client.post("/v1/completions", json=body)
+        answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -157,6 +157,19 @@ def test_encode_prefill_decode() -> None:
         assert [tuple(choice["token_ids"]) for choice in searched["choices"]] == [each.token_ids for each in found]
         assert [choice["score"] for choice in searched["choices"]] == pytest.approx([s for _, s in found], abs=1e-3)
         await stage.search(wanted[:12])
+
+        # Vectors of what the encoder makes of an input, cached or not, read where it is encoded.
+        read = await stage.cluster.total(READ, "encode-0")
+        inputs = [list(wanted[index].source) for index in (3, 5, 6)]
+        for pooling in ("mean", "last"):
+            body = {"model": "t5", "input": inputs, **({} if pooling == "mean" else {"pooling": pooling})}
+            vectors = await over_http(stage.cluster, body, "/v1/embeddings")
+            assert vectors["usage"]["prompt_tokens"] == sum(map(len, inputs))
+            for tokens, entry in zip(inputs, vectors["data"], strict=True):
+                states = encoded("t5", tuple(tokens))[0]
+                wished = states.mean(0) if pooling == "mean" else states[-1]
+                assert entry["embedding"] == pytest.approx((wished / wished.norm()).tolist(), abs=1e-4)
+        assert await stage.cluster.total(READ, "encode-0") == read + 2 * sum(map(len, inputs))
         assert told["usage"]["sluice"]["encoder_tokens"] == told["usage"]["prompt_tokens"] == len(text.source)
 
     with running("t5", prefill=1) as stage:

@@ -122,8 +122,9 @@ class Driver:
         stop_after_first: bool = False,
         encoder_tokens: SequenceOf[int] = (),
         forced: ForcedTokens = NOTHING_FORCED,
+        encodes: bool = False,
     ) -> Sequence:
-        """One that is not queued yet. With encoder tokens, of a model that reads some."""
+        """One that is not queued yet. With encoder tokens, of a model that reads some; `encodes`: does nothing else."""
         self.num_added += 1
         return Sequence(
             self.num_added,
@@ -135,6 +136,7 @@ class Driver:
             stop_after_first=stop_after_first,
             encoder_input=encoder_input(encoder_tokens) if encoder_tokens else None,
             forced=forced,
+            only_encodes=encodes,
         )
 
     def step(self) -> StepOutcome | None:

@@ -36,8 +36,9 @@ class Encodes:
 
     def lacks(self, seq: Sequence) -> bool:
         """Whether its encoder input must be read before it can be admitted."""
-        has = seq.encoder_input is None or seq.id in self._holding or self._tables.has_cached_output(seq)
-        return not has
+        if seq.encoder_input is None or seq.id in self._holding:
+            return False
+        return seq.params.pooling is not None or not self._tables.has_cached_output(seq)  # a cache keeps no states
 
     def start(self, seq: Sequence, batch: PlanBuilder) -> bool:
         """Reads its input in this step. False: not now, for want of budget, of blocks, or because a sequence with the

@@ -18,7 +18,7 @@ from workers.engine.block_manager import BlockRaise
 from workers.engine.candidates import Best, BestTokens, SearchingRows
 from workers.engine.constraint import ConstraintCompiler
 from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
-from workers.engine.pooling import Pooler
+from workers.engine.pooling import PooledRow, Pooler
 from workers.engine.prompt_readings import PromptRow
 from workers.engine.sequence_mirror import SequenceMirror
 from workers.engine.step_plan import BlockCopy, EncodeRow, PromptLogprobs, StepPlan, StepResult
@@ -175,29 +175,39 @@ class ModelRunner:
             self._previous,
             torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
-        if plan.encodes:
-            self._encode(plan.encodes)
+        encoded = self._encode(plan.encodes) if plan.encodes else {}
         if not plan.sequences:
-            return self._nothing_drawn(plan)
+            return replace(self._nothing_drawn(plan), vectors=encoded)
         batch = build(plan, self._mirror, self._device)
         if len(batch.previous_rows):
             batch.input_ids[batch.previous_tokens] = previous[batch.previous_rows]
         hidden = self._model.forward(batch.input_ids, batch.attention)
         launched = self._draw(plan, batch, hidden) if batch.sampled_ids else self._nothing_drawn(plan)
-        if batch.readings.prompts or batch.readings.pooled:
+        if batch.readings.prompts or batch.readings.pooled or encoded:
             prompts = [self._prompt(row, hidden) for row in batch.readings.prompts]
-            vectors = self._pooler.pool(hidden, batch.readings.pooled)
-            if self._device.type == "cuda":
-                vectors = {id_: _to_host(vector) for id_, vector in vectors.items()}
+            vectors = {**encoded, **self._vectors(self._pooler.pool(hidden, batch.readings.pooled))}
             launched = replace(launched, prompts=prompts, vectors=vectors)
         return launched
 
-    def _encode(self, rows: Sequence[EncodeRow]) -> None:
+    def _encode(self, rows: Sequence[EncodeRow]) -> Mapping[int, Tensor]:
+        """What is told of the outputs, by sequence id."""
         assert self._encoder is not None, f"sequences {[row.id for row in rows]}: no encoder here"
         ((group, block_size),) = {(row.group, self._block_sizes[row.group]) for row in rows}
         assert group == len(self._caches) - 1, f"group {group} is not the fixed one"
         input_ids, batch = build_encodes(rows, block_size, self._device)
-        self._encoder.keep(self._encoder.encode(input_ids, batch), batch)
+        states = self._encoder.encode(input_ids, batch)
+        self._encoder.keep(states, batch)
+        spans = zip(rows, batch.starts, batch.lens, strict=True)
+        pooled = [
+            PooledRow(row.id, row.pooling, at, at + n, 0, True) for row, at, n in spans if row.pooling is not None
+        ]
+        return self._vectors(Pooler().pool(states, pooled))
+
+    def _vectors(self, vectors: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """To the host, with the step."""
+        if self._device.type != "cuda":
+            return vectors
+        return {id_: _to_host(vector) for id_, vector in vectors.items()}
 
     def _draw(self, plan: StepPlan, batch: StepBatch, hidden: Tensor) -> Launched:
         rows = batch.attention.logits_rows

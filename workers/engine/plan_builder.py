@@ -116,7 +116,7 @@ class PlanBuilder:
 def _encode_row(seq: Sequence, step: int) -> EncodeRow:
     assert seq.encoder_input is not None
     seq.last_step = step
-    return EncodeRow(seq.id, seq.encoder_input.tokens, *seq.output_blocks())
+    return EncodeRow(seq.id, seq.encoder_input.tokens, *seq.output_blocks(), seq.params.pooling)
 
 
 def _introduce(seq: Sequence, new: list[NewSequence], resumed: list[ResumedSequence]) -> None:

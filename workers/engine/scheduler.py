@@ -59,8 +59,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Queued for computing here. Parked sequences are the stage's to count."""
-        return len(self._waiting)
+        return len(self._waiting)  # for computing here; parked sequences are the stage's to count
 
     @property
     def num_running(self) -> int:
@@ -384,6 +383,7 @@ class Scheduler:
                 outcome.encoded.append(seq)
             else:
                 self._enqueue(seq)
+        outcome.vectors += [PooledVector(seq, result.vectors[seq.id]) for seq in outcome.encoded if seq.params.pooling]
         for seq in launched.preempted:
             seq.is_unreported = False
         outcome.preempted += [seq for seq in launched.preempted if seq.status is SequenceStatus.WAITING]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from cluster.errors import WorkerFailed
-from cluster.request import FinishReason, Hypothesis, SamplingParams, TokenLogprobs
+from cluster.request import FinishReason, Hypothesis, Pooling, SamplingParams, TokenLogprobs
 from workers.engine.beam_search import Candidate
 from workers.engine.block_manager import BlockRaise
 from workers.engine.sequence import Sequence
@@ -46,6 +46,7 @@ class EncodeRow(NamedTuple):
     tokens: tuple[int, ...]
     group: int
     blocks: tuple[int, ...]
+    pooling: Pooling | None = None  # what is told of the output
 
 
 class NewSequence(NamedTuple):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cluster.errors import InvalidRequest, RequestTooLong
-from cluster.request import SamplingParams
+from cluster.request import Pooling, SamplingParams
 from tests.support.checkpoints import checkpoint, transformers_model
-from tests.support.encoder_decoders import START, Text, judge, texts
+from tests.support.encoder_decoders import START, Text, encoded, judge, texts
 from tests.support.engines import LoadedEngine, limits
 from tests.support.families import VOCAB_SIZE
 from workers.engine.overlap import OverlappedEngine
@@ -164,6 +164,29 @@ def test_forced_tokens(family: str) -> None:
         )
         assert [START[family], *loaded.emitted(seq)] == wanted[0].tolist()
     assert loaded.emitted(runs[-1][1])[0] == 77 and loaded.emitted(runs[-1][1])[-1] == 99
+
+
+def test_vectors_of_what_the_encoder_makes_of_an_input() -> None:
+    """Beside rows that decode; a cached output has kept no states, so the input is read again."""
+    loaded = engine("t5")
+    sources = [text.source for text in texts("t5", 8)[4:7]]
+    for _ in range(2):
+        decoding = [add(loaded, Text(source, (0, 9)), max_tokens=2) for source in sources]
+        pooled = [
+            (source, pooling, loaded.sequence([], SamplingParams(pooling=pooling), encoder_tokens=source, encodes=True))
+            for source in sources
+            for pooling in (Pooling.MEAN, Pooling.LAST)
+        ]
+        for *_, seq in pooled:
+            loaded.scheduler.add(seq)
+        loaded.run()
+        for source, pooling, seq in pooled:
+            states = encoded("t5", source)[0]
+            wanted = states.mean(0) if pooling is Pooling.MEAN else states[-1]
+            assert loaded.vector(seq) == pytest.approx(wanted.numpy(), abs=1e-4)
+        assert all(len(loaded.emitted(seq)) == 2 for seq in decoding)
+    loaded.step()
+    expect_nothing_held(loaded)
 
 
 def test_an_input_is_read_once_for_all_who_wait_for_it() -> None:
