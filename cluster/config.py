@@ -132,8 +132,8 @@ class RouterConfig(Section):
 
 class TransferConfig(Section):
     transport: Literal["auto", "nixl", "ipc"] = "auto"
-    """nixl: over whatever UCX finds; ipc: between the GPUs of one host by a kernel that reads memory opened by CUDA IPC,
-    everything else by NIXL; auto: nixl."""
+    """nixl: over whatever UCX finds; ipc: between the GPUs of one host by a kernel that reads memory opened by CUDA
+    IPC, everything else by NIXL; auto: nixl."""
     late_read_s: Seconds = 5.0
     """T: a read that took longer is thrown away; abandoned blocks stay in quarantine for 2 T."""
     stuck_read_s: Seconds = 15.0
