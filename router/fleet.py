@@ -86,7 +86,7 @@ class _Worker:
             shards=tuple(
                 shard_told(number, shard.report)
                 for number, shard in sorted(self.shards.items())
-                if shard.report is not None
+                if shard.report is not None and self.session is not None  # what a lost one said is long over
             ),
         )
 
@@ -186,14 +186,14 @@ class Fleet:
         return any(role in worker.member.roles for worker in self._workers.values())
 
     def told(self, max_pairs: int) -> FleetTold:
-        """All members, with what each said of itself last."""
+        """All members, with what each that is connected said of itself last."""
         names = {incarnation: worker.member.name for incarnation, worker in self._workers.items()}
         workers = sorted(self._workers.values(), key=lambda each: (each.member.name, each.member.incarnation))
         reports = [
             (worker.member.name, shard.report)
             for worker in workers
             for shard in worker.shards.values()
-            if shard.report is not None
+            if shard.report is not None and worker.session is not None
         ]
         return FleetTold(
             workers=tuple(worker.told() for worker in workers),

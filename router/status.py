@@ -60,7 +60,7 @@ class WorkerTold:
     """The replica that is asked has an open session to it."""
     leaving: bool
     shards: tuple[ShardTold, ...]
-    """Those that have reported."""
+    """Those that have reported; none without a session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

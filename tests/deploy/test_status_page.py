@@ -27,7 +27,7 @@ from deploy.status_page import NUM_ROUTES, add_status_page, pages_of
 from router.route_book import RouteSummary
 from router.status import pairs_told
 from tests.support.api import complete, front_door
-from tests.support.routing import Stage
+from tests.support.routing import Stage, eventually
 from tests.support.scripted_worker import FOREVER, ScriptedWorker
 
 PAGE = Path(__file__).parents[2] / "deploy" / "static" / "status.html"
@@ -68,7 +68,7 @@ def test_what_is_told(stage: Stage) -> None:
     """Names are whatever somebody called a worker; they travel as they are, in JSON."""
     prefill, decode = stage.prefill("<b>prefill-0"), stage.decode("decode-0", FOREVER)
     gone = stage.decode("decode-1", FOREVER)
-    gone.state = MemberState.STARTING
+    gone.state, gone.load = MemberState.STARTING, told_by(prefill)
     decode.load = told_by(prefill)
     elsewhere = RouteSummary(
         **dict.fromkeys(("fetches_from", "encode")),
@@ -85,6 +85,8 @@ def test_what_is_told(stage: Stage) -> None:
             None, policy="kv_aware", local_prefill="fallback", add=partial(add, replicas=lambda: addresses)
         ) as door:
             door.connect(prefill, decode, gone)
+            gone.stop()
+            door.run(eventually(lambda: not door.router.fleet(9).workers[2].connected))
             complete(door).raise_for_status()
             told = httpx.get(f"{door.url}/status").raise_for_status().json()
     finally:
@@ -95,7 +97,8 @@ def test_what_is_told(stage: Stage) -> None:
     assert pools == {"prefill": (1, 1, 1), "decode": (1, 2, 1)}
     workers = {worker["name"]: worker for worker in told["workers"]}
     assert list(workers) == ["<b>prefill-0", "decode-0", "decode-1"]
-    assert workers["decode-1"]["state"] == "starting" and workers["decode-0"]["pid"] == 4711
+    assert workers["decode-1"]["state"] == "starting" and workers["decode-1"]["shards"] == []
+    assert workers["decode-0"]["pid"] == 4711
     shard = workers["decode-0"]["shards"][0]
     assert (shard["num_running"], shard["num_waiting"], shard["queued_prefill_tokens"]) == (3, 2, 70)
     group = shard["groups"][0]
