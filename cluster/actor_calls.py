@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray import PlacementGroupID
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
@@ -14,6 +15,26 @@ from cluster.membership import Member, Membership
 from cluster.worker_spec import ActorName
 
 NAMESPACE = "sluice"
+_ANSWER_S = 5.0
+
+
+class LeavingNodes:
+    """What `ray drain-node` has been told, as Serve reads it. Made in a process that Ray knows."""
+
+    def __init__(self) -> None:
+        self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+
+    def places(self) -> frozenset[str]:
+        """Names of the placement groups with a bundle on a node that is to go. Blocks: called in a thread. Raises
+        RayError."""
+        leaving = set(self._gcs.get_draining_nodes(timeout=_ANSWER_S))
+        if not leaving:
+            return frozenset()
+        return frozenset(
+            entry["name"]
+            for entry in placement_group_table().values()
+            if not leaving.isdisjoint(entry["bundles_to_node_id"].values())
+        )
 
 
 async def call(method: Any, *args: object) -> Any:

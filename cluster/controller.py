@@ -21,9 +21,10 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from ray.exceptions import RayError
 from ray.util import list_named_actors, placement_group_table
 
-from cluster.actor_calls import NAMESPACE, remove_worker
+from cluster.actor_calls import NAMESPACE, LeavingNodes, reason_of, remove_worker
 from cluster.census import Census
 from cluster.config import ControllerConfig, LogConfig, SluiceConfig
 from cluster.errors import ConfigError
@@ -39,6 +40,7 @@ from cluster.worker_spec import ActorName, Failure
 
 _SILENT_S = 10.0  # an ingress that has not renewed for so long is not waited for and takes no share of limits
 _SCALE_S = 1.0
+_NODES_S = 1.0
 _NOTICE_S = 2.0  # longest wait for ingresses to hear of a draining worker
 
 
@@ -118,7 +120,7 @@ class Controller:
         self._exporter: Exporter | None = None
         self._export: Export | None = None
         await self._adopt()
-        loops = (self._publish(), self._guard_lease(), self._scale())
+        loops = (self._publish(), self._guard_lease(), self._scale(), self._watch_nodes())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -270,6 +272,19 @@ class Controller:
             if self._removal is None:
                 for name, size in self._scaler.sizes().items():
                     self._pool(name).resize(size)
+
+    async def _watch_nodes(self) -> None:
+        """Once a second: whoever stands on a node that Ray is told to take out goes before it."""
+        nodes = LeavingNodes()
+        while True:
+            await asyncio.sleep(_NODES_S)
+            try:
+                places = await asyncio.to_thread(nodes.places)
+            except RayError as error:  # the next look tells
+                self._log.debug("nodes not known", reason=reason_of(error))
+                continue
+            for pool in self._pools.values():
+                pool.leave(places)
 
     async def _noticed(self) -> None:
         """Returns when every living ingress acts by the present membership, or does not answer."""

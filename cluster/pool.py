@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -123,6 +123,14 @@ class ActorPool:
     def keep_stale(self, keeps_stale: bool) -> None:
         """Whether workers of other weights stay while their successors cannot serve."""
         self._want(replace(self._wanted, keeps_stale=keeps_stale))
+
+    def leave(self, places: Collection[str]) -> None:
+        """Workers in these placement groups, whose nodes are to go, get successors elsewhere and are drained."""
+        for worker in self._workers:
+            if not worker.leaving and str(worker.actor_name) in places:
+                self._log.info("leaving", worker=worker.member.name, incarnation=worker.member.incarnation)
+                worker.leaving = True
+                self._wake.set()
 
     async def adopt(self, actor_name: ActorName) -> None:
         """Takes over a worker that a former controller started. One that cannot be reached is removed."""

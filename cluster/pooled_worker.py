@@ -15,7 +15,9 @@ ActorHandle = Any  # a Ray handle: its methods exist at run time only
 class PooledWorker:
     """One actor and what the pool knows of it. Mutable; owned by the pool."""
 
-    __slots__ = ("actor", "actor_name", "asked_at", "fingerprint", "index", "member", "placed", "ready_at", "retired")
+    __slots__ = (
+        "actor", "actor_name", "asked_at", "fingerprint", "index", "leaving", "member", "placed", "ready_at", "retired",
+    )  # fmt: skip
 
     def __init__(self, actor_name: ActorName, member: Member, fingerprint: str) -> None:
         self.actor_name = actor_name
@@ -26,6 +28,7 @@ class PooledWorker:
         self.asked_at = time.monotonic()
         self.ready_at: float | None = None
         self.placed = False  # the cluster has room for it
+        self.leaving = False  # its node is to go
         self.retired = False  # its end is our wish, not a failure
 
     def standing(self, now: float) -> Standing:
@@ -38,4 +41,5 @@ class PooledWorker:
             age_s=now - self.asked_at,
             roles=self.member.roles,
             compatibility_hash=self.member.compatibility_hash,
+            leaving=self.leaving,
         )

@@ -2,8 +2,9 @@
 
 A pool has one place per worker, numbered from 0. A worker carries the fingerprint of the config it was started
 with; one with another fingerprint than the wanted one is stale and is replaced, one place at a time, and drained
-only when its successor is ready. Where the cluster has no room for both, the stale one goes first. A successor with
-other weights serves nobody until all roles are there with those weights: till then the stale ones stay.
+only when its successor is ready. Where the cluster has no room for both, the stale one goes first. One whose node is
+to go is replaced likewise, and waits for no other place's turn. A successor with other weights serves nobody until all
+roles are there with those weights: till then the stale ones stay.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Standing:
     age_s: float
     roles: tuple[Role, ...] = ()
     compatibility_hash: bytes = b""
+    leaving: bool = False  # its node is to go
 
     @property
     def live(self) -> bool:
@@ -79,19 +81,21 @@ def decide(
     `surge_wait_s`: a successor that found no room for this long takes the place of its predecessor.
     """
     live = [worker for worker in standing if worker.live]
-    rolling = any(w.state is MemberState.STARTING and w.fingerprint == wanted.fingerprint for w in live)
+    lasting = [worker for worker in live if worker.fingerprint == wanted.fingerprint and not worker.leaving]
+    rolling = any(worker.state is MemberState.STARTING for worker in lasting)
     start: list[int] = []
     switch: list[int] = []
     drain = [worker.incarnation for worker in live if worker.index >= wanted.num_workers]
     for index in range(wanted.num_workers):
         here = [worker for worker in live if worker.index == index]
-        fresh = [worker for worker in here if worker.fingerprint == wanted.fingerprint]
-        stale = [worker for worker in here if worker.fingerprint != wanted.fingerprint]
+        fresh = [worker for worker in here if worker in lasting]
+        stale = [worker for worker in here if worker not in lasting]
         # A stale worker that is not ready serves nobody.
         drain += [worker.incarnation for worker in stale if worker.state is MemberState.STARTING]
         serving = [worker for worker in stale if worker.state is MemberState.READY]
         if not fresh:
-            if now >= not_before.get(index, 0.0) and not (serving and rolling):
+            waits = serving and rolling and not any(worker.leaving for worker in serving)
+            if now >= not_before.get(index, 0.0) and not waits:
                 start.append(index)
                 rolling = True
             continue

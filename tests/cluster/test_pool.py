@@ -117,6 +117,21 @@ def test_shrinking_publishes_first_and_lets_open_requests_end(local_cluster: Loc
     asyncio.run(scenario())
 
 
+def test_a_worker_whose_node_is_to_go_goes_when_its_successor_is_ready(local_cluster: LocalCluster) -> None:
+    async def scenario() -> None:
+        async with watched("leave") as w:
+            w.pool.start(w.config(1))
+            (first,) = await w.ready(1)
+            w.history.clear()
+            w.pool.leave({str(ActorName("leave", "decode", 0, first.incarnation[:8])), "leave:decode:7:another"})
+            await until(lambda: first.incarnation not in {m.incarnation for m in w.pool.members()}, "it is gone")
+            (second,) = await w.ready(1)
+            assert second.name == first.name and w.num_noticed == 1
+            assert all(any(m.state is MemberState.READY for m in members) for members in w.history)
+
+    asyncio.run(scenario())
+
+
 def test_another_config_replaces_workers_one_by_one_and_none_before_its_successor(
     local_cluster: LocalCluster,
 ) -> None:

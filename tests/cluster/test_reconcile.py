@@ -49,6 +49,17 @@ def test_a_successor_without_room_gets_the_place_of_the_stale_worker() -> None:
     assert act(old, replace(waiting, age_s=SURGE_S)) == Actions(drain=("old",))
 
 
+def test_a_worker_whose_node_is_to_go_is_replaced_and_waits_for_no_other() -> None:
+    two = replace(WANTED, num_workers=2, keeps_stale=True)
+    going = worker("a", leaving=True)
+    assert act(going, worker("b", index=1, leaving=True), wanted=two) == Actions(start=(0, 1))
+    waiting = worker("c", state=MemberState.STARTING, placed=False)
+    assert act(going, worker("b", index=1), waiting, wanted=two) == Actions()
+    assert act(going, worker("b", index=1), replace(waiting, age_s=SURGE_S), wanted=two) == Actions(drain=("a",))
+    assert act(going, worker("b", index=1), worker("c"), wanted=two) == Actions(drain=("a",))
+    assert act(replace(going, state=MemberState.STARTING)) == Actions(start=(0,), drain=("a",))
+
+
 def test_a_stale_worker_of_other_weights_stays_until_the_new_weights_serve_in_all_roles() -> None:
     old = worker("old", fingerprint="old", compatibility_hash=b"old")
     new = worker("new", compatibility_hash=b"new")
