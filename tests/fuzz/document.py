@@ -29,6 +29,10 @@ _TOKEN_FIELDS: Final = ("prompt", "input", "tokens", "stop_token_ids", "bad_word
 # Whose values must agree with others': a document cannot say how. Kinds of cases of our own ask for them.
 _AGREEING: Final = (
     "best_of",
+    "num_beams",
+    "num_return_sequences",
+    "length_penalty",
+    "early_stopping",
     "max_completion_tokens",
     "min_tokens",
     "stream_options",

@@ -60,6 +60,8 @@ BODIES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "best_of": 33}, 400, "best_of", "best_of: 33 is over the limit of 32"),
     (COMPLETIONS, {"prompt": "a", "n": 3, "best_of": 2}, 400, None, "best_of: 2 is under n = 3"),
     (COMPLETIONS, {"prompt": "a", "best_of": 2, "stream": True}, 400, None, "remove stream or best_of"),
+    (COMPLETIONS, {"prompt": "a", "num_beams": 4, "stream": True}, 400, None, "remove stream or num_beams"),
+    (COMPLETIONS, {"prompt": "a", "num_beams": 33}, 400, "num_beams", "num_beams: 33 is over the limit of 32"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 21}, 400, "logprobs", "got 21"),
     (COMPLETIONS, {"prompt": "a", "logprobs": True}, 400, "logprobs", "got true"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix", "not inserted before a suffix"),
