@@ -28,7 +28,8 @@ async def traced_front(cluster: PlainCluster, endpoint: str) -> AsyncIterator[ht
     config = cluster.config
     log = Log.open("ingress", config.log)
     model = replace(ServedModel.read(config), name="tiny")
-    traces = Traces(TracesConfig(endpoint=endpoint), app=APP, instance="ingress-0", model="tiny", log=log)
+    traced = TracesConfig(endpoint=endpoint, sample_rate=1.0)
+    traces = Traces(traced, app=APP, instance="ingress-0", model="tiny", log=log)
     service = ApiService(
         router=cluster.router,
         tokenizer=None,
