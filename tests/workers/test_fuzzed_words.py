@@ -101,7 +101,6 @@ def member(crashes: list[BaseException], tmp_path_factory: pytest.TempPathFactor
             "kv.block_size": 4,
             "kv.num_blocks": 64,
             "scheduler.max_waiting": 64,
-            "transfer.transport": "loopback",
             "transfer.late_read_s": 0.1,
             "transfer.stuck_read_s": 0.2,
             "words.port_min": 0,
