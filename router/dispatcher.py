@@ -166,7 +166,7 @@ class Dispatcher:
         """A worker lives: what was lost on it did not kill it."""
         self._gone.discard(incarnation)
         for flight in self._flights.values():
-            flight.suspects.discard(incarnation)
+            flight.heard_of(incarnation)
 
     def unreachable(self, incarnation: str, error: SessionError) -> None:
         """A dial failed. Nobody listens, or another one does, or it hangs: whoever it was, it is lost."""

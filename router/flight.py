@@ -107,7 +107,8 @@ class Flight:
         self.is_convicted = False
         self._deaths: set[str] = set()
         self._died_at = 0  # tokens emitted by then
-        self._num_moved = 0  # attempts that do not count: their worker leaves, or much was emitted since
+        self._num_moved = 0  # attempts that do not count: their worker leaves or lives, or much was emitted since
+        self._heard_of: set[str] = set()  # incarnations that live, though their session broke under it
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
         self._news = asyncio.Event()
@@ -255,6 +256,14 @@ class Flight:
             else:
                 self.state = State.PLACING
         return self.state is State.PLACING
+
+    def heard_of(self, incarnation: str) -> None:
+        """The worker lives: it did not die of this. Once for each worker, a session that broke is no attempt, as all of
+        them break under an ingress that was frozen; not more often, lest it break them for ever."""
+        if incarnation in self.suspects:
+            self.suspects.discard(incarnation)
+            self._num_moved += incarnation not in self._heard_of
+            self._heard_of.add(incarnation)
 
     def begin_trial(self) -> None:
         """Where it was turned away in company it may go again."""

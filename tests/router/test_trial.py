@@ -136,6 +136,26 @@ def test_one_is_on_trial_at_a_time_and_nobody_else_is_blamed_meanwhile() -> None
     assert not second.is_convicted
 
 
+def test_sessions_that_break_although_their_workers_live_use_up_no_attempts() -> None:
+    """As when an ingress wakes up: all its sessions break, one after the other, and some once more."""
+    one = flight()
+    for name in "ab":
+        one.place(plan_on(name), name)
+        assert one.fail_attempt(lost(), MAX_ATTEMPTS, reported=False)
+    for name in "ab":
+        one.heard_of(plan_on(name).decode.incarnation)
+    assert not one.is_suspected
+    for _ in range(MAX_ATTEMPTS - 1):
+        one.place(plan_on("a"), "a")
+        assert one.fail_attempt(lost(), MAX_ATTEMPTS, reported=False)
+        one.heard_of(plan_on("a").decode.incarnation)
+    one.place(plan_on("a"), "a")
+    assert not one.fail_attempt(lost(), MAX_ATTEMPTS, reported=False), (
+        "once for each worker, or it would go on for ever"
+    )
+    assert one.state is State.ENDED and isinstance(one.error, WorkerFailed)
+
+
 @pytest.mark.parametrize("code", [pb.PEER_LOST, pb.INTERNAL])
 def test_alone_twice_is_enough(words: WordsThread, stage: Stage, code: pb.ErrorCode) -> None:
     death = Die() if code == pb.PEER_LOST else Fail(code)
