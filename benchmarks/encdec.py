@@ -53,7 +53,8 @@ class Workload:
 
 
 def make_checkpoint(folder: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(**cast(Any, SHAPE), decoder_start_token_id=0, eos_token_id=None, pad_token_id=0)  # pyright: ignore[reportCallIssue]
@@ -69,7 +70,7 @@ def run_transformers(
     folder: Path, workload: Workload, batch_sizes: list[int], stopwatch: Stopwatch
 ) -> tuple[dict[int, float], list[list[int]]]:
     """Seconds by batch size, and the tokens of the last run."""
-    from transformers import T5ForConditionalGeneration
+    from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
     model = cast(Any, T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)).eval()
     order = sorted(range(len(workload.inputs)), key=lambda i: len(workload.inputs[i]))

@@ -175,7 +175,8 @@ def _overhead_once(num_sequences: int, num_steps: int) -> tuple[float, float, fl
 
 def make_checkpoint(folder: Path) -> None:
     """Matrices with std 4 / sqrt(inputs) and embeddings 0.1: the default init would repeat one token for ever."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -193,7 +194,7 @@ def run_transformers(
     folder: Path, workload: Workload, batch_sizes: list[int], stopwatch: Stopwatch
 ) -> tuple[dict[str, float], list[list[int]]]:
     """Seconds by "batch size, order", and the tokens of the last run."""
-    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     model = cast(Any, LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
     indices = range(len(workload.prompts))

@@ -13,7 +13,7 @@ from deploy.openai_chat import CalledTool, ChatMessage
 from deploy.openai_requests import Tool
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 # What the renderer takes beside the template's own variables: not for clients.
 _RESERVED: Final = frozenset(

@@ -21,7 +21,8 @@ from workers.engine.grammar import TOKENIZER_FILE, GrammarCompiler
 
 if TYPE_CHECKING:
     import tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 P = ParamSpec("P")
 
@@ -120,9 +121,9 @@ def _loader(path: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
     settings = path / "tokenizer_config.json"
     named = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
     if named in _PLAIN_CLASSES and (path / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
+        from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     return AutoTokenizer

@@ -99,6 +99,17 @@ def test_few_files_import_ray() -> None:
     assert [path for path in importers("ray") if not path.startswith(RAY_AWARE)] == []
 
 
+def test_names_of_transformers_come_from_their_own_modules() -> None:
+    """Its root names everything: whoever imports from there has the type checker read all of it, for 10 seconds."""
+    froms = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "transformers"
+    ]
+    assert froms == []
+
+
 def test_nothing_is_pickled() -> None:
     assert importers("pickle", "cloudpickle", "dill", "marshal", "shelve") == []
     loads = [

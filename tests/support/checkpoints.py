@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from tests.support.families import ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
 from tests.support.fp8_blocks import write_pair
@@ -99,7 +99,7 @@ def _spread(model: nn.Module) -> None:
 @cache
 def transformers_model(family: str, dtype: str = "float32") -> PreTrainedModel:
     """The same weights as `checkpoint`, as transformers computes them."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = checkpoint(family, dtype)
     if family.endswith(FP8):

@@ -75,7 +75,8 @@ FAMILIES = tuple(_SHAPES)
 
 def write_checkpoint(family: str, folder: Path) -> Path:
     """bf16, with text that depends on its context."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     shape = dict(_SHAPES[family])
     torch.manual_seed(0)
@@ -132,7 +133,7 @@ def driver(parts: Assembly) -> Driver:
 @torch.inference_mode()
 def reference_logprobs(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """log p(token i + 1 | tokens up to i) on the CPU, as transformers computes it in that dtype: [len - 1] float32."""
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     logits = model(torch.tensor([tokens])).logits[0, :-1].float()

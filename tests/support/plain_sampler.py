@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
+from transformers.generation.logits_process import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,

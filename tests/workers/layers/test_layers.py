@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import DeepseekV32Config, LlamaConfig
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import (
     DeepseekV32RotaryEmbedding,
     apply_rotary_pos_emb_interleave,
     yarn_apply_mscale,
 )
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.support.families import LLAMA3_ROPE, YARN_ROPE
