@@ -101,13 +101,13 @@ def test_few_files_import_ray() -> None:
 
 def test_names_of_transformers_come_from_their_own_modules() -> None:
     """Its root names everything: whoever imports from there has the type checker read all of it, for 10 seconds."""
-    froms = [
+    found = [
         f"{path}:{node.lineno}"
         for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "transformers"
     ]
-    assert froms == []
+    assert found == []
 
 
 def test_nothing_is_pickled() -> None:
