@@ -194,6 +194,8 @@ class NetworkPolicy(Section):
     operatorNamespace: Name
     clientNamespaces: list[Name]
     scraperNamespaces: list[Name]
+    collectorNamespaces: list[Name]
+    collectorPort: Annotated[int, Field(ge=0, le=65535)]
     egressCidrs: list[Cidr]
 
 

@@ -132,6 +132,8 @@ def test_a_pod_that_goes_may_end_what_it_began() -> None:
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: empty"),
         ({"upgrade": {"clusterDeletionDelaySeconds": 10}}, "upgrade.clusterDeletionDelaySeconds: 10 is under"),
         ({"apiKeys": {"lines": ["b"]}, "monitoring": {"scrapeConfig": {"enabled": True}}}, "apiKey.name: empty"),
+        ({"networkPolicy": {"collectorNamespaces": ["a"]}}, "networkPolicy.collectorNamespaces, "),
+        ({"networkPolicy": {"collectorPort": 1}}, "networkPolicy.collectorPort: no traces are sent; set config.traces"),
         ({"nameOverride": ""}, "nameOverride: "),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -143,7 +145,9 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], s
 
 
 def test_only_what_the_planes_need_passes_the_network_policy() -> None:
-    values = {**EVERYTHING, "config": {"words": {"port_min": 25000, "port_max": 25099}, "http": {"port": 8100}}}
+    config = EVERYTHING["config"]
+    said = {"words": {"port_min": 25000, "port_max": 25099}, "http": {**config["http"], "port": 8100}}
+    values = {**EVERYTHING, "config": {**config, **said}}
     rendered = chart.render(values)
     config = config_of(rendered)
     (policy,) = chart.of_kind(rendered, "NetworkPolicy")
@@ -163,6 +167,34 @@ def test_only_what_the_planes_need_passes_the_network_policy() -> None:
         assert template["metadata"]["labels"].items() >= pods["matchLabels"].items()
     open_ports = {each["port"] for rule in outside for each in rule["ports"]}
     assert open_ports == {8100, 8265, 52365, 8080, 25000}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said", "port"),
+    [
+        ("http://collector:4318/v1/traces", 0, 4318),
+        ("http://collector.monitoring.svc/v1/traces", 0, 80),
+        ("https://collector.example.com/v1/traces", 0, 443),
+        ("http://[fd00::17]:4318/v1/traces", 0, 4318),
+        ("http://[fd00::17]/v1/traces", 0, 80),
+        ("http://10.0.0.7", 4317, 4317),
+    ],
+)
+def test_traces_reach_their_collector_and_nothing_else(endpoint: str, said: int, port: int) -> None:
+    """The port of its pods; a NetworkPolicy is asked after the Service has been resolved."""
+
+    def egress(config: dict[str, Any], policy: dict[str, Any]) -> list[Any]:
+        (made,) = chart.of_kind(chart.render({"config": config, "networkPolicy": policy}), "NetworkPolicy")
+        return made["spec"]["egress"]
+
+    traces = {"traces": {"endpoint": endpoint}}
+    without = egress({}, {})
+    (anywhere,) = [rule for rule in egress(traces, {"collectorPort": said}) if rule not in without]
+    assert anywhere == {"ports": [{"port": port}]}
+    named = {"collectorPort": said, "collectorNamespaces": ["monitoring", "otel"]}
+    (there,) = [rule for rule in egress(traces, named) if rule not in without]
+    (where,) = there.pop("to")
+    assert there == anywhere and where["namespaceSelector"]["matchExpressions"][0]["values"] == ["monitoring", "otel"]
 
 
 def test_budgets_and_selectors_name_pods_that_are_there() -> None:

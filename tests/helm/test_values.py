@@ -43,6 +43,7 @@ MADE = {
         "rules": {"enabled": True},
         "scrapeConfig": {"enabled": True, "apiKey": {"name": "scraper"}},
     },
+    "config": {"traces": {"endpoint": "http://collector:4318/v1/traces"}},
     "networkPolicy": {"enabled": True},
     "pod": {"gpu": {"count": 1}, "rdma": {"count": 1}},
     "upgrade": {"strategy": "NewClusterWithIncrementalUpgrade"},
@@ -232,6 +233,10 @@ probes.live.stalledSeconds=0                        probes/live/stalledSeconds
 drain.marginSeconds=1                               drain/marginSeconds
 podDisruptionBudget.maxUnavailable=1                maxUnavailable
 networkPolicy.egressCidrs=[10.0.0.0]                networkPolicy/egressCidrs/0
+networkPolicy.collectorNamespaces=monitoring        networkPolicy/collectorNamespaces
+networkPolicy.collectorPort=65536                   networkPolicy/collectorPort
+config.traces.endpoint=collector:4318               config/traces/endpoint
+config.traces.sample_rate=1.5                       config/traces/sample_rate
 monitoring.scrapeConfig.interval=15                 monitoring/scrapeConfig/interval
 monitoring.rules.runbookUrl=docs                    monitoring/rules/runbookUrl
 ingress.tls.secretName=x                            secretName
