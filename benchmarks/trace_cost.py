@@ -4,9 +4,11 @@
 
 CPU time is counted, not the clock: of this process, where the ingress runs (its HTTP server and the client left out,
 which makes shares larger), the threads that encode and send the traces included; and of the worker processes. The
-collector is a process of its own. Twice: a trace alone, all that front door and router do for it, of a request with the
-stages of a disaggregated one; and the difference between blocks of requests with and without traces that alternate on
-one running cluster, which is small beside what such blocks differ by anyway.
+collector is a process of its own. Twice: a trace alone, all that front door, router and decode worker do for it, of a
+request with the stages of a disaggregated one; and the difference between blocks of requests with and without traces
+that alternate on one running cluster, which is small beside what such blocks differ by anyway.
+
+Also what a request costs that is not traced: one that was not chosen, and one where traces are off.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -27,16 +30,18 @@ from cluster.config import Role
 from cluster.log import Log
 from cluster.metrics import Outcome
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason
+from cluster.request import FinishReason, SamplingParams
 from cluster.traces_config import TracesConfig
 from deploy.api_service import ApiService
 from deploy.openai_api import create_app
 from deploy.served_model import ServedModel
 from deploy.traces import Traces
+from router.flight import RouterRequest
 from router.plan import Candidate, Plan
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint
 from tests.support.otlp_receiver import otlp_receiver
 from tests.support.plain_cluster import PlainCluster, plain_cluster
+from workers.stage_log import StageLog
 
 NUM_BLOCKS: Final = 8  # of each kind
 BLOCK_REQUESTS: Final = 24
@@ -48,7 +53,7 @@ OUTPUT_TOKENS: Final = 96
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """CPU milliseconds per request that is traced; `share_*` of `trace_ms`, at a sample rate of 1."""
+    """CPU time per request; `share_*` of `trace_ms`: at a sample rate of 1, and at the one that is the default."""
 
     requests: int
     prompt_tokens: int
@@ -59,8 +64,13 @@ class Cost:
     trace_ms: float  # of a trace alone
     difference_ms: float
     difference_error_ms: float  # standard error
+    not_chosen_us: float
+    off_us: float
     share_of_ingress: float
     share_of_all: float
+    default_rate: float
+    default_share_of_ingress: float
+    default_share_of_all: float
     machine: str
 
 
@@ -100,36 +110,75 @@ def _workers_s(cluster: PlainCluster) -> float:
     return sum(each.user + each.system for each in times)
 
 
-def _alone_ms(traces: Traces) -> float:
-    """Of one trace of eight spans, its export included."""
+SOURCE: Final = pb.Identity(name="prefill-0", incarnation="p" * 32)
+SINK: Final = pb.WorkerRef(name="decode-0", incarnation="d" * 32)
+TICKET: Final = pb.Ticket(pid=4711, last=True, queue_s=0.001, compute_s=0.01)
+
+
+def _told(*, on: bool) -> list[pb.SequenceTokens]:
+    """The frames of one request as its decode worker makes them, with what a trace wants of them."""
+    log = StageLog(SINK, 0.0, on=on)
+    log.asked(SOURCE, PROMPT_TOKENS, 0.001)
+    log.ticket(TICKET, 0.01)
+    log.reading(SOURCE, "nixl", 0.01)
+    log.read(8, 98304, 0.001)
+    log.arrived(0.02)
+    frames: list[pb.SequenceTokens] = []
+    for index in range(OUTPUT_TOKENS):
+        if log.on:
+            log.emitted(0.02, 0.03, 0)
+        frames.append(pb.SequenceTokens(token_ids=[3], first_token_index=index, stages=log.take()))
+    log.close(0.5, "")
+    frames.append(pb.SequenceTokens(finish=pb.LENGTH, stages=log.take(), route=pb.Route(decode=SINK, blocks=8)))
+    return frames
+
+
+def _cpu_s(times: int, act: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
+    """Of one `act`, threads included, and of `after`, which follows every hundred of them."""
+    before = time.process_time()
+    for index in range(times):
+        act()
+        if index % 100 == 99:
+            after()
+    return (time.process_time() - before) / times
+
+
+def _alone_s(traces: Traces) -> float:
+    """Of one trace of eight spans, its export included: what frames cost less without one is taken off."""
     worker = Candidate(name="decode-0", incarnation="d" * 32, roles=frozenset({Role.DECODE}), pid=4711)
     plan = Plan(decode=worker, prefill=worker._replace(name="prefill-0", incarnation="p" * 32))
-    source, sink = plan.prefill.ref, plan.decode.ref
-    prefill = pb.StageReport(number=1, kind=pb.PREFILLING, worker=source, began_s=0.001, ended_s=0.02, tokens=128)
-    transfer = pb.StageReport(number=2, kind=pb.TRANSFERRING, worker=source, began_s=0.01, blocks=8, bytes=98304)
-    decode = pb.StageReport(number=3, kind=pb.DECODING, worker=sink, began_s=0.03)
-    frames = [
-        pb.SequenceTokens(token_ids=[1], stages=[prefill, transfer]),
-        pb.SequenceTokens(token_ids=[2], first_token_index=1, stages=[transfer, decode]),
-        *(pb.SequenceTokens(token_ids=[3], first_token_index=index) for index in range(2, OUTPUT_TOKENS)),
-        pb.SequenceTokens(finish=pb.LENGTH, stages=[decode], route=pb.Route(decode=sink, prefill=source, blocks=8)),
-    ]
-    traces.flush()
-    before = time.process_time()
-    for index in range(NUM_ALONE):
-        trace = traces.begin("/v1/completions", {}, f"{index:032x}")
+
+    def traced() -> None:
+        trace = traces.begin("/v1/completions", {}, "f" * 32)
         assert trace is not None
         journal = trace.journal()
-        journal.opened(f"{index:032x}", PROMPT_TOKENS, 0)
+        journal.opened("e" * 32, PROMPT_TOKENS, 0)
         journal.admitted()
         journal.sent(1, plan, is_replay=False, num_emitted=0, leader="")
+        *frames, last = _told(on=True)
         for frame in frames:
-            journal.heard(frame, len(frame.token_ids))
+            journal.heard(frame, 1)
+        journal.heard(last, 0)
         journal.ended(FinishReason.LENGTH, None)
         trace.end(Outcome.OK)
-        if index % 100 == 99:
-            traces.flush()
-    return 1e3 * (time.process_time() - before) / NUM_ALONE
+
+    traces.flush()
+    return _cpu_s(NUM_ALONE, traced, traces.flush) - _cpu_s(NUM_ALONE, lambda: _told(on=False))
+
+
+def _off_s() -> float:
+    """What asks whether there is a trace, and finds none: once a token on either side, and some times a request."""
+    request = RouterRequest(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1))
+    log = StageLog(SINK, 0.0, on=False)
+
+    def asked() -> None:
+        for _ in range(OUTPUT_TOKENS):
+            if log.on or request.journal is not None:
+                raise AssertionError("traces are off")
+            log.take()
+        StageLog(SINK, 0.0, on=False).close(0.5, "")
+
+    return _cpu_s(NUM_ALONE, asked) - _cpu_s(NUM_ALONE, lambda: [None for _ in range(OUTPUT_TOKENS)])
 
 
 async def measure() -> Cost:
@@ -178,11 +227,20 @@ async def measure() -> Cost:
                 own[is_on].append(1e3 * (time.process_time() - before) / BLOCK_REQUESTS)
                 workers.append(1e3 * (_workers_s(cluster) - before_workers) / BLOCK_REQUESTS)
             num_spans = len(receiver.rows()) - num_spans
-            alone = _alone_ms(traces)
+            alone = 1e3 * _alone_s(traces)
             await asyncio.to_thread(traces.stop)
+            never = Traces(
+                TracesConfig(endpoint=receiver.endpoint, sample_rate=0.0),
+                app="cost",
+                instance="ingress",
+                model="tiny",
+                log=log,
+            )
+            not_chosen = _cpu_s(10 * NUM_ALONE, lambda: never.begin("/v1/completions", {}, "f" * 32))
+            await asyncio.to_thread(never.stop)
     off, extra = statistics.mean(own[False]), statistics.mean(own[True]) - statistics.mean(own[False])
     error = sum(statistics.variance(each) / NUM_BLOCKS for each in own.values()) ** 0.5
-    workers_ms = statistics.mean(workers)
+    workers_ms, rate = statistics.mean(workers), TracesConfig().sample_rate
     return Cost(
         requests=2 * NUM_BLOCKS * BLOCK_REQUESTS,
         prompt_tokens=PROMPT_TOKENS,
@@ -193,8 +251,13 @@ async def measure() -> Cost:
         trace_ms=alone,
         difference_ms=extra,
         difference_error_ms=error,
+        not_chosen_us=1e6 * not_chosen,
+        off_us=1e6 * _off_s(),
         share_of_ingress=alone / off,
         share_of_all=alone / (off + workers_ms),
+        default_rate=rate,
+        default_share_of_ingress=rate * alone / off,
+        default_share_of_all=rate * alone / (off + workers_ms),
         machine=f"{platform.machine()}, {psutil.cpu_count()} cores",
     )
 

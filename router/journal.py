@@ -74,9 +74,10 @@ class Journal:
             entry.num_tokens += num_new
             if entry.first_token_at is None:
                 entry.first_token_at = time.monotonic()
-        for report in tokens.stages:
-            entry.stages[report.number] = report
-        if tokens.HasField("route"):
+        if tokens.stages:  # of few frames
+            for report in tokens.stages:
+                entry.stages[report.number] = report
+        if tokens.finish and tokens.HasField("route"):
             entry.route = tokens.route
 
     def failed(self, failure: pb.Failure) -> None:
