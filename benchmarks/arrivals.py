@@ -21,7 +21,8 @@ class Workload:
 
     The process is the one that has `num_requests` arrivals in `span_s`: that many times, uniform and independent. So
     what is offered is `rate` exactly, however short the run. With `words`, one-token words by their ids, prompts are
-    text made of them; else they are token ids below `vocab_size`.
+    text made of them; else they are token ids below `vocab_size`. About `long_share` of the prompts, drawn one by one,
+    have lengths of `long_prompt_tokens`.
     """
 
     rate: float
@@ -31,6 +32,8 @@ class Workload:
     vocab_size: int
     seed: int
     words: Mapping[int, str] | None = None
+    long_prompt_tokens: tuple[int, int] = (0, 0)
+    long_share: float = 0.0
 
     @property
     def span_s(self) -> float:
@@ -43,7 +46,9 @@ class Workload:
         token_ids = list(self.words) if self.words else range(self.vocab_size)
         found: list[Arrival] = []
         for at_s in times:
-            prompt = [draw.choice(token_ids) for _ in range(draw.randint(*self.prompt_tokens))]
+            is_long = self.long_share > 0 and draw.random() < self.long_share
+            lengths = self.long_prompt_tokens if is_long else self.prompt_tokens
+            prompt = [draw.choice(token_ids) for _ in range(draw.randint(*lengths))]
             text = "".join(self.words[token_id] for token_id in prompt) if self.words else ""
             found.append(Arrival(at_s, prompt, draw.randint(*self.output_tokens), text))
         return found

@@ -39,7 +39,7 @@ class Job(Endpoint):
     def from_json(cls, text: str) -> Job:
         tree = json.loads(text)
         workload = tree.pop("workload")
-        for name in ("prompt_tokens", "output_tokens"):
+        for name in ("prompt_tokens", "output_tokens", "long_prompt_tokens"):
             workload[name] = tuple(workload[name])
         words = workload["words"]
         workload["words"] = words and {int(token_id): word for token_id, word in words.items()}

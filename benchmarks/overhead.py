@@ -37,7 +37,7 @@ import httpx
 from benchmarks import checkpoint
 from benchmarks.arrivals import Arrival
 from benchmarks.client import Endpoint, Sample, ask
-from benchmarks.lone_engine import lone_engine
+from benchmarks.lone_engine import first_tokens
 from benchmarks.neighbours import Neighbours
 from benchmarks.process import process, receive
 from benchmarks.report import Figure, Report, Setting, percentile, publish
@@ -45,7 +45,6 @@ from benchmarks.started_cluster import started_cluster
 from benchmarks.vocabulary import Vocabulary, write_tokenizer
 from cluster import config_file
 from cluster.config import SluiceConfig
-from cluster.request import RequestKey, SamplingParams
 from deploy.tokenizer import Tokenizer
 
 BOUND_MS = 10.0
@@ -104,35 +103,6 @@ class Round:
     replica_server: float  # to the first token as the replica counts it, of the request at its own port
     public_server: float  # of the one through the public port
     tokenize: float
-
-
-# ---------------------------------------------------------------- the lone engine
-
-
-def _answer(pipe: Connection, config: SluiceConfig) -> None:
-    """In a process of its own: the parts of a worker, but neither sessions nor any thread beside the engine's."""
-    from workers.assembly import Assembly
-    from workers.engine.sequence import Sequence as TokenStream
-
-    def first_token_s(parts: Assembly, prompt: list[int], num_tokens: int, number: int) -> tuple[float, int]:
-        params = SamplingParams(max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True)
-        start = time.perf_counter()
-        stream = TokenStream(number, RequestKey(str(number), 0), prompt, len(prompt), params, arrival=number)
-        parts.scheduler.add(stream)
-        first = 0.0
-        while parts.engine.has_work:
-            outcome = parts.engine.step()
-            if not first and outcome is not None and outcome.tokens:
-                first = time.perf_counter() - start
-        return first, stream.prefix_hit_tokens
-
-    parts = lone_engine(config, _POOL)
-    pipe.send("ready")
-    number = 0
-    while (request := pipe.recv()) is not None:
-        prompt, num_tokens = request
-        number += 1
-        pipe.send(first_token_s(parts, prompt, num_tokens, number))
 
 
 # ---------------------------------------------------------------- the three ways
@@ -213,7 +183,7 @@ def all_ways(plan: Plan) -> Iterator[tuple[Ways, Vocabulary]]:
         tokenizer = Tokenizer.load(directory)
         assert tokenizer is not None
         config = plan.config(directory)
-        with process(_answer, config) as engine:
+        with process(first_tokens, config, _POOL) as engine:
             assert receive(engine) == "ready"
             with started_cluster(config, "overhead") as url:
                 yield Ways(engine, url, replica_url(url), tokenizer), Vocabulary.read(directory)
