@@ -1,17 +1,16 @@
-"""Blocks between GPU processes by one kernel over memory opened with CUDA IPC: bytes, generations, and death."""
+"""Blocks between GPU processes by one kernel over memory opened with CUDA IPC: bytes and generations."""
 
 from __future__ import annotations
 
-import os
-import signal
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
-from kvtransfer.connector import Outcome, ReadLimits
+from kvtransfer.connector import Outcome
 from kvtransfer.layout import GroupSpec, KvGeometry, PageFormat, RegionSpec
+from tests.support.exact_pulls import check_pulls
 from tests.support.kv_builders import latent_geometry
 from tests.support.kv_process import RankProcess
 
@@ -27,19 +26,6 @@ def needs(devices: tuple[str, str]) -> None:
         pytest.skip("needs two NVIDIA GPUs")
 
 
-def rows(geometry_rows: int, *, layers: int = 1) -> KvGeometry:
-    """One region of float16 rows."""
-    region = RegionSpec(
-        name="latents",
-        num_layers=layers,
-        page_format=PageFormat.ROWS,
-        dtype="float16",
-        block_size=64,
-        row_size=geometry_rows,
-    )
-    return KvGeometry((GroupSpec("self", 64, (region,)),), "interleaved")
-
-
 @pytest.mark.parametrize("devices", DEVICES)
 def test_pulls_are_bit_equal_and_checked_by_generation(devices: tuple[str, str]) -> None:
     needs(devices)
@@ -50,20 +36,7 @@ def test_pulls_are_bit_equal_and_checked_by_generation(devices: tuple[str, str])
     with source, sink:
         connected = sink.connect(source)
         assert (connected.error, connected.transport) == (None, "ipc")
-        blocks, into, contents = [3, 7, 8, 31, 1], [30, 2, 3, 4, 9], [11, 12, 13, 14, 15]
-        source.write(blocks, contents, generation=5)
-        done = sink.pull(source, blocks, into, [5] * 5)
-        assert (done.outcome, done.stale, done.error) == (Outcome.OK, (), "")
-        assert sink.read(into, contents) == [True] * 5
-        assert sink.read([1, 5], [15, 12]) == [False, False], "nothing else was touched"
-        source.write([7, 31], [98, 99], generation=6)
-        done = sink.pull(source, blocks, into, [5] * 5)
-        assert (done.outcome, done.stale) == (Outcome.STALE, (1, 3))
-        sink.disconnect(source)
-        assert sink.pull(source, blocks, into, [5] * 5).outcome is Outcome.LOST
-        assert sink.connect(source).error is None, "the same incarnation may come back"
-        assert sink.pull(source, [7], [1], [6]).outcome is Outcome.OK
-        assert sink.read([1], [98]) == [True]
+        check_pulls(source, sink, GEOMETRY)
         assert (sink.stop(), source.stop()) == (0, 0)
 
 
@@ -124,49 +97,3 @@ def test_nothing_to_copy() -> None:
 
     none = np.zeros(0, np.uint64)
     Gather(torch.device("cuda", 0))(none, none, none).synchronize()
-
-
-@pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_source_that_dies_or_freezes_under_reads(
-    devices: tuple[str, str], number: signal.Signals, request: pytest.FixtureRequest
-) -> None:
-    """The sink's device goes on: what it pulls from a living source afterwards is right. 50 deaths in the long form."""
-    needs(devices)
-    num_deaths = (50 if request.config.getoption("full") else 4) if number is signal.SIGKILL else 3
-    geometry = rows(576, layers=61)  # 4.5 MB a block
-    random = Random(1)
-    limits = ReadLimits(30.0, 2.0)
-    names = [f"source-{index}" for index in range(num_deaths)]
-    sink = RankProcess("sink", geometry, 160, device=devices[1], transport="ipc", limits=limits)
-    spare = RankProcess("spare", geometry, 4, device=devices[0], transport="ipc")
-    outcomes: list[Outcome] = []
-    with sink, spare:
-        assert sink.connect(spare).transport == "ipc"
-        while names:
-            together, names = names[:8], names[8:]
-            sources = [RankProcess(name, geometry, 160, device=devices[0], transport="ipc") for name in together]
-            for source in sources:
-                with source:
-                    assert sink.connect(source).error is None
-                    for pull in range(24):
-                        sink.submit(source, list(range(1, 151)), list(range(1, 151)), [0] * 150, id=pull + 1)
-                    seen = [sink.done().outcome for _ in range(random.randrange(4))]
-                    assert source.process.pid is not None
-                    os.kill(source.process.pid, number)
-                    seen += [sink.done().outcome for _ in range(24 - len(seen))]
-                    os.kill(source.process.pid, signal.SIGKILL)  # a frozen one, too
-                    later = [sink.done().outcome for _ in range(seen.count(Outcome.STUCK))]
-                    assert set(later) <= {Outcome.LOST}
-                    assert set(seen) <= {Outcome.OK, Outcome.LOST, Outcome.STUCK}
-                    outcomes += seen
-                    sink.disconnect(source)
-                    generation = len(outcomes)
-                    spare.write([1, 2], [generation, generation + 1], generation)
-                    assert sink.pull(spare, [2, 1], [157, 158], [generation] * 2).outcome is Outcome.OK
-                    assert sink.read([157, 158], [generation + 1, generation]) == [True, True]
-        assert sink.stop() == 0
-    print(f"{num_deaths} times: {outcomes.count(Outcome.OK)} pulls whole, {outcomes.count(Outcome.LOST)} lost")
-    if number is signal.SIGKILL:
-        assert Outcome.LOST in outcomes, "no source died under a read"
-        assert Outcome.STUCK not in outcomes

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 from cluster.request import FinishReason, SamplingParams
+from kvtransfer.transport import TransportKind
 from tests.support.gpu_workers import BLOCK_SIZE, FAMILIES, VOCAB_SIZE, assembled, driver, settings, write_checkpoint
 from tests.support.kv_builders import latent_geometry
 from tests.support.kv_process import RankProcess
@@ -31,10 +32,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module", params=["nixl", "ipc"])
+def transport(request: pytest.FixtureRequest) -> TransportKind:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
+def served(folder: Path, transport: TransportKind) -> Iterator[tuple[PlainCluster, asyncio.Runner]]:
     """One prefill and one decode worker."""
-    shared = {"router.local_prefill": "never", "router.spare": False}
+    shared = {"router.local_prefill": "never", "router.spare": False, "transfer.transport": transport}
     with running_cluster(settings(folder, **shared), prefill=1, decode=1) as running:
         yield running
 
@@ -56,7 +62,9 @@ def test_blocks_cross_between_processes_bit_for_bit() -> None:
         assert stale.outcome.name == "STALE" and stale.stale == (0, 1, 2, 3)
 
 
-def test_disaggregated_equals_aggregated(folder: Path, served: tuple[PlainCluster, asyncio.Runner]) -> None:
+def test_disaggregated_equals_aggregated(
+    folder: Path, transport: TransportKind, served: tuple[PlainCluster, asyncio.Runner]
+) -> None:
     """One request at a time, so that both compute the same chunks and batches; greedy and drawn."""
     cluster, runner = served
     parts = assembled(folder)
@@ -68,7 +76,7 @@ def test_disaggregated_equals_aggregated(folder: Path, served: tuple[PlainCluste
             parts.blocks.clear_cache()
             answer = runner.run(cluster.ask(text, params))
             assert answer.token_ids == driven.emitted(sequence)
-            assert answer.route.transport == "nixl" and not answer.route.local_prefill
+            assert answer.route.transport == transport and not answer.route.local_prefill
             assert answer.route.blocks > 0 or params is SEEDED
             runner.run(cluster.router.clear_cache())
     for executor in parts.executors:

@@ -11,6 +11,8 @@ import pytest
 
 from kvtransfer.connector import Outcome, ReadLimits
 from kvtransfer.nixl_transport import prepare_environment
+from tests.support.dying_sources import outcomes_of_deaths
+from tests.support.exact_pulls import check_pulls
 from tests.support.kv_builders import latent_geometry
 from tests.support.kv_process import RankProcess
 
@@ -33,24 +35,7 @@ def test_pulls_are_bit_equal_checked_by_generation_and_processes_end_well(
     pair: tuple[RankProcess, RankProcess],
 ) -> None:
     source, sink = pair
-    blocks, into, contents = [3, 7, 8, 31, 1], [30, 2, 3, 4, 9], [11, 12, 13, 14, 15]
-    source.write(blocks, contents, generation=5)
-    done = sink.pull(source, blocks, into, [5] * 5)
-    assert (done.outcome, done.stale, done.error) == (Outcome.OK, (), "")
-    assert done.num_bytes == 5 * GEOMETRY.groups[0].block_bytes()
-    assert sink.read(into, contents) == [True] * 5
-    assert sink.read([1, 5], [15, 12]) == [False, False], "nothing else was touched"
-
-    source.write([7, 31], [98, 99], generation=6)
-    done = sink.pull(source, blocks, into, [5] * 5)
-    assert (done.outcome, done.stale) == (Outcome.STALE, (1, 3))
-
-    sink.disconnect(source)
-    assert sink.pull(source, blocks, into, [5] * 5).outcome is Outcome.LOST
-    assert sink.connect(source).error is None, "the same incarnation may come back"
-    assert sink.pull(source, [7], [1], [6]).outcome is Outcome.OK
-    assert sink.read([1], [98]) == [True]
-
+    check_pulls(source, sink, GEOMETRY)
     assert sink.idle_cores(0.7) < 0.5, "an agent that waits must not spin"
     assert sink.stop() == 0
     assert source.stop() == 0
@@ -96,6 +81,16 @@ def test_a_source_killed_or_frozen_mid_read() -> None:
         assert (done.id, done.outcome) == (2, Outcome.LOST)
         assert done.seconds < limits.stuck_read_s
         assert sink.stop() == 0
+
+
+@pytest.mark.full
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_sources_that_die_under_many_reads(number: signal.Signals) -> None:
+    """As tests/gpu has it between GPUs."""
+    geometry = latent_geometry(num_layers=61, block_size=16, row_size=576)
+    outcomes = outcomes_of_deaths(number, 3, geometry, transport="nixl", num_blocks=60)
+    assert outcomes.total() == 3 * 24
 
 
 def test_environment_without_and_with_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
