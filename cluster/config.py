@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,9 @@ class ModelConfig(Section):
     """Longest sequence, prompt and output, in tokens; none: what the checkpoint says."""
 
 
+EncoderOutput: TypeAlias = Literal["cross_kv", "hidden_states"]
+
+
 class KvConfig(Section):
     block_size: Positive = 64
     """Tokens per block; equal on all workers that exchange blocks."""
@@ -61,6 +64,9 @@ class KvConfig(Section):
     cross_kv_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the memory for what decoders read of encoder outputs; none: so that both groups hold as many sequences
     of full length. Models without an encoder have no such group."""
+    encoder_output: EncoderOutput = "cross_kv"
+    """What encode workers hand over: the keys and values of all decoder layers, or the hidden states of which each
+    worker that runs decoders makes them: fewer bytes, more work there. Models with an encoder."""
 
 
 class SchedulerConfig(Section):
@@ -180,6 +186,8 @@ class LimitsConfig(Section):
     """Samples of one prompt that a request may ask for, and sequences of one request that run at once."""
     max_body_bytes: Positive = 8 << 20
     """Longest HTTP request body."""
+    max_encoder_output_bytes: Annotated[int, Field(ge=1, le=48 << 20)] = 16 << 20
+    """Of the hidden states, as float32, that a request may ask for with `return_encoder_output`."""
 
 
 class ControllerConfig(Section):

@@ -126,8 +126,8 @@ class Executor:
         self._shard = shard
         self._clock = clock
         self._rank = pool.layout.rank
-        for group, table in zip(pool.regions, pool.generations, strict=True):
-            for storage in (*group, table.entries):
+        for group, table in enumerate(pool.generations):
+            for storage in (*(storage for _, storage in pool.travelling(group)), table.entries):
                 transport.register(span_of(storage))
         self._offer = rank_offer(pool, shard, transport.offer())
         self._landing = Landing(pool, transport)

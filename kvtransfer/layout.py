@@ -62,6 +62,7 @@ class RegionSpec:
     kv_heads: int = 0  # KV_HEADS_FIRST: of the whole model
     head_dim: int = 0  # KV_HEADS_FIRST
     scales_per_row: int = 0  # FP8_VALUES_THEN_SCALES
+    travels: bool = True  # read by sinks; otherwise each worker makes its own of what the group's other regions bring
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -123,7 +124,8 @@ class RegionSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """Regions under one block table. Raises ValueError when a region has another block size or a name twice."""
+    """Regions under one block table. Raises ValueError when a region has another block size or a name twice, and when
+    none of them travels."""
 
     name: str
     block_size: int
@@ -139,6 +141,13 @@ class GroupSpec:
                     f"group {self.name}: region {region.name} has blocks of {region.block_size} tokens, "
                     f"the group of {self.block_size}"
                 )
+        if not self.travelling:
+            raise ValueError(f"group {self.name}: none of the regions {names} travels; let one of them")
+
+    @property
+    def travelling(self) -> tuple[RegionSpec, ...]:
+        """What sinks read of a block."""
+        return tuple(region for region in self.regions if region.travels)
 
     def block_bytes(self, tp_size: int = 1) -> int:
         """Bytes of one block on one rank over all regions."""

@@ -43,8 +43,8 @@ def rank_offer(pool: KvPool, shard: int, agent: AgentOffer) -> pb.RankOffer:
         agent=agent.agent,
         metadata=agent.metadata,
     )
-    for group, spec in enumerate(pool.geometry.groups):
-        for region, storage in zip(spec.regions, pool.regions[group], strict=True):
+    for group in range(len(pool.regions)):
+        for region, storage in pool.travelling(group):
             offer.regions.append(_region_offer(group, region.name, storage))
         offer.generations.append(_region_offer(group, "generations", pool.generations[group].entries))
     return offer
@@ -262,8 +262,8 @@ class Link:
         pool = self._pool
         by_rank = {source.offer.rank: source for source in self._sources}
         layouts = [RankLayout(s.offer.rank, s.offer.tp_rank, s.offer.tp_size) for s in self._sources]
-        for group, spec in enumerate(pool.geometry.groups):
-            for region, storage in zip(spec.regions, pool.regions[group], strict=True):
+        for group in range(len(pool.regions)):
+            for region, storage in pool.travelling(group):
                 local = _region_offer(group, region.name, storage)
                 for piece in reshard_plan(region, layouts, pool.layout):
                     source = by_rank[piece.source_rank]
@@ -297,7 +297,7 @@ def _checked(peer: str, ranks: Sequence[pb.RankOffer], pool: KvPool) -> list[int
     for group, spec in enumerate(geometry.groups):
         counts: set[int] = set()
         for rank in ranks:
-            for region in spec.regions:
+            for region in spec.travelling:
                 offered = _offered_or_none(rank, group, region.name)
                 if offered is None or offered.block_bytes != _block_bytes(region, rank):
                     raise _mismatch(peer, rank, geometry)
@@ -307,7 +307,7 @@ def _checked(peer: str, ranks: Sequence[pb.RankOffer], pool: KvPool) -> list[int
                 raise _mismatch(peer, rank, geometry)
             counts.add(table.num_blocks)
             if len({(region.group, region.name) for region in rank.regions}) != sum(
-                len(other.regions) for other in geometry.groups
+                len(other.travelling) for other in geometry.groups
             ):
                 raise _mismatch(peer, rank, geometry)
         if len(counts) != 1:
@@ -328,7 +328,7 @@ def _mismatch(peer: str, rank: pb.RankOffer, geometry: KvGeometry) -> TransferEr
     ours = [
         f"{group}/{region.name}: {region.block_bytes(rank.tp_size)} B a block"
         for group, spec in enumerate(geometry.groups)
-        for region in spec.regions
+        for region in spec.travelling
     ]
     return TransferError(
         f"KV geometry of {peer} (rank {rank.rank}, tp {rank.tp_rank}/{rank.tp_size}) is [{'; '.join(theirs)}], "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtransfer.layout import KvGeometry, RankLayout
+from kvtransfer.layout import KvGeometry, RankLayout, RegionSpec
 
 NULL_BLOCK = 0
 
@@ -79,6 +79,11 @@ class KvPool:
     @property
     def num_blocks(self) -> list[int]:
         return [len(table.entries) for table in self.generations]
+
+    def travelling(self, group: int) -> list[tuple[RegionSpec, torch.Tensor]]:
+        """The regions of a group that sinks read, with their storage."""
+        pairs = zip(self.geometry.groups[group].regions, self.regions[group], strict=True)
+        return [(spec, storage) for spec, storage in pairs if spec.travels]
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ import torch
 
 from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig
 from cluster.engine_config import EngineConfig
+from cluster.errors import ConfigError
 from cluster.hashing import chain_root
 from cluster.membership import Member, MemberState, Rank
 from cluster.words_config import WordsConfig
@@ -74,7 +75,7 @@ class Assembly:
 
     compatibility_hash: bytes
     block_size: int
-    block_bytes: int  # of one block of every group
+    block_bytes: int  # of one block of every group, as a sink reads it
     blocks: BlockManager
     scheduler: Scheduler
     engine: Engine
@@ -102,12 +103,15 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         environment=Environment.probe(device, disabled=engine.disabled, strict=engine.strict),
     )
     model, spec = loaded.model, loaded.model.spec
-    groups = model.kv_groups(kv.block_size)
+    encoder = model if isinstance(model, EncoderDecoderModel) else None
+    moves_states = kv.encoder_output == "hidden_states"
+    if encoder is None and moves_states:
+        raise ConfigError("kv.encoder_output", "hidden_states, but the model has no encoder; remove it")
+    groups = model.kv_groups(kv.block_size) if encoder is None else encoder.kv_groups(kv.block_size, kv.encoder_output)
     geometry = KvGeometry(groups, rope_convention=spec.rope_convention)
     compatibility = compatibility_hash(loaded.weights_identity, loaded.config_json, spec.dtype, geometry)
     max_model_len = min(model_config.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
-    block_bytes = sum(group.block_bytes() for group in groups)
-    encoder = model if isinstance(model, EncoderDecoderModel) else None
+    block_bytes = sum(region.block_bytes() for group in groups for region in group.travelling)
     limits = SchedulerLimits(
         max_batched_tokens=settings.scheduler.max_batched_tokens,
         max_sequences=settings.scheduler.max_sequences,
@@ -129,9 +133,10 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         resources=settings.resources,
     )
     pool = bound.pool
+    fixed = [encoder is not None and group.name == CROSS for group in groups]
     capacities = [
-        GroupCapacity(group.name, count - 1, group.block_size, is_fixed=encoder is not None and group.name == CROSS)
-        for group, count in zip(groups, pool.num_blocks, strict=True)
+        GroupCapacity(group.name, count - 1, group.block_size, is_fixed, is_projected=is_fixed and moves_states)
+        for group, count, is_fixed in zip(groups, pool.num_blocks, fixed, strict=True)
     ]
     eos = frozenset(spec.eos_token_ids)
     blocks = BlockManager(capacities, enable_prefix_cache=kv.prefix_cache)

@@ -23,9 +23,10 @@ controller.check_s controller.drain_timeout_s controller.ingress_lease_s control
 engine.cuda_graphs engine.device engine.disabled engine.overlap engine.strict
 http.api_keys_env http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas
 http.request_timeout_s
-kv.block_size kv.cross_kv_fraction kv.memory_bytes kv.memory_fraction kv.num_blocks kv.prefill_reserve kv.prefix_cache
-limits.max_body_bytes limits.max_prompt_tokens limits.max_queued limits.max_requests limits.max_samples
-limits.max_ttft_s
+kv.block_size kv.cross_kv_fraction kv.encoder_output kv.memory_bytes kv.memory_fraction kv.num_blocks
+kv.prefill_reserve kv.prefix_cache
+limits.max_body_bytes limits.max_encoder_output_bytes limits.max_prompt_tokens limits.max_queued limits.max_requests
+limits.max_samples limits.max_ttft_s
 log.format log.level
 model.dtype model.dummy_seed model.load_format model.max_model_len model.path model.served_name
 name

@@ -65,6 +65,8 @@ class RankDouble:
         self.memory: dict[int, list[int]] = {}
         self.outputs: dict[int, tuple[int, ...]] = {}  # block of the fixed group -> the encoder input it was made of
         self.inputs: dict[int, tuple[int, ...]] = {}  # sequence -> its encoder input, as the test gave it
+        self.projected: dict[int, tuple[int, ...]] = {}  # the same, where decoders read what a step makes of it
+        self.num_projected = 0
         self.num_encoded = 0
         self.tables: dict[int, list[list[int]]] = {}
         self.known: set[int] = set()
@@ -96,6 +98,11 @@ class RankDouble:
                 found = self.blocks.state(1, block)
                 assert found is BlockState.FILLING or (self.late and found is BlockState.FREE)
                 self.outputs[block] = encode.tokens
+        assert len(set(plan.projections)) == len(plan.projections)
+        for group, block, num_tokens in plan.projections:
+            assert group == 1 and 1 <= num_tokens <= self.blocks.groups[1].block_size
+            self.num_projected += 1
+            self.projected[block] = self.outputs[block]
         assert len({row.id for row in plan.sequences}) == len(plan.sequences)
         assert plan.num_tokens == sum(row.num_tokens for row in plan.sequences)
         sampled: dict[int, int] = {}
@@ -121,7 +128,8 @@ class RankDouble:
             tokens = (token,)
         assert len(tokens) == row.num_tokens >= 1
         if row.id in self.inputs:
-            assert tables[1] and all(self.outputs[block] == self.inputs[row.id] for block in tables[1])
+            read = self.projected if self.blocks.groups[1].is_projected else self.outputs
+            assert tables[1] and all(read[block] == self.inputs[row.id] for block in tables[1])
         table = tables[self.group]
         state = self.at(table, row.start - 1) if row.start else 0
         for position, token in enumerate(tokens, row.start):

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluster.config import EncoderOutput
 from cluster.hashing import chain_root
 from cluster.request import FinishReason, RequestKey, SamplingParams, TokenLogprobs
 from kvtransfer.layout import KvGeometry, RankLayout
@@ -221,18 +222,22 @@ class LoadedEngine(Driver):
         num_fixed_blocks: int | None = None,
         block_size: int = 16,
         scheduler_limits: SchedulerLimits | None = None,
+        encoder_output: EncoderOutput = "cross_kv",
     ) -> None:
-        groups = loaded.model.kv_groups(block_size)
+        encoder = loaded.model if isinstance(loaded.model, EncoderDecoderModel) else None
+        groups = (
+            loaded.model.kv_groups(block_size) if encoder is None else encoder.kv_groups(block_size, encoder_output)
+        )
         geometry = KvGeometry(groups, loaded.model.spec.rope_convention)
         counts = [num_blocks, *[num_fixed_blocks or num_blocks] * (len(groups) - 1)]
         self.pool = KvPool.allocate(geometry, RankLayout(0, 0, 1), counts)
         caches = [kv_cache(group, regions) for group, regions in zip(groups, self.pool.regions, strict=True)]
         loaded.model.bind_kv(caches)
-        encoder = loaded.model if isinstance(loaded.model, EncoderDecoderModel) else None
         fixed = encoder is not None
+        projected = encoder_output == "hidden_states"
         blocks = BlockManager(
             [
-                GroupCapacity(group.name, count, block_size, is_fixed=fixed and index == 1)
+                GroupCapacity(group.name, count, block_size, fixed and index == 1, projected and index == 1)
                 for index, (group, count) in enumerate(zip(groups, counts, strict=True))
             ]
         )

@@ -19,7 +19,7 @@ from workers.attention.interface import AttentionBatch, EncoderBatch, FixedGroup
 from workers.engine.prompt_readings import PromptReadings, readings
 from workers.engine.sampler import Draws
 from workers.engine.sequence_mirror import BlockTableArray, SequenceMirror
-from workers.engine.step_plan import EncodeRow, Literal, StepPlan
+from workers.engine.step_plan import EncodeRow, Literal, Projection, StepPlan
 
 _Ints = npt.NDArray[np.int64]
 
@@ -125,6 +125,12 @@ def build_encodes(rows: Sequence[EncodeRow], block_size: int, device: torch.devi
     input_ids = np.fromiter(chain.from_iterable(row.tokens for row in rows), np.int64, count=sum(lens))
     slots = [_slots(row, block_size) for row in rows]
     return to_device(input_ids), EncoderBatch(lens, to_device(np.concatenate(slots)))
+
+
+def build_projections(rows: Sequence[Projection], block_size: int, device: torch.device) -> EncoderBatch:
+    """Where the output lies that decoder layers make their keys and values of, and these go: a block is an input."""
+    slots = [row.block * block_size + np.arange(row.num_tokens) for row in rows]
+    return EncoderBatch([row.num_tokens for row in rows], _Mover(device)(np.concatenate(slots)))
 
 
 def _slots(row: EncodeRow, block_size: int) -> _Ints:

@@ -25,6 +25,7 @@ class GroupCapacity:
     num_blocks: int  # without the null block
     block_size: int  # tokens
     is_fixed: bool = False  # holds what an encoder made for a sequence; otherwise grows with its tokens
+    is_projected: bool = False  # and decoders read what a step makes of that first (projections.py)
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.block_size < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from workers.engine.block_manager import BlockManager
 from workers.engine.block_tables import BlockTables
 from workers.engine.plan_builder import PlanBuilder
+from workers.engine.projections import Projections
 from workers.engine.pulls import PullReservation
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceStatus
@@ -22,6 +23,7 @@ class Encodes:
     def __init__(self, blocks: BlockManager, tables: BlockTables, limits: SchedulerLimits) -> None:
         self._blocks = blocks
         self._tables = tables
+        self.projections = Projections(blocks)
         self._max_fetched = sum(limits.max_pull_blocks(group) for group in blocks.groups if group.is_fixed)
         self._num_fetched = 0  # blocks of those that are fetched
         self._reading: dict[int, Sequence] = {}  # ENCODING, here

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.attention.interface import AttentionBatch, EncoderBatch, KvCache
 from workers.engine import sampler
 from workers.engine.adjustments import adjustments
-from workers.engine.batch import StepBatch, build, build_encodes
+from workers.engine.batch import StepBatch, build, build_encodes, build_projections
 from workers.engine.block_manager import BlockRaise
 from workers.engine.candidates import Best, BestTokens, SearchingRows
 from workers.engine.constraint import ConstraintCompiler
@@ -21,7 +21,7 @@ from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
 from workers.engine.pooling import PooledRow, Pooler
 from workers.engine.prompt_readings import PromptRow
 from workers.engine.sequence_mirror import SequenceMirror
-from workers.engine.step_plan import BlockCopy, EncodeRow, PromptLogprobs, StepPlan, StepResult
+from workers.engine.step_plan import BlockCopy, EncodeRow, Projection, PromptLogprobs, StepPlan, StepResult
 
 _Brought = TypeVar("_Brought", Logprobs, Best)
 _NOT_NUMBERS = "the model's logits are not finite numbers; the checkpoint may need another dtype"
@@ -47,7 +47,11 @@ class EncoderModel(Protocol):
         ...
 
     def keep(self, states: Tensor, batch: EncoderBatch) -> None:
-        """Writes what decoder steps read of the output into the blocks that the batch names."""
+        """Writes the output, or what decoder steps read of it, into the blocks that the batch names."""
+        ...
+
+    def project(self, batch: EncoderBatch) -> None:
+        """Writes what decoder steps read of the output that is in these blocks beside it."""
         ...
 
 
@@ -176,6 +180,8 @@ class ModelRunner:
             torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
         encoded = self._encode(plan.encodes) if plan.encodes else {}
+        if plan.projections:
+            self._project(plan.projections)
         if not plan.sequences:
             return replace(self._nothing_drawn(plan), vectors=encoded)
         batch = build(plan, self._mirror, self._device)
@@ -202,6 +208,11 @@ class ModelRunner:
             PooledRow(row.id, row.pooling, at, at + n, 0, True) for row, at, n in spans if row.pooling is not None
         ]
         return self._vectors(Pooler().pool(states, pooled))
+
+    def _project(self, rows: Sequence[Projection]) -> None:
+        assert self._encoder is not None
+        (block_size,) = {self._block_sizes[row.group] for row in rows}
+        self._encoder.project(build_projections(rows, block_size, self._device))
 
     def _vectors(self, vectors: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """To the host, with the step."""

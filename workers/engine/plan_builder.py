@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import NamedTuple
 
 from workers.engine.block_manager import BlockRaise
+from workers.engine.projections import Projections
 from workers.engine.sequence import Sequence
 from workers.engine.step_plan import (
     BlockCopy,
@@ -14,6 +15,7 @@ from workers.engine.step_plan import (
     Literal,
     NewSequence,
     PreviousRow,
+    Projection,
     ResumedSequence,
     ScheduledSequence,
     StepPlan,
@@ -29,15 +31,27 @@ class Launched(NamedTuple):
     rows: list[tuple[Sequence, int]]
     preempted: list[Sequence]
     encoded: list[Sequence]  # those whose output was found, too
+    projected: list[tuple[Sequence, Mapping[tuple[int, int], int]]]  # see Projections.settle
 
 
 class PlanBuilder:
     """Collects rows under a token budget. Rows keep their order; a victim of preemption loses its row."""
 
-    __slots__ = ("budget", "copies", "encoded", "encoder_budget", "found", "preempted", "rows", "stalled")
+    __slots__ = (
+        "budget",
+        "copies",
+        "encoded",
+        "encoder_budget",
+        "found",
+        "preempted",
+        "projections",
+        "rows",
+        "stalled",
+    )
 
-    def __init__(self, budget: int, encoder_budget: int) -> None:
+    def __init__(self, budget: int, encoder_budget: int, projections: Projections) -> None:
         self.budget = budget
+        self.projections = projections
         self.encoder_budget = encoder_budget
         self.encoded: list[Sequence] = []
         self.found: list[Sequence] = []  # only encode, and what they want is cached
@@ -68,6 +82,7 @@ class PlanBuilder:
         new: list[NewSequence] = []
         resumed: list[ResumedSequence] = []
         launched: list[tuple[Sequence, int]] = []
+        projected: list[tuple[Sequence, list[Projection]]] = []  # who is the first to read what
         num_total = 0
         for seq, num_tokens in self.rows.values():
             start = seq.num_computed
@@ -83,6 +98,8 @@ class PlanBuilder:
             appends = _NO_APPENDS
             if not seq.is_table_sent:
                 _introduce(seq, new, resumed)
+                if lacking := self.projections.lacking(seq):
+                    projected.append((seq, lacking))
             elif seq.fresh is not None:
                 appends = tuple(map(tuple, seq.fresh))
             seq.fresh = None
@@ -109,8 +126,10 @@ class PlanBuilder:
             copies=tuple(chain.from_iterable(self.copies.values())),
             num_tokens=num_total,
             encodes=tuple(_encode_row(seq, step) for seq in self.encoded),
+            projections=tuple(dict.fromkeys(each for _, lacking in projected for each in lacking)),
         )
-        return plan, Launched(step, launched, self.preempted, self.encoded + self.found)
+        trusted = [(seq, self.projections.of(lacking)) for seq, lacking in projected]
+        return plan, Launched(step, launched, self.preempted, self.encoded + self.found, trusted)
 
 
 def _encode_row(seq: Sequence, step: int) -> EncodeRow:

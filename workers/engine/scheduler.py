@@ -224,10 +224,9 @@ class Scheduler:
         """The next plan; its tokens count as computed from now on."""
         assert len(self._launched) < 2, "two plans are unsettled"
         self._step += 1
-        for seq in self._lingering:
-            self._tables.drop(seq)
-        self._lingering.clear()
-        batch = PlanBuilder(self._limits.max_batched_tokens, self._limits.max_encoder_tokens)
+        while self._lingering:
+            self._tables.drop(self._lingering.pop(0))
+        batch = PlanBuilder(self._limits.max_batched_tokens, self._limits.max_encoder_tokens, self._encodes.projections)
         self._advance(batch)
         self._admit(batch)
         plan, launched = batch.build(self._step, self._ended, self._blocks.drain_raises())
@@ -373,6 +372,7 @@ class Scheduler:
                     finish = seq.accept(token, self._eos_token_ids)
                     logprobs = result.logprobs.get(row.id)
                     outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))
+        self._encodes.projections.settle(launched.projected)
                 if finish is not None:
                     self._finish(seq, finish)
                     outcome.finished.append(seq)

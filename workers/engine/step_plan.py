@@ -49,6 +49,14 @@ class EncodeRow(NamedTuple):
     pooling: Pooling | None = None  # what is told of the output
 
 
+class Projection(NamedTuple):
+    """A block of a fixed group with the encoder's output for `num_tokens` tokens: make what decoders read of it."""
+
+    group: int
+    block: int
+    num_tokens: int
+
+
 class NewSequence(NamedTuple):
     """First sight of a sequence; the ranks keep all of it until it is finished."""
 
@@ -81,7 +89,8 @@ class BlockCopy(NamedTuple):
 class StepPlan:
     """A delta against what every rank holds. Ranks apply it in this order:
 
-    raises, copies, finished, preempted, new and resumed, encodes, then the rows of `sequences` with their appends.
+    raises, copies, finished, preempted, new and resumed, encodes, projections, then the rows of `sequences` with their
+    appends.
     A plan without rows is legal: it still carries the rest.
     """
 
@@ -95,6 +104,7 @@ class StepPlan:
     copies: tuple[BlockCopy, ...] = ()
     num_tokens: int = 0
     encodes: tuple[EncodeRow, ...] = ()
+    projections: tuple[Projection, ...] = ()  # only beside `sequences`
 
     @property
     def computes(self) -> bool:
@@ -118,7 +128,8 @@ class StepResult:
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # where params.num_logprobs asks
     prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)  # where it asks, a chunk at a time
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)  # where params.beams asks; best first
-    vectors: Mapping[int, bytes] = field(default_factory=dict)  # float32, little endian, [d]: where params.pooling asks
+    vectors: Mapping[int, bytes] = field(default_factory=dict)  # float32, little endian, [d], or [S, d] for STATES:
+    # where params.pooling asks
     failed: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be sampled, and why; others are well
 
 

@@ -1,7 +1,8 @@
 """What T5, BART and mBART share: two stacks, two KV groups, and how the rest of a worker calls them.
 
 Group 0, "self", grows with the decoder's tokens. Group 1, "cross", holds the keys and values that every decoder layer
-makes of the encoder's output: as many tokens as the encoder read, written once.
+makes of the encoder's output: as many tokens as the encoder read, written once. Where encoders hand over their hidden
+states, it holds these beside them: they travel, and each worker makes the keys and values itself.
 
 Shapes: T decoder tokens, S packed encoder tokens, N rows with logits, d hidden size, V vocabulary.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from cluster.config import EncoderOutput
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
 from workers.attention.encoder_decoder import CrossStep, CrossWriter, SelfAttention
 from workers.attention.environment import Environment
@@ -27,10 +29,11 @@ from workers.attention.interface import (
     KvCache,
 )
 from workers.attention.resolver import Choice, resolve
+from workers.layers.blocked_linear import block_all
 from workers.models.fields import ConfigFields
 from workers.models.model import EncoderSpec, ModelSpec
 
-REGION = "kv"
+REGION, STATES = "kv", "states"
 SELF, CROSS = "self", "cross"
 
 
@@ -106,7 +109,7 @@ class EncoderDecoderModel(nn.Module, ABC):
 
     # ------------------------------------------------------------------ what everybody calls
 
-    def kv_groups(self, block_size: int) -> tuple[GroupSpec, ...]:
+    def kv_groups(self, block_size: int, encoder_output: EncoderOutput = "cross_kv") -> tuple[GroupSpec, ...]:
         region = RegionSpec(
             name=REGION,
             num_layers=self._shape.num_decoder_layers,
@@ -116,7 +119,18 @@ class EncoderDecoderModel(nn.Module, ABC):
             kv_heads=self._shape.num_heads,
             head_dim=self._shape.head_dim,
         )
-        return (GroupSpec(SELF, block_size, (region,)), GroupSpec(CROSS, block_size, (region,)))
+        cross: tuple[RegionSpec, ...] = (region,)
+        if encoder_output == "hidden_states":
+            states = RegionSpec(
+                name=STATES,
+                num_layers=1,
+                page_format=PageFormat.ROWS,
+                dtype=self.spec.dtype,
+                block_size=block_size,
+                row_size=self.spec.hidden_size,
+            )
+            cross = (replace(region, travels=False), states)
+        return (GroupSpec(SELF, block_size, (region,)), GroupSpec(CROSS, block_size, cross))
 
     def attention_problem(self, block_size: int) -> AttentionProblem:
         return AttentionProblem(
@@ -136,6 +150,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         choice = resolve(problem, environment or Environment.probe(pages.device))
         assert choice.chosen == "reference", f"{choice}: nothing else has a cross group"
         self._in_place = pages.device.type == "cpu"
+        block_all(self)
         self._problem, self._backend = problem, SelfAttention(problem, in_place=self._in_place)
         return choice
 
@@ -151,9 +166,21 @@ class EncoderDecoderModel(nn.Module, ABC):
 
     @torch.inference_mode()
     def keep(self, states: Tensor, batch: EncoderBatch) -> None:
-        """The encoder's output [S, d], of here or elsewhere -> keys and values of all decoder layers, in the blocks
-        of group 1 that the batch names."""
-        self._keep(states, CrossWriter(batch, self._caches[1], REGION))
+        """The encoder's output [S, d] -> into the blocks of group 1 that the batch names: keys and values of all
+        decoder layers, or the states themselves, of which `project` makes them."""
+        if STATES in self._caches[1].regions:
+            self._kept_states()[batch.slot_mapping] = states
+        else:
+            self._keep(states, CrossWriter(batch, self._caches[1], REGION))
+
+    @torch.inference_mode()
+    def project(self, batch: EncoderBatch) -> None:
+        """Keys and values of all decoder layers, from the states that lie in the same slots of group 1."""
+        self._keep(self._kept_states()[batch.slot_mapping], CrossWriter(batch, self._caches[1], REGION))
+
+    def _kept_states(self) -> Tensor:
+        """[slots, d], sharing memory."""
+        return self._caches[1].pages(STATES).view(-1, self.spec.hidden_size)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:

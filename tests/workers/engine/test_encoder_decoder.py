@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
 
+from cluster.config import EncoderOutput
 from cluster.errors import InvalidRequest, RequestTooLong
 from cluster.request import Pooling, SamplingParams
 from tests.support.checkpoints import checkpoint, transformers_model
@@ -24,11 +26,16 @@ LIMITS = replace(
     vocab_size=VOCAB_SIZE,
 )
 ALL = ["t5", "t5-gated", "bart", "mbart"]
-LONG = [pytest.param(family, marks=pytest.mark.full) for family in ("t5-small", "bart-relu")]
+WIDE = ["t5-small", "bart-relu"]
 
 
 def engine(
-    family: str, *, num_blocks: int = 400, num_fixed_blocks: int = 200, scheduler_limits: SchedulerLimits = LIMITS
+    family: str,
+    *,
+    num_blocks: int = 400,
+    num_fixed_blocks: int = 200,
+    scheduler_limits: SchedulerLimits = LIMITS,
+    encoder_output: EncoderOutput = "cross_kv",
 ) -> LoadedEngine:
     loaded = LoadedEngine(
         load(checkpoint(family)),
@@ -36,8 +43,9 @@ def engine(
         num_fixed_blocks=num_fixed_blocks,
         block_size=4,
         scheduler_limits=scheduler_limits,
+        encoder_output=encoder_output,
     )
-    for (region,) in loaded.pool.regions:  # what nobody wrote must not be read: NaN would spread; the null block pads
+    for region in chain(*loaded.pool.regions):  # what nobody wrote is not read: NaN would spread; the null block pads
         region[1:].view(torch.float32).fill_(torch.nan)
     return loaded
 
@@ -77,10 +85,18 @@ def expect_greedy(family: str, loaded: LoadedEngine, runs: list[tuple[Text, Sequ
     return seen
 
 
-@pytest.mark.parametrize("family", [*ALL, *LONG])
-def test_every_way_at_once(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "encoder_output"),
+    [
+        *((family, "cross_kv") for family in ALL),
+        *(pytest.param(family, "cross_kv", marks=pytest.mark.full) for family in WIDE),
+        ("t5", "hidden_states"),
+        *(pytest.param(family, "hidden_states", marks=pytest.mark.full) for family in [*ALL[1:], *WIDE]),
+    ],
+)
+def test_every_way_at_once(family: str, encoder_output: EncoderOutput) -> None:
     """Ragged inputs, decoder prompts in chunks beside decodes, both pools too small for all, and some are cancelled."""
-    loaded = engine(family, num_blocks=28, num_fixed_blocks=48)
+    loaded = engine(family, num_blocks=28, num_fixed_blocks=48, encoder_output=encoder_output)
     wanted = texts(family, 112, num_sources=28)
     lengths = [NUM_TOKENS + 30 * (i < 40 and i % 4 == 0) for i in range(len(wanted))]
     runs = [(text, add(loaded, text, max_tokens=length)) for text, length in zip(wanted, lengths, strict=True)]
@@ -131,8 +147,37 @@ def test_two_encoder_inputs_behind_one_decoder_prompt(family: str) -> None:
     expect_nothing_held(loaded)
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_hidden_states_are_kept_beside_what_decoders_make_of_them(family: str) -> None:
+    """The keys and values are, bit for bit, those that an encoder's own worker writes where these are handed over; a
+    worker that only encodes makes none."""
+    texts_ = [Text(text.source, (START[family], 9)) for text in texts(family, 8)[5:]]
+    direct, states = engine(family), engine(family, encoder_output="hidden_states")
+    for loaded in (direct, states):
+        for text in texts_:
+            seq = loaded.sequence([], SamplingParams(max_tokens=1), encoder_tokens=text.source, encodes=True)
+            loaded.scheduler.add(seq)
+            loaded.run()
+    projected, kept = (region.view(torch.float32) for region in states.pool.regions[1])
+    assert projected[1:].isnan().all() and not kept[1:].isnan().all()
+    runs = [[(text, add(loaded, text)) for text in texts_] for loaded in (direct, states)]
+    for loaded in (direct, states):
+        loaded.run()
+    for (_, one), (_, other) in zip(*runs, strict=True):
+        assert direct.emitted(one) == states.emitted(other)
+    expect_greedy(family, states, runs[1])
+    (written,) = (region.view(torch.float32) for region in direct.pool.regions[1])
+    torch.testing.assert_close(projected, written, equal_nan=True, rtol=1e-5, atol=1e-5)
+    own, cross = states.pool.geometry.groups
+    assert [region.name for region in cross.travelling] == ["states"] and own.travelling == own.regions
+    (kv,), (moved,) = own.regions, cross.travelling
+    assert kv.block_bytes() / moved.block_bytes() == 2 * kv.num_layers * kv.kv_heads * kv.head_dim / moved.row_size
+    for loaded in (direct, states):
+        expect_nothing_held(loaded)
+
+
 def test_plans_that_are_made_one_step_ahead() -> None:
-    loaded = engine("t5", num_blocks=20, num_fixed_blocks=24)
+    loaded = engine("t5", num_blocks=20, num_fixed_blocks=24, encoder_output="hidden_states")
     loaded.engine = OverlappedEngine(loaded.scheduler, loaded.runner)
     wanted = texts("t5", 24)
     runs = [(text, add(loaded, text, max_tokens=20)) for text in wanted]

@@ -18,12 +18,14 @@ from workers.engine.sequence import EncoderInput, Sequence, SequenceStatus
 INPUTS = [(5,) * 3, (6,) * 8, (7,) * 17, (8,) * 13]  # 1, 2, 5 and 4 blocks
 
 
-def engine(*, num_blocks: int = 12, num_fixed_blocks: int = 8, max_encoder_tokens: int = 20) -> EngineDouble:
+def engine(
+    *, num_blocks: int = 12, num_fixed_blocks: int = 8, max_encoder_tokens: int = 20, projected: bool = False
+) -> EngineDouble:
     return EngineDouble(
         num_blocks,
         4,
         max_model_len=40,
-        extra_groups=(GroupCapacity("cross", num_fixed_blocks, 4, is_fixed=True),),
+        extra_groups=(GroupCapacity("cross", num_fixed_blocks, 4, is_fixed=True, is_projected=projected),),
         max_encoder_tokens=max_encoder_tokens,
     )
 
@@ -42,7 +44,7 @@ def held(double: EngineDouble, group: int) -> int:
 def test_refusals_of_either_group_at_any_step(data: st.DataObject) -> None:
     """Somebody else takes blocks of one group or the other, for a step at a time, so that every reservation is refused
     somewhere: nobody holds half of what it asked for, nothing leaks, and every stream is whole in the end."""
-    double = engine()
+    double = engine(projected=data.draw(st.booleans()))
     cases: list[tuple[Sequence, list[int]]] = []
     aborted: set[int] = set()
     for _ in range(data.draw(st.integers(4, 25))):
@@ -80,7 +82,7 @@ def test_refusals_of_either_group_at_any_step(data: st.DataObject) -> None:
 def test_outputs_that_are_read_elsewhere_or_for_somebody_else(data: st.DataObject) -> None:
     """Some come from another worker, some are read here, some are wanted by another worker alone, and any may be lost,
     late or aborted: nobody holds decoder blocks before its output is here, and nothing leaks."""
-    double = engine(num_blocks=14)
+    double = engine(num_blocks=14, projected=data.draw(st.booleans()))
     parked: dict[int, Sequence] = {}  # to be fetched
     flying: dict[int, Sequence] = {}
     wanted: list[Sequence] = []
