@@ -23,7 +23,7 @@ from cluster.errors import TransferError
 from cluster.protos import ipc_pb2 as pb
 from kvtransfer import device_memory
 from kvtransfer.device_memory import AddressMap, Opened
-from kvtransfer.gather import ALIGNMENT, Gather
+from kvtransfer.gather import ALIGNMENT, Gather, common_length
 from kvtransfer.transport import (
     HOST,
     AgentOffer,
@@ -55,12 +55,14 @@ class _Peer:
 
 @dataclass(frozen=True, slots=True)
 class _List:
-    """`addresses` and `lengths`: [N] of device memory, as this process sees it; None: only the transport below can."""
+    """`addresses` and `lengths`: [N] of device memory, as this process sees it; None: only the transport below can.
+    `length` is that of all rows, where they have one."""
 
     peer: str | None
     below: PreparedId | None
     addresses: NDArray[np.uint64] | None = None
     lengths: NDArray[np.uint64] | None = None
+    length: int | None = None
 
 
 class IpcTransport:
@@ -138,7 +140,7 @@ class IpcTransport:
         # Own memory is read into from peers of both kinds.
         below = None if peer is not None and addresses is not None else self._below.prepare(peer, descriptors)
         prepared = PreparedId(next(self._ids))
-        self._lists[prepared] = _List(peer, below, addresses, lengths)
+        self._lists[prepared] = _List(peer, below, addresses, lengths, common_length(lengths))
         return prepared
 
     def discard(self, prepared: PreparedId) -> None:
@@ -155,9 +157,8 @@ class IpcTransport:
             return read
         if here.addresses is None or here.lengths is None or there.addresses is None:
             raise TransferError(f"rows of {there.peer} are multiples of {ALIGNMENT} bytes, the local ones are not")
-        self._reads[read] = self._gather(
-            there.addresses[remote_rows], here.addresses[local_rows], here.lengths[local_rows]
-        )
+        lengths = here.lengths[local_rows] if here.length is None else here.length
+        self._reads[read] = self._gather(there.addresses[remote_rows], here.addresses[local_rows], lengths)
         return read
 
     def poll(self, read: ReadId) -> ReadState:
