@@ -2,9 +2,9 @@
 
     python -m workers.standalone --config FILE [--set KEY=VALUE] --pool decode --name decode-0
 
-Prints its membership entry as one JSON line once it listens, takes a membership (JSON, one line) from standard
-input whenever it changes, and ends, drained by nobody, when standard input closes. The cluster secret comes from the
-environment variable that the config names.
+Prints its membership entry as one JSON line once it listens, and nothing else: what libraries print goes to standard
+error. Takes a membership (JSON, one line) from standard input whenever it changes, and ends, drained by nobody, when
+standard input closes. The cluster secret comes from the environment variable that the config names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from workers.assembly import WorkerSettings
 from workers.worker import Worker
 
 CRASHED = 70  # exit status
+STDOUT, STDERR = 1, 2
 
 
 def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes, incarnation: str | None = None) -> Worker:
@@ -65,10 +66,12 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError("words.secret_env", f"environment variable {config.words.secret_env} is empty; set it")
     if options.pool not in config.pools:
         raise ConfigError("pools", f"no pool is named {options.pool!r}; there are {', '.join(config.pools)}")
+    output = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)  # UCX prints its warnings
     worker = make_worker(config, options.pool, options.name, secret.encode())
     member = worker.start()
-    sys.stdout.buffer.write(Membership(1, (member,)).to_wire() + b"\n")
-    sys.stdout.flush()
+    with os.fdopen(output, "wb") as told:
+        told.write(Membership(1, (member,)).to_wire() + b"\n")
     for line in sys.stdin.buffer:
         worker.update_members(Membership.from_wire(line))
     worker.stop()

@@ -55,7 +55,11 @@ class Job:
 
 
 @pytest.mark.cluster
-def test_prompts_are_computed_by_one_process_and_answered_by_another(tmp_path: Path) -> None:
+def test_prompts_are_computed_by_one_process_and_answered_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although UCX writes to the standard output of every worker, where workers say who they are."""
+    monkeypatch.setenv("UCX_LOG_LEVEL", "info")
     prompts = ragged_prompts(6)
     lines = [line(prompt) for prompt in prompts]
     lines.insert(2, line([]))
