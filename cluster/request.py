@@ -30,10 +30,11 @@ class FinishReason(Enum):
 
 
 class Pooling(Enum):
-    """Which final hidden states make the embedding of a prompt."""
+    """Which final hidden states make the embedding of a prompt, or are wanted as they are."""
 
     LAST = pb.POOL_LAST
     MEAN = pb.POOL_MEAN
+    STATES = pb.POOL_STATES  # all of an encoder's
 
 
 class GrammarKind(Enum):

@@ -84,7 +84,10 @@ class _Frame:
         return self.logprobs.of_prompt(self.generation.prompt_of(piece), piece, self._num_prompt_logprobs)
 
     def whole(self, kind: type[CompletionAnswer] | type[ChatAnswer], prefix: str, choices: list[BaseModel]) -> str:
-        return _json(self._answer(kind, prefix, choices, self._final_usage()), usage_is_null=False)
+        answer = self._answer(kind, prefix, choices, self._final_usage())
+        if isinstance(answer, CompletionAnswer):
+            answer.encoder_outputs = self.generation.encoder_outputs
+        return _json(answer, usage_is_null=False)
 
     def chunk(self, kind: type[CompletionAnswer] | type[ChatChunk], prefix: str, choices: list[BaseModel]) -> str:
         usage = self.generation.usage(with_route=False) if self._running_usage else None

@@ -19,6 +19,7 @@ from deploy.caller import Caller
 from deploy.chat_template import ChatPrompt
 from deploy.completion import Completion, Ending
 from deploy.embedding import Embeddings
+from deploy.encoder_output import EncoderOutputs, check_size
 from deploy.encoder_prompt import check_fields, with_decoder
 from deploy.generation import Generation, Prompt
 from deploy.openai_answers import Text, Tokens
@@ -210,6 +211,11 @@ class ApiService:
                     if first.beams is None
                     else Search(*parts, detokenizer=partial(self._detokenizer, body), ending=ending)
                 )
+        read_encoder = None
+        if isinstance(body, CompletionRequest) and body.return_encoder_output:
+            check_size(prompts, self.model, self.limits)
+            leaders = [completion.request for completion in completions[:: body.num_samples]]
+            read_encoder = EncoderOutputs(self.router, leaders, max_running=self.limits.max_samples).read
         for prompt in prompts:
             tally.prompt(len(prompt.token_ids))
         return Generation(
@@ -220,6 +226,7 @@ class ApiService:
             max_running=self.limits.max_samples,
             scores_prompt=scores_prompt,
             num_found=body.num_found,
+            read_encoder=read_encoder,
         )
 
     async def _prompt(self, given: str | TokenIds, param: str, *, with_text: bool, add_special_tokens: bool) -> Prompt:

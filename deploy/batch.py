@@ -164,14 +164,16 @@ class Batch:
         self.summary.num_lines += 1
         self.summary.num_tokens += usage.completion_tokens
         self.summary.routes += routes
-        choices = [self._choice(choice) for choice in json.loads(writer.whole(pieces))["choices"]]
+        answer = json.loads(writer.whole(pieces))
+        choices = [self._choice(choice) for choice in answer["choices"]]
         told = choices[0] if len(choices) == 1 else {"choices": choices}
+        outputs = {name: answer[name] for name in ("encoder_outputs",) if name in answer}
         explained: dict[str, object] = {}
         if self._explain:
             explained["route"] = usage.sluice.model_dump(mode="json")
         if self._explain and len(routes) > 1:
             explained["routes"] = [route.model_dump(mode="json") for route in routes]
-        return {**told, "usage": _counts(usage), **explained}
+        return {**told, **outputs, "usage": _counts(usage), **explained}
 
     def _choice(self, choice: Mapping[str, Any]) -> Mapping[str, object]:
         """The message of a chat is its text, and the tool calls where there are some."""

@@ -20,14 +20,14 @@ from deploy.served_model import ServedEncoder, ServedModel
 from deploy.tokenizer import Tokenizer
 
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}_[A-Z]{2,4}")
-_OWN_FIELDS: Final = ("decoder_prompt", "source_language", "target_language")
+_OWN_FIELDS: Final = ("decoder_prompt", "source_language", "target_language", "return_encoder_output")
 
 
 def check_fields(body: CompletionRequest, model: ServedModel) -> None:
     """Raises InvalidRequest for what the other kind of model takes."""
     if model.encoder is None:
         for name in _OWN_FIELDS:
-            if getattr(body, name) is not None:
+            if getattr(body, name) not in (None, False):
                 raise InvalidRequest(f"{name}: {model.name!r} has no encoder and no decoder prompt; remove it", name)
         return
     for name, asked in (("echo", body.echo), ("prompt_logprobs", body.prompt_logprobs is not None)):

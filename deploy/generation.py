@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final
 
 from cluster.request import TokenLogprobs
 from deploy.completion import Completion, Piece
-from deploy.openai_answers import PromptDetails, Usage
+from deploy.openai_answers import EncoderOutput, PromptDetails, Usage
 from deploy.tally import Tally
 
 _MAX_UNREAD_PIECES: Final = 64
@@ -50,9 +50,10 @@ class Generation:
         max_running: int,
         scores_prompt: bool,
         num_found: int = 1,
+        read_encoder: Callable[[], Awaitable[list[EncoderOutput]]] | None = None,
     ) -> None:
         """`num_choices` of each prompt are told, `max_running` sequences run at once; each brings `num_found` texts, or
-        fewer."""
+        fewer. `read_encoder`: what the encoder makes of the prompts is told with the whole answer."""
         self.prompts = prompts
         self.completions = completions
         self.tally = tally
@@ -61,6 +62,8 @@ class Generation:
         self._num_found = num_found
         self._max_running = max_running
         self._scores_prompt = scores_prompt
+        self._read_encoder = read_encoder
+        self.encoder_outputs: list[EncoderOutput] | None = None
 
     @property
     def request_id(self) -> str:
@@ -119,6 +122,8 @@ class Generation:
 
     async def collect(self) -> list[Piece]:
         """One whole piece for each choice, in order; of more samples than choices the likeliest, best first."""
+        if self._read_encoder is not None:
+            self.encoder_outputs = await self._read_encoder()  # first: what it read is cached for the completions
         parts: list[list[Piece]] = [[] for _ in range(len(self.completions) * self._num_found)]
         async with aclosing(self._sequences()) as pieces:
             async for piece in pieces:

@@ -1,4 +1,5 @@
-"""What sluice answers, as OpenAI's API says it. Fields of our own: token_ids, prompt_logprobs and usage.sluice."""
+"""What sluice answers, as OpenAI's API says it. Fields of our own: token_ids, prompt_logprobs,
+encoder_outputs and usage.sluice."""
 
 from __future__ import annotations
 
@@ -152,6 +153,18 @@ class CompletionChoice(BaseModel):
     """Of a text that a search found, by which they are ordered: sum of logprobs / length ** length_penalty."""
 
 
+class EncoderOutput(BaseModel):
+    """What the encoder made of a prompt, after its last norm (`return_encoder_output`)."""
+
+    index: int
+    """Of the prompt."""
+    shape: list[int]
+    """Tokens, hidden size."""
+    dtype: Literal["float32"]
+    data: str
+    """Base64, little endian, token by token."""
+
+
 class CompletionAnswer(BaseModel):
     """A whole answer or one event of a stream."""
 
@@ -162,6 +175,8 @@ class CompletionAnswer(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    encoder_outputs: list[EncoderOutput] | None = None
+    """Of each prompt."""
 
 
 # ---------------------------------------------------------------- chat

@@ -4,7 +4,8 @@ Every parameter that OpenAI documents is done, accepted because it changes nothi
 other is unknown. Fields of our own: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, bad_words,
 ignore_eos, include_stop_str_in_output, prompt_logprobs, priority, timeout_s, add_special_tokens, return_token_ids
 (the ids beside the text), cache_salt and return_route (what happened to the request, in `usage.sluice`). Of models with
-an encoder: decoder_prompt, source_language, target_language. Of searches: see deploy/beam_fields.py.
+an encoder: decoder_prompt, source_language, target_language, return_encoder_output. Of searches: see
+deploy/beam_fields.py.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class CompletionRequest(SamplingRequest, BeamFields):
     decoder_prompt: DecoderPrompt | None = None
     source_language: Language | None = None
     target_language: Language | None = None
+    return_encoder_output: bool = False
 
     @property
     def prompts(self) -> list[str | TokenIds]:
@@ -148,6 +150,8 @@ class CompletionRequest(SamplingRequest, BeamFields):
             raise ValueError(f"best_of: {self.best_of} is under n = {self.n}; raise it")
         if self.stream and self.num_samples > self.n:
             raise ValueError("best_of: the best is known at the end only; remove stream or best_of")
+        if self.stream and self.return_encoder_output:
+            raise ValueError("return_encoder_output: it comes with a whole answer only; remove it or stream")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from enum import Enum, auto
 
 from cluster.errors import Busy, RequestError, WorkerFailed, from_failure
 from cluster.hashing import HASH_BYTES, block_hashes, chain_root
+from cluster.hidden_states import HiddenStates
 from cluster.protos import worker_pb2 as pb
 from cluster.request import FinishReason, Hypothesis, RequestKey, SamplingParams, TokenLogprobs
 from router.journal import Journal
@@ -68,6 +69,7 @@ class TokenDelta:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # all of them, of prompt tokens 1 …, with the first token
     embedding: tuple[float, ...] = ()  # where sampling.pooling asks; comes with the finish, and no tokens
     hypotheses: tuple[Hypothesis, ...] = ()  # where sampling.beams asks, best first; as the embedding
+    states: HiddenStates | None = None  # where sampling.pooling asks for them; as the embedding
 
 
 class State(Enum):
@@ -111,6 +113,7 @@ class Flight:
         self._heard_of: set[str] = set()  # incarnations that live, though their session broke under it
         self._num_taken = 0  # tokens handed to the client
         self._finish_taken = False
+        self._held: pb.SequenceTokens | None = None  # the last frame of the attempt, ahead of its hidden states
         self._news = asyncio.Event()
         self._roots: dict[bytes, bytes] = {}  # by compatibility hash
         self._hashes: dict[bytes, bytes] = {}  # by root of the chain
@@ -145,6 +148,7 @@ class Flight:
         self.attempt += 1
         self.plan = plan
         self.session_id = session_id
+        self._held = None
         return self.key
 
     @property
@@ -202,6 +206,9 @@ class Flight:
         """Takes what is new of a frame; its finish ends the flight. After FAILED, GAP and UNREAD the caller acts."""
         if self.state is not State.RUNNING or session_id != self.session_id or tokens.key.attempt != self.attempt:
             return Receipt.OLD_ATTEMPT
+        if self.output.lacks_states and tokens.finish in (pb.STOP, pb.LENGTH):
+            self._held = tokens
+            return Receipt.TAKEN
         num_new = self.output.take(tokens)
         if self.request.journal is not None:
             self.request.journal.heard(tokens, num_new or 0)
@@ -218,6 +225,18 @@ class Flight:
         elif len(self.emitted) - self._num_taken > MAX_UNREAD_TOKENS:
             return Receipt.UNREAD
         return Receipt.REPEATED if tokens.token_ids and not num_new else Receipt.TAKEN
+
+    def bring(self, session_id: str, attempt: int, states: HiddenStates) -> bool:
+        """Takes hidden states, and the last frame that waits for them. False: not those of the running attempt, or of
+        another number of tokens than were sent."""
+        if self.state is not State.RUNNING or session_id != self.session_id or attempt != self.attempt:
+            return False
+        if not self.output.lacks_states or states.num_tokens != len(self.request.encoder_token_ids):
+            return False
+        self.output.states = states
+        if self._held is not None:
+            self.receive(session_id, self._held)
+        return True
 
     def fail_attempt(
         self, failure: pb.Failure, max_attempts: int, *, reported: bool, blamed: bool = True, in_company: bool = False
@@ -317,6 +336,7 @@ class Flight:
             prompt_logprobs=() if first else tuple(output.prompt_logprobs),
             embedding=output.embedding,
             hypotheses=output.hypotheses,
+            states=output.states,
         )
 
     async def news(self) -> None:

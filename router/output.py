@@ -6,8 +6,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from cluster.hidden_states import HiddenStates
 from cluster.protos import worker_pb2 as pb
-from cluster.request import Hypothesis, SamplingParams, TokenLogprobs
+from cluster.request import Hypothesis, Pooling, SamplingParams, TokenLogprobs
 
 
 class Output:
@@ -20,18 +21,25 @@ class Output:
     def __init__(self, num_prompt: int, sampling: SamplingParams) -> None:
         self._num_wanted = 0 if sampling.num_prompt_logprobs is None else num_prompt - 1
         self._wants_logprobs = sampling.num_logprobs is not None
-        self._wants_embedding = sampling.pooling is not None
+        self._wants_embedding = sampling.pooling not in (None, Pooling.STATES)
+        self._wants_states = sampling.pooling is Pooling.STATES
         self._num_hypotheses = 0 if sampling.beams is None else sampling.beams.num_returned
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []  # one per token, where asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1 …
         self.embedding: tuple[float, ...] = ()
         self.hypotheses: tuple[Hypothesis, ...] = ()
+        self.states: HiddenStates | None = None  # they come on a stream of their own
 
     @property
     def has_prompt_logprobs(self) -> bool:
         """Whether all that were asked for are here; a further attempt need not bring them."""
         return len(self.prompt_logprobs) == self._num_wanted
+
+    @property
+    def lacks_states(self) -> bool:
+        """Whether the last frame of an attempt has to wait for them."""
+        return self._wants_states and self.states is None
 
     def take(self, tokens: pb.SequenceTokens) -> int | None:
         """The number of new tokens; None, and nothing changed, if something is missing between, before or in it."""

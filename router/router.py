@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.config import LimitsConfig, Role, RouterConfig
 from cluster.errors import Busy, NoWorker, SessionError
+from cluster.hidden_states import HiddenStates, heard_states
 from cluster.log import Log
 from cluster.membership import Membership
 from cluster.metrics import DropReason, Metrics
@@ -261,12 +262,20 @@ class Router:
     def _heard_bulk(self, session: Session, topic: str, payload: bytes) -> None:
         """A peer's mistake ends its session."""
         if topic != BLOCKS_TOPIC:
-            session.close(f"nothing listens to bulk topic {topic!r} ({len(payload)} bytes)")
+            if (heard := heard_states(session, topic, payload)) is not None:
+                self._brought(session, *heard)
             return
         try:
             self._navigator.feed.heard(session, pb.BlockEvents.FromString(payload), self._now())
         except (DecodeError, ValueError) as error:
             session.close(f"bad block events: {error}")
+
+    def _brought(self, session: Session, key: RequestKey, states: HiddenStates) -> None:
+        flight = self._dispatcher.flight(key.request_id)
+        if flight is None:
+            self._drop(DropReason.UNKNOWN_REQUEST)
+        elif not flight.bring(session.id, key.attempt, states):
+            self._drop(DropReason.OLD_ATTEMPT)
 
     def _received(self, session: Session, tokens: pb.SequenceTokens, step: pb.StepTokens) -> None:
         flight = self._dispatcher.flight(tokens.key.request_id)

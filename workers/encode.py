@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from cluster import hashing
 from cluster.config import SchedulerConfig
 from cluster.errors import Busy, DeadlineExceeded, Draining, RequestError
+from cluster.hidden_states import HiddenStates
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.request import Pooling, RequestKey, SamplingParams
@@ -124,6 +125,16 @@ class EncodeStage:
             if reading is None:
                 continue
             self._forget(reading)
+            vector = vectors.get(sequence, b"")
+            if sequence.params.pooling is Pooling.STATES:
+                assert sequence.encoder_input is not None
+                states = HiddenStates.of_rows(vector, len(sequence.encoder_input.tokens))
+                try:
+                    states.send(reading.session, reading.key)
+                except RequestError as error:
+                    self._refuse(reading.session, reading.key, error)
+                    continue
+                vector = b""
             started_at = max(began_at, reading.accepted_at)
             self._metrics.queue.labels("encode").observe(started_at - reading.accepted_at)
             runs: SequenceOf[BlockRun] = ()
@@ -137,7 +148,7 @@ class EncodeStage:
                 pid=os.getpid(),
                 queue_s=started_at - reading.accepted_at,
                 compute_s=now - started_at,
-                handoff=pb.Handoff(embedding=vectors[sequence]) if sequence in vectors else None,
+                handoff=pb.Handoff(embedding=vector) if vector else None,
             )
             reading.session.send(pb.Frame(ticket=ticket), reading.key)
 

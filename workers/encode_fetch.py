@@ -19,9 +19,10 @@ from typing import TypeAlias
 
 from cluster.config import SchedulerConfig
 from cluster.errors import NoWorker, RequestError, RequestTooLong, SourcesLost, from_failure
+from cluster.hidden_states import HiddenStates
 from cluster.metrics import FetchOutcome, Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import RequestKey
+from cluster.request import Pooling, RequestKey
 from cluster.session import Session
 from kvtransfer.connector import BlockSpan, Outcome, PullResult
 from workers.assembly import Assembly
@@ -134,12 +135,29 @@ class OutputFetches:
         if wait is None or wait.key is None or wait.fetch is None:
             return False
         wait.fetch.had_ticket = wait.fetch.last_ticket = True
-        wait.vector = ticket.handoff.embedding
-        if wait.sequence.params.pooling is not None and not wait.vector:
+        pooling = wait.sequence.params.pooling
+        if pooling is not Pooling.STATES:
+            wait.vector = ticket.handoff.embedding
+        if pooling not in (None, Pooling.STATES) and not wait.vector:
             wait.fetch.lose("it left out what was asked of the output", now, died=False)
         self._reads.begin(wait.key, wait.fetch, session, ticket, now)
         self._advance(wait, now)
         return True
+
+    def states(self, session: Session, key: RequestKey, states: HiddenStates, now: float) -> None:
+        """They belong to a ticket, whichever comes first; what nobody waits for is dropped."""
+        wait = self._asks.get(key)
+        fetch = None if wait is None else wait.fetch
+        if wait is None or fetch is None or fetch.session is not session or fetch.source_lost:
+            return
+        source = wait.sequence.encoder_input
+        assert source is not None
+        if wait.sequence.params.pooling is not Pooling.STATES or states.num_tokens != len(source.tokens):
+            fetch.lose(f"it sent hidden states of {states.num_tokens} tokens, which nobody asked for", now, died=False)
+        else:
+            wait.vector = states.data
+            wait.told.bytes += len(states.data)
+        self._advance(wait, now)
 
     def kv_failed(self, session: Session, failed: pb.KvFailed, now: float) -> bool:
         """As `ticket`."""
@@ -257,6 +275,8 @@ class OutputFetches:
         if fetch is None or fetch.in_flight or not (fetch.last_ticket or fetch.source_lost):
             return
         if fetch.complete and not fetch.source_lost:
+            if wait.sequence.params.pooling is Pooling.STATES and not wait.vector:
+                return  # they are on the other stream
             self._leave_encoder(wait)
             if wait.vector:
                 self._vectors[wait.sequence.id] = wait.vector
@@ -300,6 +320,7 @@ class OutputFetches:
 
     def _give_back(self, wait: _Wait) -> None:
         self._leave_encoder(wait)
+        wait.vector = b""
         if wait.sequence.params.pooling is None:
             self._scheduler.output_done(wait.sequence, is_here=False)
 

@@ -10,9 +10,10 @@ from enum import Enum
 
 from cluster import hashing
 from cluster.errors import RequestError, SourcesLost
+from cluster.hidden_states import HiddenStates
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, Hypothesis, RequestKey, SamplingParams
+from cluster.request import FinishReason, Hypothesis, Pooling, RequestKey, SamplingParams
 from cluster.session import Session
 from workers.engine.sequence import EncoderInput, ForcedTokens, Sequence
 from workers.fetch import Fetch
@@ -235,9 +236,18 @@ class Tokens:
         hypotheses: SequenceOf[Hypothesis] = (),
     ) -> None:
         """The last word about a request. Nothing follows it."""
+        sequence = request.sequence
+        if sequence.params.pooling is Pooling.STATES:
+            assert sequence.encoder_input is not None
+            states, embedding = HiddenStates.of_rows(embedding, len(sequence.encoder_input.tokens)), b""
+            try:
+                states.send(request.session, request.key)
+            except RequestError as error:
+                self.fail(request.session, request.key, 0, error, request.route, request.stages.take())
+                return
         last = pb.SequenceTokens(
             key=request.key.wire(),
-            first_token_index=request.sequence.num_emitted,
+            first_token_index=sequence.num_emitted,
             finish=finish.value,
             route=request.route,
             embedding=embedding,

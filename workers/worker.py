@@ -22,6 +22,7 @@ from cluster.config import Role
 from cluster.errors import SessionError
 from cluster.exporter import Exporter
 from cluster.heart import StepAge
+from cluster.hidden_states import heard_states
 from cluster.log import Log
 from cluster.membership import Member, Membership, diff
 from cluster.metrics import Metrics
@@ -170,7 +171,8 @@ class Worker:
         self._post(partial(self._frame, session, frame))
 
     def on_bulk(self, session: Session, topic: str, payload: bytes) -> None:
-        session.close(f"nothing listens to bulk topic {topic!r} ({len(payload)} bytes)")
+        if (heard := heard_states(session, topic, payload)) is not None:
+            self._post(lambda: self._outputs.states(session, *heard, time.monotonic()))
 
     def on_broken(self, session: Session, error: SessionError) -> None:
         self._post(partial(self._broken, session, error))
@@ -216,8 +218,7 @@ class Worker:
     def _read(self, done: Done) -> None:
         now = time.monotonic()
         result = self._reads.done(done, now)
-        taken = result is None or self._outputs.pulled(result, now) or self._borrower.pulled(result, now)
-        if result is not None and not taken:
+        if result is not None and not (self._outputs.pulled(result, now) or self._borrower.pulled(result, now)):
             self._decode.pulled(result, now)
 
     def _settle(self, outcome: StepOutcome, started_at: float) -> None:

@@ -63,6 +63,7 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOL_NONE: _ClassVar[Pooling]
     POOL_LAST: _ClassVar[Pooling]
     POOL_MEAN: _ClassVar[Pooling]
+    POOL_STATES: _ClassVar[Pooling]
 
 class StageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -107,6 +108,7 @@ LARK: GrammarKind
 POOL_NONE: Pooling
 POOL_LAST: Pooling
 POOL_MEAN: Pooling
+POOL_STATES: Pooling
 STAGE_KIND_UNSPECIFIED: StageKind
 ENCODING: StageKind
 PREFILLING: StageKind
@@ -826,6 +828,18 @@ class BlockEvents(_message.Message):
     stored: bytes
     dump: bool
     def __init__(self, shard: _Optional[int] = ..., id: _Optional[int] = ..., cleared: _Optional[bool] = ..., removed: _Optional[bytes] = ..., stored: _Optional[bytes] = ..., dump: _Optional[bool] = ...) -> None: ...
+
+class States(_message.Message):
+    __slots__ = ("key", "dtype", "shape", "data")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    key: RequestKey
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BlockQuery(_message.Message):
     __slots__ = ("shard", "last_id")

@@ -33,15 +33,16 @@ FIELDS = {
         stop_token_ids store stream stream_options temperature timeout_s tool_choice tools top_k top_logprobs top_p
         user verbosity web_search_options
     """,
-    "CompletionAnswer": "choices created id model object system_fingerprint usage",
+    "CompletionAnswer": "choices created encoder_outputs id model object system_fingerprint usage",
     "CompletionChoice": "finish_reason index logprobs prompt_logprobs score text token_ids",
     "CompletionLogprobs": "text_offset token_logprobs tokens top_logprobs",
     "CompletionRequest": """
         add_special_tokens bad_words best_of cache_salt decoder_prompt early_stopping echo frequency_penalty ignore_eos
         include_stop_str_in_output length_penalty logit_bias logprobs max_tokens min_p min_tokens model n
         no_repeat_ngram_size num_beams num_return_sequences presence_penalty priority
-        prompt prompt_logprobs repetition_penalty return_route return_token_ids seed source_language stop
-        stop_token_ids stream stream_options suffix target_language temperature timeout_s top_k top_p user
+        prompt prompt_logprobs repetition_penalty return_encoder_output return_route return_token_ids seed
+        source_language stop stop_token_ids stream stream_options suffix target_language temperature timeout_s top_k
+        top_p user
     """,
     "DetokenizeRequest": "model tokens",
     "Embedding": "embedding index object",
@@ -50,6 +51,7 @@ FIELDS = {
         add_special_tokens cache_salt dimensions encoding_format input model pooling priority timeout_s user
     """,
     "EmbeddingUsage": "prompt_tokens total_tokens",
+    "EncoderOutput": "data dtype index shape",
     "ErrorBody": "error",
     "ErrorDetail": "code message param type",
     "FormatSchema": "description name schema strict",

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from cluster.config import Role
 from cluster.errors import Busy, InvalidRequest, WorkerFailed
 from cluster.hashing import block_hashes, chain_root, split
+from cluster.hidden_states import HiddenStates
 from cluster.protos import worker_pb2 as pb
-from cluster.request import FinishReason, SamplingParams
+from cluster.request import FinishReason, Pooling, SamplingParams
 from router.flight import MAX_UNREAD_TOKENS, Flight, Receipt, RouterRequest, State
 from router.plan import Candidate, Plan
 
@@ -190,3 +191,37 @@ def test_the_hash_chain_grows_with_what_was_emitted() -> None:
     one.place(plan_on("c"), "u")
     other = chain_root(b"i" * 16)  # another set of workers: another chain
     assert split(one.submit(other, 4, 0).block_hashes) == block_hashes(other, [*range(10), 20, 21, 22], 4)
+
+
+def test_hidden_states_and_the_last_frame_come_in_any_order() -> None:
+    """Those of the running attempt, and of as many tokens as were sent; the others change nothing."""
+    request = RouterRequest(
+        request_id="r",
+        prompt_token_ids=(1,),
+        encoder_token_ids=(5, 6),
+        sampling=SamplingParams(max_tokens=1, pooling=Pooling.STATES),
+    )
+    states, longer = HiddenStates(2, 1, bytes(8)), HiddenStates(3, 1, bytes(12))
+    last = tokens(1, 0, [], pb.STOP)
+    for states_first in (True, False):
+        one = Flight(request)
+        one.place(plan_on("w"), "w#1")
+        assert not one.bring("w#1", 1, longer) and not one.bring("w#1", 0, states) and not one.bring("v#1", 1, states)
+        if states_first:
+            assert one.bring("w#1", 1, states) and one.take() is None
+        assert one.receive("w#1", last) is Receipt.TAKEN
+        if not states_first:
+            assert one.take() is None and one.bring("w#1", 1, states)
+        delta = one.take()
+        assert delta is not None and delta.states == states and delta.finish is FinishReason.STOP
+        assert one.state is State.ENDED and not one.bring("w#1", 1, states)
+
+    lonely = Flight(request)
+    lonely.place(plan_on("w"), "w#1")
+    lonely.receive("w#1", last)
+    assert lonely.fail_attempt(lost(), MAX_ATTEMPTS, reported=False), "its states were lost with the session"
+    lonely.place(plan_on("v"), "v#1")
+    assert lonely.bring("v#1", 2, states) and lonely.take() is None, (
+        "a last frame of the first attempt ended the second"
+    )
+    assert lonely.receive("v#1", tokens(2, 0, [], pb.STOP)) is Receipt.TAKEN and lonely.state is State.ENDED

@@ -1,4 +1,4 @@
-"""Embeddings: the final hidden states of a prompt, made one vector. Not normalised."""
+"""Embeddings: the final hidden states of a prompt, made one vector, or as they are. Not normalised."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ class Pooler:
         self._sums: dict[int, Tensor] = {}
 
     def pool(self, hidden: Tensor, rows: Iterable[PooledRow]) -> dict[int, Tensor]:
-        """The vectors [d] float32 of the prompts that end with this step, by sequence id. hidden: [T, d]."""
+        """The vectors [d] float32 of the prompts that end with this step, by sequence id. hidden: [T, d]. Where all
+        states are wanted, which only an encoder's are, in one piece: [S, d] float32."""
         vectors: dict[int, Tensor] = {}
         for row in rows:
             match row.pooling:
                 case Pooling.LAST:
                     if row.is_last:
                         vectors[row.id] = hidden[row.end - 1].float()
+                case Pooling.STATES:
+                    assert row.is_last and row.position == 0, f"{row}: a piece of its states"
+                    vectors[row.id] = hidden[row.start : row.end].float()
                 case Pooling.MEAN:
                     total = hidden[row.start : row.end].sum(dim=0, dtype=torch.float32)
                     if row.position > 0:  # at 0 it begins, or begins again after a preemption

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from cluster.errors import InvalidRequest, RequestTooLong
+from cluster.request import Pooling
 from workers.engine.block_manager import GroupCapacity
 from workers.engine.sequence import Sequence
 
@@ -70,6 +71,10 @@ class SchedulerLimits:
             raise InvalidRequest(
                 f"max_tokens={seq.params.max_tokens} with {seq.num_emitted} tokens emitted already; raise it",
                 "max_tokens",
+            )
+        if seq.params.pooling is Pooling.STATES:
+            raise InvalidRequest(
+                "all hidden states are told of an encoder's input alone; the model has no encoder", "prompt"
             )
         if seq.params.pooling is not None and seq.num_emitted:
             raise InvalidRequest(f"{seq.num_emitted} emitted tokens: an embedding is of a prompt alone", "prompt")
