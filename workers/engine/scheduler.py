@@ -372,10 +372,10 @@ class Scheduler:
                     finish = seq.accept(token, self._eos_token_ids)
                     logprobs = result.logprobs.get(row.id)
                     outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))
-        self._encodes.projections.settle(launched.projected)
                 if finish is not None:
                     self._finish(seq, finish)
                     outcome.finished.append(seq)
+        self._encodes.projections.settle(launched.projected)
         for seq in (each for each in launched.encoded if each.status is SequenceStatus.ENCODING):
             self._encodes.done(seq)
             if seq.only_encodes:
