@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
 from workers.attention.interface import AttentionStep
 from workers.layers.activation import Activation
-from workers.layers.linear import Linear, Partition
+from workers.layers.blocked_linear import BlockedLinear
+from workers.layers.linear import Partition
 
 
 class AttentionNames(NamedTuple):
@@ -44,9 +45,9 @@ class HeadedAttention(nn.Module):
         self._head_dim = shape.head_dim
         d, inner = shape.hidden_size, shape.num_heads * shape.head_dim
         for name in names[:3]:
-            column = Linear(d, inner, partition=Partition.COLUMN, bias=shape.bias, dtype=dtype)
+            column = BlockedLinear(d, inner, partition=Partition.COLUMN, bias=shape.bias, dtype=dtype)
             self.add_module(name, column)
-        self.add_module(names.output, Linear(inner, d, partition=Partition.ROW, bias=shape.bias, dtype=dtype))
+        self.add_module(names.output, BlockedLinear(inner, d, partition=Partition.ROW, bias=shape.bias, dtype=dtype))
 
     def encode(self, x: Tensor, step: EncoderStep) -> Tensor:
         """x [T, d] -> [T, d], within the encoder's inputs."""
@@ -91,8 +92,8 @@ class FeedForward(nn.Module):
         d, inner = sizes
         self._up_names, self._down_name, self._activation = up_names, down_name, activation
         for name in up_names:
-            self.add_module(name, Linear(d, inner, partition=Partition.COLUMN, bias=bias, dtype=dtype))
-        self.add_module(down_name, Linear(inner, d, partition=Partition.ROW, bias=bias, dtype=dtype))
+            self.add_module(name, BlockedLinear(d, inner, partition=Partition.COLUMN, bias=bias, dtype=dtype))
+        self.add_module(down_name, BlockedLinear(inner, d, partition=Partition.ROW, bias=bias, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, *others = (self.get_submodule(name)(x) for name in self._up_names)

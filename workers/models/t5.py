@@ -19,8 +19,9 @@ from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderSte
 from workers.attention.interface import AttentionStep, EncoderBatch
 from workers.attention.relative_bias import bidirectional_bias, causal_bias
 from workers.layers.activation import ACTIVATIONS
+from workers.layers.blocked_linear import BlockedLinear
 from workers.layers.encoder_decoder import AttentionNames, FeedForward, HeadedAttention, HeadShape
-from workers.layers.linear import Embedding, Linear, Partition
+from workers.layers.linear import Embedding, Partition
 from workers.layers.norm import RmsNorm
 from workers.models.encoder_decoder import EncoderDecoderModel, ForcedTokens, StackShape, model_spec
 from workers.models.fields import ConfigFields
@@ -174,7 +175,7 @@ class T5ForConditionalGeneration(EncoderDecoderModel):
         self.shared = Embedding(shape.vocab_size, shape.hidden_size, dtype=dtype)
         self.encoder = T5Stack(config.num_encoder_layers, config, dtype, is_decoder=False)
         self.decoder = T5Stack(shape.num_decoder_layers, config, dtype, is_decoder=True)
-        self.lm_head = Linear(shape.hidden_size, shape.vocab_size, partition=Partition.COLUMN, dtype=dtype)
+        self.lm_head = BlockedLinear(shape.hidden_size, shape.vocab_size, partition=Partition.COLUMN, dtype=dtype)
 
     @classmethod
     def from_fields(
