@@ -173,7 +173,7 @@ class Metrics:
         )
         self.sampled_tokens = Counter(
             "sluice_engine_sampled_tokens",
-            "Tokens drawn, a first one by the worker that computed the prompt",
+            "Tokens drawn, a first one by the worker that computed the prompt; of a search one for each beam",
             registry=r,
         )
         self.batch_size = Histogram("sluice_engine_batch_sequences", "Sequences in a step", buckets=_BATCH, registry=r)

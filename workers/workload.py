@@ -42,7 +42,7 @@ class Workload:
         metrics.batch_size.observe(batch.num_sequences)
         metrics.computed_tokens.inc(batch.num_tokens)
         metrics.encoder_tokens.inc(batch.num_encoder_tokens)
-        metrics.sampled_tokens.inc(len(outcome.tokens))
+        metrics.sampled_tokens.inc(len(outcome.tokens) + outcome.num_searched_tokens)
         metrics.preemptions.inc(len(outcome.preempted))
 
     def tell(self, report: pb.LoadReport, roles: Collection[Role], now: float) -> WorkerLoad:

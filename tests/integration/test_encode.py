@@ -5,122 +5,30 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
-import httpx
 import pytest
 
 from cluster.errors import WorkerFailed
-from cluster.log import Log
 from cluster.request import SamplingParams
-from deploy.api_service import ApiService
-from deploy.openai_api import create_app
-from deploy.served_model import ServedModel
 from tests.support.beam_searches import searching, transformers_finds
-from tests.support.checkpoints import checkpoint
-from tests.support.encoder_decoders import Text, encoded, judge, texts
-from tests.support.plain_cluster import Answer, PlainCluster, running_cluster
+from tests.support.encode_scenes import BLOCK_SIZE, NUM_TOKENS, Scene, over_http, running
+from tests.support.encoder_decoders import Text, encoded, texts
 from tests.support.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
-NUM_TOKENS = 4
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-BLOCK_SIZE = 8
 FETCHED = "sluice_transfer_encoder_outputs_total"
 READ = "sluice_engine_encoder_tokens_total"
-
-
-class Scene:
-    """A running cluster of one family, and what is asked of it."""
-
-    def __init__(self, family: str, cluster: PlainCluster, runner: asyncio.Runner) -> None:
-        self.family = family
-        self.cluster = cluster
-        self._runner = runner
-        self._numbers = count(1)
-
-    def play(self, scene: Coroutine[Any, Any, None]) -> None:
-        self._runner.run(scene)
-
-    async def ask(self, text: Text, params: SamplingParams = GREEDY, salt: str = "") -> Answer:
-        stream = self.cluster.stream(
-            list(text.prompt), params, f"text-{next(self._numbers)}", encoder_token_ids=text.source, cache_salt=salt
-        )
-        answers = [answer async for _, answer in stream]
-        assert answers[-1] is not None
-        assert len(answers[-1].token_ids) == (params.max_tokens if params.beams is None else 0)
-        return answers[-1]
-
-    def check(self, wanted: Sequence[Text], answers: Sequence[Answer]) -> set[int]:
-        """Greedy wherever it is decided; the tokens seen."""
-        verdicts = [judge(self.family, text, each.token_ids) for text, each in zip(wanted, answers, strict=True)]
-        decided = [verdict for verdict in verdicts if verdict.is_decided]
-        assert len(decided) >= 0.9 * len(wanted) and all(verdict.is_greedy for verdict in decided)
-        return {token for answer in answers for token in answer.token_ids}
-
-    async def search(self, wanted: Sequence[Text], num_cancelled: int = 3) -> None:
-        """What transformers finds, beside searches that nobody waits for."""
-        params = searching(4, max_tokens=NUM_TOKENS, no_repeat_ngram_size=2)
-        doomed = [asyncio.ensure_future(self.ask(text, searching(4, max_tokens=60))) for text in wanted[:num_cancelled]]
-        asked = [asyncio.ensure_future(self.ask(text, params)) for text in wanted]
-        await asked[0]
-        for task in doomed:
-            task.cancel()
-        for text, answer in zip(wanted, await asyncio.gather(*asked), strict=True):
-            found = transformers_finds(self.family, text, params)
-            assert [each.token_ids for each in answer.hypotheses] == [each.token_ids for each in found]
-            assert [each.score for each in answer.hypotheses] == pytest.approx([s for _, s in found], abs=1e-3)
-
-    async def expect(self, wanted: Sequence[Text]) -> list[Answer]:
-        answers = await asyncio.gather(*(self.ask(text) for text in wanted))
-        self.check(wanted, answers)
-        return answers
-
-
-async def over_http(cluster: PlainCluster, body: dict[str, object], path: str = "/v1/completions") -> dict[str, Any]:
-    """What a front door over the cluster's router answers."""
-    config = cluster.config
-    service = ApiService(
-        router=cluster.router,
-        tokenizer=None,
-        model=replace(ServedModel.read(config), name="t5"),
-        http=config.http,
-        limits=config.limits,
-        metrics=cluster.metrics,
-        log=Log.open("ingress", config.log),
-    )
-    transport = httpx.ASGITransport(create_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url="http://sluice", timeout=60) as client:
-        answer = await client.post(path, json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-@contextmanager
-def running(family: str, *, encode: int = 1, prefill: int = 0, decode: int = 1, **more: object) -> Iterator[Scene]:
-    pools = {"encode": encode, "prefill": prefill, "decode": decode}
-    settings: dict[str, object] = {
-        "model.path": str(checkpoint(family)),
-        "kv.block_size": BLOCK_SIZE,
-        "kv.num_blocks": 64,
-        "scheduler.max_batched_tokens": 64,
-        "scheduler.chunk_tokens": 8,
-        "scheduler.max_sequences": 16,
-        "router.local_prefill": "fallback" if prefill else "always",
-        "words.heartbeat_timeout_s": 20.0,
-        "words.step_timeout_s": 20.0,  # a busy machine is no failure here
-        "pools": {name: {"workers": workers, "threads": 1} for name, workers in pools.items() if workers},
-        **more,
-    }
-    with running_cluster(settings) as (cluster, runner):
-        yield Scene(family, cluster, runner)
-        if all(worker.process.is_alive() for worker in cluster.workers.values()):
-            runner.run(cluster.assert_all_free())
+DRAWN = "sluice_engine_sampled_tokens_total"
+BATCHES = "sluice_engine_batch_sequences"
+FEW = {"kv.num_blocks": 40}  # some are preempted
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one worker": {"pools": {"decode": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}},
+    "E+D": {},
+    "E+P+D": {"prefill": 1},
+}
 
 
 def test_encode_prefill_decode() -> None:
@@ -153,7 +61,9 @@ def test_encode_prefill_decode() -> None:
         told = await over_http(stage.cluster, {**asked, **shown, "model": "t5"})
         assert told["choices"][0]["token_ids"] == answers[-1].token_ids
         found = transformers_finds("t5", text, searching(4, num_returned=3, max_tokens=NUM_TOKENS))
+        drawn = await stage.cluster.total(DRAWN, "decode")
         searched = await over_http(stage.cluster, {**asked, **shown, "model": "t5", "num_beams": 4, "n": 3})
+        assert await stage.cluster.total(DRAWN, "decode") == drawn + 4 * NUM_TOKENS
         assert [tuple(choice["token_ids"]) for choice in searched["choices"]] == [each.token_ids for each in found]
         assert [choice["score"] for choice in searched["choices"]] == pytest.approx([s for _, s in found], abs=1e-3)
         await stage.search(wanted[:12])
@@ -213,24 +123,43 @@ def test_encoders_die_and_requests_are_cancelled() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["t5-gated", "bart", "mbart"])
-def test_families(family: str) -> None:
-    """Encode and decode apart, then all on one worker: one code path. Blocks are short, so that some are preempted."""
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "bart", "mbart", "t5-small"])
+@pytest.mark.parametrize("stages", LAYOUTS)
+def test_families(family: str, stages: str) -> None:
+    """All on one worker, encode and decode apart, and each stage apart: one code path. Ragged inputs in a batch, pools
+    too small for all of it, greedy texts and searches, some cancelled; and whatever is cached."""
     wanted = texts(family, 112, num_sources=28)
     long = SamplingParams(max_tokens=40, ignore_eos=True)
 
     async def scene(stage: Scene) -> None:
+        total = stage.cluster.total
         hurried = [asyncio.ensure_future(stage.ask(text, long)) for text in wanted[:16]]
-        answers = await asyncio.gather(*(stage.ask(text) for text in wanted))
-        assert len(stage.check(wanted, answers)) >= 100
+        dropped = [asyncio.ensure_future(stage.ask(text, long)) for text in wanted[16:24]]
+        asked = [asyncio.ensure_future(stage.ask(text)) for text in wanted]
+        await asked[0]
+        for task in dropped:
+            task.cancel()
+        assert len(stage.check(wanted, await asyncio.gather(*asked))) >= 100
         await asyncio.gather(*hurried)
-        assert await stage.cluster.total("sluice_engine_preemptions_total") > 0
+        assert await total("sluice_engine_preemptions_total") > 0
+        assert await total(f"{BATCHES}_sum", "decode") > 8 * await total(f"{BATCHES}_count", "decode")
+        await stage.search(wanted[:8])
 
-    few: dict[str, Any] = {"kv.num_blocks": 24}
-    with running(family, **few) as stage:
-        stage.play(scene(stage))
-    one: dict[str, Any] = {"pools": {"all": {"workers": 1, "roles": ["encode", "prefill", "decode"], "threads": 1}}}
-    with running(family, **few, **one) as stage:
+        # A salt of one's own makes a cold run. One prompt behind two inputs, then again: nothing is mixed up or lost.
+        prompt = max((text.prompt for text in wanted), key=len)
+        pair = [Text(source, prompt) for source in (wanted[5].source, wanted[6].source)]
+        cold = [await stage.ask(text, salt="cold") for text in pair]
+        stage.check(pair, cold)
+        assert cold[0].token_ids != cold[1].token_ids
+        again = [await stage.ask(text) for text in pair]
+        read, drawn = await total(READ), await total(DRAWN)
+        warm = [await stage.ask(text) for text in pair]
+        for answers in (again, warm):
+            assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in cold]
+        assert await total(READ) == read and await total(DRAWN) == drawn + 2 * NUM_TOKENS
+        assert all(answer.route.decode_prefix_hit_tokens >= BLOCK_SIZE for answer in warm)
+
+    with running(family, **LAYOUTS[stages], **FEW) as stage:
         stage.play(scene(stage))
 
 

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from cluster.request import FinishReason
 from workers.engine.beam_search import BeamSearch, Branch, Candidate
 from workers.engine.block_tables import BlockTables
 from workers.engine.plan_builder import PlanBuilder
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceStatus
-from workers.engine.step_plan import BlockCopy, FinishedSearch
+from workers.engine.step_plan import BlockCopy, FinishedSearch, StepOutcome
 
 
 @dataclass(slots=True)
@@ -110,25 +111,31 @@ class Beams:
             if num_tokens > 0:
                 batch.add(beam, num_tokens)
 
-    def heard(self, seq: Sequence, candidates: tuple[Candidate, ...]) -> FinishedSearch | None:
-        """What may follow a leader's prompt or a beam. With the last one of a step the search goes on, or ends."""
+    def heard(
+        self, seq: Sequence, candidates: tuple[Candidate, ...], outcome: StepOutcome
+    ) -> tuple[Sequence, FinishReason | None]:
+        """What may follow a leader's prompt or a beam. With the last one of a step the search goes on, or ends: then
+        its leader, and why."""
         search = self._searches[seq.id]
         leader = search.leader
         if seq is leader:
             if leader.beams:
-                return None  # it was recomputed
+                return seq, None  # it was recomputed
             parents, offered = [leader], [candidates]
         else:
             search.heard[seq.id] = candidates
             if len(search.heard) < len(leader.beams):
-                return None
+                return seq, None
             parents, offered = leader.beams, [search.heard.pop(beam.id) for beam in leader.beams]
         texts = [parent.tokens[leader.num_prompt :] for parent in parents]
         branches = search.rules.advance(texts, offered)
+        outcome.num_searched_tokens += leader.num_rows
         if not branches:
-            return FinishedSearch(leader, tuple(search.rules.hypotheses))
+            found = FinishedSearch(leader, tuple(search.rules.hypotheses))
+            outcome.searches.append(found)
+            return leader, found.hypotheses[0].finish
         leader.beams = self._branch(search, parents, branches)
-        return None
+        return seq, None
 
     # ------------------------------------------------------------------ the end
 

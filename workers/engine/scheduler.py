@@ -363,10 +363,7 @@ class Scheduler:
                     finish = FinishReason.STOP
                     outcome.vectors.append(PooledVector(seq, result.vectors[row.id]))
                 elif seq.num_rows > 1:
-                    finish = None
-                    if (found := self._beams.heard(seq, result.candidates[row.id])) is not None:
-                        outcome.searches.append(found)
-                        seq, finish = found.seq, found.hypotheses[0].finish
+                    seq, finish = self._beams.heard(seq, result.candidates[row.id], outcome)
                 else:
                     token = result.tokens[row.id]
                     finish = seq.accept(token, self._eos_token_ids)

@@ -172,6 +172,7 @@ class StepOutcome:
     chunks: list[Chunk] = field(default_factory=list)
     vectors: list[PooledVector] = field(default_factory=list)
     searches: list[FinishedSearch] = field(default_factory=list)
+    num_searched_tokens: int = 0  # drawn in all searches: one for each beam
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
     encoded: list[Sequence] = field(default_factory=list)  # FINISHED: they wanted the output of their encoder alone

@@ -137,6 +137,7 @@ def test_forced_tokens_cost_nothing() -> None:
     runs = [(text, add(loaded, text, searching(3, max_tokens=length), ForcedTokens(77, 99))) for length in (2, 6)]
     loaded.run()
     expect_equal("bart", loaded, runs)
+    assert sum(outcome.num_searched_tokens for outcome in loaded.outcomes) == 3 * 2 + 3 * 6
     hypotheses = found(loaded, runs[-1][1])
     assert all((each.token_ids[0], each.token_ids[-1]) == (77, 99) for each in hypotheses) and len(hypotheses) == 3
 
