@@ -1,7 +1,7 @@
 """Which worker reads the encoder input of a request, once it is known who runs its decoder. Pure.
 
     an encode worker whose output can be read wherever the decoder runs; it costs what waits there, and the input itself
-    unless it is the input's home
+    unless it has the output, or nobody has and it is the input's home
     else the worker that computes the decoder prompt
 
 The home of an input is the same for every router, so equal inputs meet in one cache; when a worker leaves or comes,
@@ -24,6 +24,7 @@ class EncoderDemand:
 
     name: str  # the same for equal inputs that may share an output
     num_tokens: int
+    holders: Collection[str] = ()  # incarnations that have the output
 
 
 def with_encode(
@@ -34,15 +35,25 @@ def with_encode(
     encoders = [each for each in candidates if Role.ENCODE in each.roles and _serves(each, plan)]
     encoders = [each for each in encoders if each.incarnation not in avoided] or encoders
     if not encoders:
-        return replace(plan, encode=prefill, encode_spare=plan.spare)
-    home = at_home(demand.name, encoders)
+        return replace(
+            plan, encode=prefill, encode_spare=plan.spare, num_encoder_tokens=_num_read(plan, prefill, demand)
+        )
+    having = {each.incarnation for each in encoders if each.incarnation in demand.holders}
+    homes = having or {at_home(demand.name, encoders).incarnation}
 
     def cost(each: Candidate) -> tuple[int, bool, int, str]:
-        away = each is not home
+        away = each.incarnation not in homes
         return each.queued_encoder_tokens + demand.num_tokens * away, away, each.num_requests, each.name
 
     first, *others = sorted(encoders, key=cost)
-    return replace(plan, encode=first, encode_spare=others[0] if others else None)
+    spare = others[0] if others else None
+    return replace(plan, encode=first, encode_spare=spare, num_encoder_tokens=_num_read(plan, first, demand))
+
+
+def _num_read(plan: Plan, encode: Candidate, demand: EncoderDemand) -> int:
+    """Tokens that `encode` reads: none where it has the output, or nobody asks for it."""
+    held = {each.incarnation in demand.holders for each in (plan.prefill, plan.decode)} == {True}
+    return 0 if held or encode.incarnation in demand.holders else demand.num_tokens
 
 
 def is_read_apart(plan: Plan, candidates: Sequence[Candidate]) -> bool:

@@ -17,6 +17,7 @@ from router.fleet import Fleet
 from router.flight import Flight
 from router.holder_table import Keys
 from router.offer import Demand
+from router.outputs import OutputDemand, output_key
 from router.pairing import Pairing
 from router.plan import Candidate, NoPlan, Plan
 from router.planner import LocalRules, make_plan
@@ -75,6 +76,7 @@ class Navigator:
     def plan(self, flight: Flight, now: float) -> Plan | NoPlan:
         candidates = self._candidates()
         request = flight.request
+        output = self._output(candidates, flight, now) if self._reuses_output(flight) else None
         plan = make_plan(
             candidates,
             self._policy,
@@ -88,13 +90,15 @@ class Navigator:
                 hit_blocks=self._hits(candidates, flight, now) if self.uses_blocks else None,
                 computes_all=request.sampling.needs_whole_prompt,
                 may_fetch=request.sampling.pooling is None,  # a vector's prompt holds no reservation to fetch into
+                output=output,
                 session=request.session,
             ),
             pairing=self._pairing,
         )
         if isinstance(plan, NoPlan) or not request.encoder_token_ids:
             return plan
-        wanted = EncoderDemand(self.root(plan.decode, flight).hex(), len(request.encoder_token_ids))
+        holders = () if output is None else {candidates[index].incarnation for index in output.held.nonzero()[0]}
+        wanted = EncoderDemand(self.root(plan.decode, flight).hex(), len(request.encoder_token_ids), holders)
         return with_encode(plan, candidates, wanted, flight.excluded | flight.shunned)
 
     def num_uncached(self, flight: Flight, now: float) -> int:
@@ -113,16 +117,21 @@ class Navigator:
             num_hits = plan.holding.num_blocks
         self._fleet.sent(plan.prefill, num_tokens=0 if led else flight.num_tokens - num_hits * self._block_size)
         if plan.encode is not None and not led:
-            self._fleet.sent(plan.encode, num_encoder_tokens=len(flight.request.encoder_token_ids))
+            self._fleet.sent(plan.encode, num_encoder_tokens=plan.num_encoder_tokens)
         self.routes.placed(flight, plan, leader=flight.request.leader_id if led else "")
         if plan.local_reason is not None:
             self._metrics.local_plans.labels(plan.local_reason).inc()
         if not self.uses_blocks:
             return
-        keys = self._keys(flight, self.root(plan.decode, flight))
+        root = self.root(plan.decode, flight)
+        keys = self._keys(flight, root)
         seats = {self.feed.seat(worker.incarnation, worker.shard) for worker in (plan.decode, plan.prefill)}
         if len(keys):
             self.feed.predicted.add(seats - {-1}, keys, now)
+        if self._reuses_output(flight) and plan.encode is not None:
+            seats.add(self.feed.seat(plan.encode.incarnation, plan.encode.shard))
+            key = output_key(root, len(flight.request.encoder_token_ids), self._block_size)
+            self.feed.predicted.add(seats - {-1}, key, now)
 
     def ended(self, flight: Flight) -> None:
         """What was found in the caches of the last attempt, beside what was expected."""
@@ -166,10 +175,27 @@ class Navigator:
 
     def _hits(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> NDArray[np.int64]:
         """Of each candidate, the blocks of the request that it has, or will have soon, from the first one on."""
+        return self._found(candidates, lambda root: self._keys(flight, root), flight, now)
+
+    def _reuses_output(self, flight: Flight) -> bool:
+        """Whether it matters who holds the output of its encoder. A vector is made of states, which nobody keeps."""
+        return self.uses_blocks and bool(flight.request.encoder_token_ids) and flight.request.sampling.pooling is None
+
+    def _output(self, candidates: Sequence[Candidate], flight: Flight, now: float) -> OutputDemand:
+        """Of its encoder, which the request has."""
+        num_tokens = len(flight.request.encoder_token_ids)
+        num_held = self._found(candidates, lambda root: output_key(root, num_tokens, self._block_size), flight, now)
+        return OutputDemand(-(-num_tokens // self._block_size), num_held > 0)
+
+    def _found(
+        self, candidates: Sequence[Candidate], keys_under: Callable[[bytes], Keys], flight: Flight, now: float
+    ) -> NDArray[np.int64]:
+        """Of each candidate, how many keys of a chain it has, or will have soon, from the first one on. `keys_under`:
+        the chain, by its root."""
         feed = self.feed
         hits: NDArray[np.int64] | None = None
         for model in self._models:
-            keys = self._keys(flight, self._root(model, flight))
+            keys = keys_under(self._root(model, flight))
             predictions = feed.predicted.find(keys, now)
             num_predicted = max([prediction.last for prediction in predictions], default=0)
             keys = keys[: feed.index.num_worth_reading(keys, num_predicted)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.holding import spared_blocks
+from router.outputs import OutputDemand, OutputWork
 from router.pairing import Floats, Loads, Mask, Pairing, Rates, barriers
 from router.plan import Candidate
 
@@ -23,6 +24,7 @@ class Demand:
     hit_blocks: NDArray[np.int64] | None = None  # of each candidate: full blocks that it has, from the first one on
     computes_all: bool = False  # every position is computed, whatever is cached
     may_fetch: bool = True  # from a worker that holds what the computing one lacks
+    output: OutputDemand | None = None  # of an encoder
     session: str = ""  # requests of one session go to one worker; "": no session
 
 
@@ -42,6 +44,7 @@ class Offer:
     )
     loads: Loads
     rates: Rates
+    output: OutputWork | None = None
 
     @classmethod
     def of(
@@ -55,6 +58,7 @@ class Offer:
         """`closed`: the barriers, where the caller has them.
 
         What comes after the last whole block is always computed, and is at least a token."""
+        output = demand.output
         hit_blocks = np.zeros(len(candidates), np.int64) if demand.hit_blocks is None else demand.hit_blocks
         reusable = np.minimum(hit_blocks, max(0, demand.num_tokens - 1) // demand.block_size)
         return cls(
@@ -69,6 +73,7 @@ class Offer:
             ),
             loads=pairing.loads,
             rates=pairing.rates,
+            output=None if output is None else OutputWork.of(output, candidates, pairing, demand.block_size),
         )
 
     def decode(self, row: int) -> Candidate:

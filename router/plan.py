@@ -79,6 +79,7 @@ class Plan:
     spare: Candidate | None = None
     encode: Candidate | None = None  # None: the request has no encoder input
     encode_spare: Candidate | None = None
+    num_encoder_tokens: int = 0  # that `encode` has to read: none where the output is held
     holding: Holding | None = None  # from whom `prefill` fetches rather than computes
     local_prefill_allowed: bool = False
     local_reason: LocalReason | None = None  # None: prefill is remote

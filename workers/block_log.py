@@ -1,4 +1,5 @@
-"""What changed in this worker's prefix cache, numbered, for the indexes of the routers. The last changes are kept.
+"""What changed in this worker's caches, of prefixes and of encoders' outputs, numbered, for the indexes of the routers.
+The last changes are kept.
 
 Changes are gathered for some milliseconds and told as what came of them: which blocks a lookup finds now, and which
 ones no more. An ingress that subscribes, or that misses a number, says which one it has last and gets those after it,
@@ -9,7 +10,7 @@ an ingress that misses nothing hears so.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -25,8 +26,11 @@ class PrefixCache(Protocol):
 
     def drain_events(self) -> list[BlockEvent]: ...
 
+    @property
+    def groups(self) -> Sized: ...
+
     def is_registered(self, hash_: bytes, /) -> bool:
-        """In every group."""
+        """In every group of its kind."""
         ...
 
     def registered_hashes(self, group: int, /) -> list[bytes]: ...
@@ -90,8 +94,10 @@ class BlockLog:
         return [self._dump()]
 
     def _dump(self) -> pb.BlockEvents:
-        hashes = [hash_ for hash_ in self._cache.registered_hashes(0) if self._cache.is_registered(hash_)]
-        return pb.BlockEvents(shard=self._shard, id=self.last_id, dump=True, stored=b"".join(hashes))
+        groups = range(len(self._cache.groups))
+        hashes = dict.fromkeys(hash_ for group in groups for hash_ in self._cache.registered_hashes(group))
+        stored = filter(self._cache.is_registered, hashes)
+        return pb.BlockEvents(shard=self._shard, id=self.last_id, dump=True, stored=b"".join(stored))
 
     def _keep(self, batch: _Batch) -> None:
         self._kept.append(batch)

@@ -38,6 +38,9 @@ class Stage:
     def prefill(self, name: str = "prefill-0", **options: Any) -> ScriptedWorker:
         return self._add(ScriptedWorker(name, roles=[Role.PREFILL], **options))
 
+    def encode(self, name: str = "encode-0", **options: Any) -> ScriptedWorker:
+        return self._add(ScriptedWorker(name, roles=[Role.ENCODE], **options))
+
     def decode(self, name: str = "decode-0", *script: Action, **options: Any) -> ScriptedWorker:
         return self._add(ScriptedWorker(name, script=script or (FOREVER,), **options))
 

@@ -88,6 +88,29 @@ def test_a_range_while_it_is_kept_then_a_dump() -> None:
     assert len(split(log.after(1)[0].stored)) == 5
 
 
+def test_outputs_of_encoders_are_told_beside_prefixes() -> None:
+    """One is known by its name in its own group."""
+    blocks = BlockManager([GroupCapacity("self", 8, 4), GroupCapacity("cross", 8, 4, is_fixed=True)])
+    log, reader = BlockLog(blocks), Reader()
+    for group, numbers in ((0, [1, 2]), (1, [3, 4, 5])):
+        reserved = blocks.reserve([len(numbers) * (group == 0), len(numbers) * (group == 1)])
+        assert reserved is not None
+        for block, number in zip(reserved[group], numbers, strict=True):
+            blocks.mark_ready(group, block, hash_of(number))
+        blocks.release(group, reserved[group])
+    events = log.collect()
+    assert events is not None
+    reader.hear(events)
+    assert reader.known == {hash_of(number) for number in (1, 2, 3, 4, 5)}
+    blocks.reserve([0, 6])  # evicts the last block of the output
+    events = log.collect()
+    assert events is not None
+    reader.hear(events)
+    dump = Reader()
+    dump.hear(log.after(0)[0])
+    assert reader.known == dump.known == {hash_of(number) for number in (1, 2, 3, 4)}
+
+
 def test_what_is_kept_is_bounded_by_hashes_too() -> None:
     blocks = BlockManager([GroupCapacity("self", 1000, 4)])
     log = BlockLog(blocks)

@@ -61,6 +61,8 @@ class BlockManager:
 
     def __init__(self, groups: Sequence[GroupCapacity], *, enable_prefix_cache: bool = True) -> None:
         self._groups = [BlockGroup(capacity) for capacity in groups]
+        kinds = ([group for group in self._groups if group.capacity.is_fixed is fixed] for fixed in (False, True))
+        self._kinds = [kind for kind in kinds if kind]  # what is named alike: prefixes, and outputs of encoders
         self._enable_prefix_cache = enable_prefix_cache
         self._retired = 0
         self._raises: list[BlockRaise] = []
@@ -101,7 +103,7 @@ class BlockManager:
         for _ in range(count):
             block, removed = group.take(for_transfer=for_transfer, retired=self._retired)
             if removed is not None:
-                self._note(EventKind.REMOVED, index, removed)
+                self._events.append(BlockEvent(EventKind.REMOVED, index, removed))
             group.enter(block, BlockState.FILLING, self._retired)
             group.refs[block] = 1
             group.generation[block] += 1
@@ -117,12 +119,7 @@ class BlockManager:
         if hash_ is not None and self._enable_prefix_cache and hash_ not in pool.registry:
             pool.registry[hash_] = block
             pool.hash[block] = hash_
-            self._note(EventKind.STORED, group, hash_)
-
-    def _note(self, kind: EventKind, group: int, hash_: bytes) -> None:
-        """Events are of prefixes, which fixed groups do not hold."""
-        if not self._groups[group].capacity.is_fixed:
-            self._events.append(BlockEvent(kind, group, hash_))
+            self._events.append(BlockEvent(EventKind.STORED, group, hash_))
 
     # ------------------------------------------------------------------ references
 
@@ -212,7 +209,7 @@ class BlockManager:
         return [BlockRaise(group, block, generation[block]) for block in blocks]
 
     def drain_events(self) -> list[BlockEvent]:
-        """What changed in the prefix cache since the last call, in order."""
+        """What changed in the caches of prefixes and of encoders' outputs since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -225,7 +222,7 @@ class BlockManager:
             pool.registry.clear()
             for block in list(pool.cached):
                 pool.enter(block, BlockState.FREE, self._retired)
-            self._note(EventKind.CLEARED, index, b"")
+            self._events.append(BlockEvent(EventKind.CLEARED, index, b""))
 
     # ------------------------------------------------------------------ counts
 
@@ -254,8 +251,8 @@ class BlockManager:
         return list(self._groups[group].registry)
 
     def is_registered(self, hash_: bytes, /) -> bool:
-        """Whether a lookup would find it, in every growing group."""
-        return all(hash_ in pool.registry for pool in self._groups if not pool.capacity.is_fixed)
+        """Whether a lookup would find it: in every growing group, or in every fixed one."""
+        return any(all(hash_ in pool.registry for pool in kind) for kind in self._kinds)
 
     def check_integrity(self) -> None:
         """Asserts that states, counts and lists agree. O(blocks): for tests and debugging."""

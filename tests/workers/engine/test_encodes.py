@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, RequestTooLong
-from cluster.hashing import chain_root
+from cluster.hashing import chain_root, encoder_hashes
 from cluster.request import RequestKey, SamplingParams
 from tests.support.engine_builders import EngineDouble, encoder_input, expected_tokens
 from workers.engine.block_manager import BlockCounts, BlockManager, GroupCapacity
@@ -268,13 +268,16 @@ def test_a_cleared_cache_and_a_disabled_one_read_again() -> None:
         double.check_empty()
 
 
-def test_events_tell_of_prefixes_alone() -> None:
+def test_events_tell_of_prefixes_and_of_outputs() -> None:
     double = engine()
-    double.scheduler.add(double.sequence([1] * 5, encoder_tokens=INPUTS[2], params=greedy(2)))
+    seq = double.sequence([1] * 5, encoder_tokens=INPUTS[2], params=greedy(2))
+    double.scheduler.add(seq)
     double.run()
     events = double.blocks.drain_events()
-    assert [event.group for event in events] == [0]
-    assert double.blocks.is_registered(events[0].hash)
+    assert seq.encoder_input is not None
+    assert [event.group for event in events] == [1] * 5 + [0]
+    assert [event.hash for event in events[:5]] == encoder_hashes(seq.encoder_input.root, 5)
+    assert all(double.blocks.is_registered(event.hash) for event in events)
     assert double.blocks.counts(1) == BlockCounts(3, 0, 0, 5, 0)
 
 
