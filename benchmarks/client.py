@@ -60,6 +60,7 @@ class Sample:
     pulled_blocks: int = 0
     plan: str = ""  # the server's word
     server_ttft_s: float = 0.0  # from the start of its route to the first token there
+    computed_s: float = 0.0  # the prompt, as its worker says: since it was asked
     num_tokens: int | None = None  # where `token_s` has only the first and the last one
 
     @classmethod
@@ -118,6 +119,7 @@ def _take(sample: Sample, tree: dict, now_s: float) -> None:  # type: ignore[typ
         sample.hit_tokens, sample.pulled_blocks = route["prefix_hit_tokens"], route["blocks"]
         sample.plan = route["plan"]
         sample.server_ttft_s = route["ttft_ms"] / 1e3
+        sample.computed_s = (route["queue_ms"] + route["prefill_ms"]) / 1e3
 
 
 async def events(url: str, path: str, body: bytes) -> AsyncIterator[bytes]:

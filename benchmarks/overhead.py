@@ -1,6 +1,6 @@
 """What HTTP, router and words add to the time to the first token of an engine that has nothing else to do.
 
-    python -m benchmarks.overhead [--requests 200] [--prompt 64 256] [--json FILE]
+    python -m benchmarks.overhead [--requests 200] [--prompt 64 256] [--disaggregated] [--tiny] [--json FILE]
 
 One request after the other, each prompt a new one, each sent three ways, in turns that rotate:
 
@@ -8,14 +8,16 @@ One request after the other, each prompt a new one, each sent three ways, in tur
   replica   text over HTTP to the port of the ingress replica itself
   public    text over HTTP to the public port: HAProxy, Ray Serve, FastAPI, tokenizer, router, words, worker
 
-Replica and public are one app on a Ray cluster of its own, with one worker that does both stages, of the same model
-and with as many threads as the lone engine. Engine and public get the same prompt; the replica's is another one of as
-many tokens, as public's would be cached there. Nothing is cached anywhere, which is checked. HTTP clients count from
-before they connect; every request has a connection of its own.
+Replica and public are one app on a Ray cluster of its own, with one worker that does both stages (--disaggregated: one
+for each), of the same model and with as many threads as the lone engine. Engine and public get the same prompt; the
+replica's is another one of as many tokens, as public's would be cached there. Nothing is cached anywhere, which is
+checked. HTTP clients count from before they connect; every request has a connection of its own.
 
 The figure is median(public) - median(engine), and so for the 90th percentile. Its parts are medians of differences
 within one request: HAProxy (public - replica), HTTP in the replica (client - server's own time to the first token),
-the tokenizer (the replica's class, here), and the rest: router, words and the worker's loop.
+the tokenizer (the replica's class, here), and the rest: router, words and the worker's loop. Of that, some passes
+in the worker that computes the prompt, from when it was asked to the end of its step, beyond what the engine takes.
+--tiny serves a model that computes next to nothing, so that the rest is nearly all there is.
 """
 
 from __future__ import annotations
@@ -62,15 +64,24 @@ class Plan:
     num_tokens: int = 4  # of an answer
     seed: int = 0
     shape: checkpoint.Shape = checkpoint.SMALL
+    disaggregated: bool = False
+
+    @property
+    def pool(self) -> str:
+        """Whose engine the lone one is like."""
+        return "prefill" if self.disaggregated else _POOL
 
     def config(self, directory: Path) -> SluiceConfig:
+        pools = {_POOL: {"workers": 1, "roles": ["prefill", "decode"], "threads": 1}}
+        if self.disaggregated:
+            pools = {role: {"workers": 1, "threads": 1} for role in ("prefill", "decode")}
         settings = {
             "model.path": str(directory),
             "model.load_format": "dummy",
             "model.served_name": _MODEL,
             "kv.memory_bytes": 256 << 20,
-            "pools": {_POOL: {"workers": 1, "roles": ["prefill", "decode"], "threads": 1}},
-            "router.local_prefill": "always",
+            "pools": pools,
+            "router.local_prefill": "never" if self.disaggregated else "always",
             "http.port": 0,
             "log.level": "warning",
         }
@@ -102,6 +113,7 @@ class Round:
     public: float
     replica_server: float  # to the first token as the replica counts it, of the request at its own port
     public_server: float  # of the one through the public port
+    public_computed: float  # of that, in the worker that computed the prompt
     tokenize: float
 
 
@@ -127,6 +139,8 @@ class Ways:
                 sample = await self._over_http(way, one if way == "public" else other)
                 seconds[way] = sample.token_s[0]
                 seconds[f"{way}_server"] = sample.server_ttft_s
+                if way == "public":
+                    seconds["public_computed"] = sample.computed_s
         start = time.perf_counter()
         token_ids = await self._tokenizer.encode(one.text)
         tokenize = time.perf_counter() - start
@@ -183,7 +197,7 @@ def all_ways(plan: Plan) -> Iterator[tuple[Ways, Vocabulary]]:
         tokenizer = Tokenizer.load(directory)
         assert tokenizer is not None
         config = plan.config(directory)
-        with process(first_tokens, config, _POOL) as engine:
+        with process(first_tokens, config, plan.pool) as engine:
             assert receive(engine) == "ready"
             with started_cluster(config, "overhead") as url:
                 yield Ways(engine, url, replica_url(url), tokenizer), Vocabulary.read(directory)
@@ -216,6 +230,7 @@ def figures(rounds: Sequence[Round]) -> list[Figure]:
         "HTTP in the replica": [one.replica - one.replica_server for one in rounds],
         "tokenizer": [one.tokenize for one in rounds],
         "router, words, the worker's loop": [one.public_server - one.tokenize - one.engine for one in rounds],
+        "of that, in the worker that computes": [one.public_computed - one.engine for one in rounds],
     }
     rows += [Figure(f"{name}, median", 1e3 * percentile(seconds, 0.5), "ms") for name, seconds in paired.items()]
     return rows
@@ -231,7 +246,8 @@ def run(plan: Plan) -> Report:
     return Report(
         benchmark="overhead",
         what=(
-            f"TTFT over HTTP beside an engine in process; {plan.shape}, one worker of one thread; {plan.num_requests} "
+            f"TTFT over HTTP beside an engine in process; {plan.shape}, "
+            f"{'two workers' if plan.disaggregated else 'one worker'} of one thread; {plan.num_requests} "
             f"requests one by one, prompts {low}-{high} tokens; others kept {neighbours:.1f} cores busy"
         ),
         arguments=asdict(plan),
@@ -248,6 +264,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=plan.num_warmup, help="requests before them, not counted")
     parser.add_argument("--prompt", type=int, nargs=2, default=plan.prompt_tokens, metavar=("LOW", "HIGH"))
     parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--disaggregated", action="store_true", help="a prefill worker and a decode worker")
+    parser.add_argument("--tiny", action="store_true", help="a model that computes next to nothing")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     plan = Plan(
@@ -255,6 +273,8 @@ def main() -> None:
         num_warmup=options.warmup,
         prompt_tokens=tuple(options.prompt),
         seed=options.seed,
+        shape=checkpoint.TINY if options.tiny else plan.shape,
+        disaggregated=options.disaggregated,
     )
     publish(run(plan), options.json)
 
