@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import requires
 from pathlib import Path
@@ -18,47 +17,16 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from helm.readme import CHART
+from tests.helm import image_steps
 from tests.support import chart
+from tests.support.dockerfile import ROOT, STAGES, lineage
+from tests.support.image import NOT_RUN
 
-ROOT = Path(__file__).parents[2]
 TARGETS = ("cpu", "cuda")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@dataclass
-class Stage:
-    name: str
-    base: str
-    steps: list[tuple[str, str]] = field(default_factory=list)  # (RUN, what follows)
-
-    def of(self, instruction: str) -> list[str]:
-        return [text for name, text in self.steps if name == instruction]
-
-
-def stages() -> dict[str, Stage]:
-    text = re.sub(r"(?m)^#.*\n", "", (ROOT / "deploy" / "Dockerfile").read_text()).replace("\\\n", " ")
-    found: dict[str, Stage] = {}
-    stage = Stage("", "")
-    for line in filter(None, text.splitlines()):
-        instruction, _, rest = line.partition(" ")
-        if instruction == "FROM":
-            base, _, name = rest.partition(" AS ")
-            found[name] = stage = Stage(name, base)
-        else:
-            stage.steps.append((instruction, " ".join(rest.split())))
-    return found
-
-
-STAGES = stages()
-
-
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-
-
-def lineage(name: str) -> list[Stage]:
-    """The stage and what it is built on, the last first."""
-    stage = STAGES[name]
-    return [stage, *(lineage(stage.base) if stage.base in STAGES else [])]
 
 
 def pins() -> dict[str, str]:
@@ -112,6 +80,12 @@ def test_the_context_is_what_is_copied_and_no_more() -> None:
     assert first == "*" and let_in == sources
     assert [source for source in sources if not (ROOT / source).exists()] == []
     assert any(fnmatch("cluster/__pycache__", rule) for rule in rules)
+
+
+def test_every_step_is_run_or_said_not_to_be() -> None:
+    """By `.ci/run`, or by the long form of the tests."""
+    with_steps = {name for name, stage in STAGES.items() if stage.of("RUN")}
+    assert with_steps == {*image_steps.HERE, *image_steps.LATER} and NOT_RUN.keys() == {"build-cuda"}
 
 
 @pytest.mark.parametrize("target", TARGETS)

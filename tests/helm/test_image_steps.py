@@ -1,105 +1,70 @@
-"""The RUN steps of deploy/Dockerfile, run without a container engine in a clean root of Debian.
-
-The base image is not there: the root has Debian's own Python 3.11 in its place.
-"""
+"""deploy/Dockerfile, followed step by step in a clean Debian without a container engine, to what its image starts."""
 
 from __future__ import annotations
 
-import os
+import shlex
 import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from tests.helm.test_image import ROOT, STAGES
+from tests.support import chart
+from tests.support.clean_root import debian
+from tests.support.dockerfile import STAGES
+from tests.support.image import PACKAGES, Built, Image
 
 pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(1800)]
 
-RELEASE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
-# Steps that are not run here, and why.
-NOT_RUN = {
-    "build-cpu": "2 GB of packages; test_image resolves every one of them with pip, and installs none",
-    "build-cuda": "several GB of kernels that only a GPU can start; their names and pins are compared as text",
-}
-_UNPACKED = ROOT / ".cache" / "debootstrap"
-# $1: the root; then the command.
-_INSIDE = """
-set -e
-mount -t proc proc "$1/proc"
-mount --rbind /dev "$1/dev"
-exec chroot "$@"
-"""
 
-
-def run_steps(stage: str) -> list[str]:
-    return STAGES[stage].of("RUN")
-
-
-def done(command: Sequence[str], **options: object) -> str:
-    """Its output; fails with all that it said."""
-    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    assert ended.returncode == 0, ended.stdout[-5000:]
-    return ended.stdout
-
-
-class CleanRoot:
-    """A Debian of its own. What runs inside sees its own processes, and leaves no mount behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def run(self, script: str) -> str:
-        """`sh -c`, as a RUN step is."""
-        return done(
-            [
-                *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _INSIDE, "root", str(self.path)),
-                *("/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c", script),
-            ]
-        )
-
-
-def debootstrap() -> Path | None:
-    """Debian's own tool, unpacked under .cache: it is a script and need not be installed."""
-    tool = _UNPACKED / "usr" / "sbin" / "debootstrap"
-    if not tool.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
-        _UNPACKED.mkdir(parents=True, exist_ok=True)
-        fetched = subprocess.run(["apt-get", "download", "-qq", "debootstrap"], cwd=_UNPACKED, check=False)
-        for package in _UNPACKED.glob("debootstrap_*.deb"):
-            if fetched.returncode == 0:
-                subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=_UNPACKED, check=True)
-            package.unlink()
-    return tool if tool.exists() else None
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    directory = tmp_path_factory.mktemp("image")
+    base = debian(directory / "debian", *PACKAGES)
+    if base is None:
+        pytest.skip("needs root and iproute2, and Debian's debootstrap")
+    yield Image(base, directory)
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRoot]:
-    tool = debootstrap()
-    if tool is None:
-        pytest.skip("needs root and iproute2, and Debian's debootstrap")
-    path = tmp_path_factory.mktemp("root")
-    environment = {**os.environ, "DEBOOTSTRAP_DIR": str(_UNPACKED / "usr" / "share" / "debootstrap")}
-    done(
-        ["unshare", "--mount", str(tool), "--variant=minbase", "--include=python3", RELEASE, str(path), MIRROR],
-        env=environment,
+def cpu(image: Image) -> Built:
+    return image.build("cpu")
+
+
+def test_the_user_is_made_and_the_libraries_for_rdma_are_installed(image: Image) -> None:
+    cuda = image.build("cuda")
+    assert cuda.ran == [*STAGES["application"].of("RUN"), *STAGES["cuda"].of("RUN")]
+    assert cuda.run("id -u; id -g; id -un").split() == ["1000", "1000", "sluice"]
+    assert "librdmacm.so.1" in cuda.run("ldconfig -p")
+    assert list((cuda.root.path / "var" / "lib" / "apt" / "lists").iterdir()) == []
+
+
+def test_every_package_is_installed_and_fits_the_others(image: Image, cpu: Built) -> None:
+    assert image.build("build-cpu").ran == STAGES["build-cpu"].of("RUN")
+    assert "No broken requirements found" in cpu.run("python -m pip check")
+    left = [name for name in ("gcc", "make", "git", "curl") if cpu.run(f"command -v {name} || true").strip()]
+    assert left == [], "no build tools"
+
+
+def test_its_user_may_write_at_home_only(cpu: Built) -> None:
+    home = {"HOME": "/home/sluice"}
+    assert cpu.run("id -u; echo $PWD; touch $HOME/mine && rm $HOME/mine", **home).split() == ["1000", "/opt/sluice"]
+    for place in ("/opt/sluice", "/usr/local/lib", "/etc"):
+        assert cpu.run(f"touch {place}/mine 2>/dev/null || echo refused") == "refused\n"
+
+
+def test_what_the_image_starts_runs_as_its_user(cpu: Built) -> None:
+    """Its command, the application that Serve imports, and a model that the recipe's init container writes."""
+    home = {"HOME": "/home/sluice"}
+    assert "check-config" in cpu.run(shlex.join(cpu.command), **home)
+    assert cpu.run("python -c 'import deploy.app; print(deploy.app.build.__name__)'", **home).strip() == "build"
+    assert (
+        cpu.run("python -c 'import workers.actor, torch, nixl; print(torch.get_num_threads() > 0)'", **home) == "True\n"
     )
-    shutil.copy("/etc/resolv.conf", path / "etc" / "resolv.conf")
-    yield CleanRoot(path)
-    shutil.rmtree(path)
-
-
-def test_every_step_is_run_or_said_not_to_be() -> None:
-    with_steps = {name for name, stage in STAGES.items() if stage.of("RUN")}
-    assert with_steps == {"application", "cuda", *NOT_RUN}
-
-
-def test_the_user_is_made_and_the_libraries_for_rdma_are_installed(root: CleanRoot) -> None:
-    for step in run_steps("application"):
-        root.run(step)
-    assert root.run("id -u sluice; id -g sluice").split() == ["1000", "1000"]
-    for step in run_steps("cuda"):
-        root.run(step)
-    assert "librdmacm.so.1" in root.run("ldconfig -p")
-    assert list((root.path / "var" / "lib" / "apt" / "lists").iterdir()) == []
+    init = chart.recipe("cpu")["model"]["init"]["command"]
+    assert init[:2] == ["python3", "-c"]
+    cpu.run('export MODEL_PATH=$HOME/model && mkdir $MODEL_PATH && python3 -c "$PROGRAM"', PROGRAM=init[2], **home)
+    assert "# 2 workers reserve 2 CPU cores" in cpu.run("python -m deploy check-config --model $HOME/model", **home)
+    one = 'echo \'{"prompt": "once upon", "max_tokens": 4}\' > $HOME/in.jsonl'
+    ask = "python -m deploy generate --model $HOME/model --input $HOME/in.jsonl --output $HOME/out.jsonl"
+    cpu.run(f"{one} && {ask} && test -s $HOME/out.jsonl", **home)
