@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -21,6 +23,8 @@ from tests.support.otlp_receiver import OtlpReceiver, Span, otlp_receiver
 from tests.support.routing import Stage, eventually
 from tests.support.scripted_worker import FOREVER, Fail, Say, Wait
 
+ROOT = Path(__file__).parents[2]
+ROOMS = ("cluster", "kvtransfer", "router", "workers", "deploy")
 SENT = "00-0af7651916cd43dd8448eb211c803{:03d}-b7ad6b7169203331-01"
 
 
@@ -110,6 +114,18 @@ def test_a_receiver_that_refuses_costs_one_line(receiver: OtlpReceiver) -> None:
     traces.stop()
     (line,) = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (line["event"], line["level"], line["address"]) == ("traces are not delivered", "warning", address)
+
+
+def test_nothing_imports_opentelemetry_before_traces_are_on() -> None:
+    """Only inside a function, or for the type checker, are the traces imported, and through them the library."""
+    found: set[str] = set()
+    for path in sorted(each for room in ROOMS for each in (ROOT / room).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name == "deploy.traces" or name.partition(".")[0] == "opentelemetry" for name in names):
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found == {"deploy/traces.py"}
 
 
 def test_a_share_of_the_requests_is_traced() -> None:
