@@ -18,12 +18,13 @@ from torch import Tensor
 
 
 class _Run(NamedTuple):
-    """Blocks first … end − 1, each read by the same number of queries."""
+    """Blocks first … end − 1, each read by the same number of queries, and no further than any of them sees."""
 
     first: int
     end: int
+    extent: int  # E <= S: slots of each block
     queries: Tensor  # [blocks * sharing] rows of B
-    mask: Tensor | None  # [blocks, H or 1, 1 or sharing, S]
+    mask: Tensor | None  # [blocks, H or 1, 1 or sharing, E]
 
 
 class BlockParts:
@@ -68,26 +69,26 @@ class BlockParts:
         self._is_whole = len(self._sequences) == len(lens)  # one part each: nothing to merge
 
     def _run(self, parts: list[tuple[int, int, list[int]]], lens: Sequence[int], bias: Tensor | None) -> _Run:
-        size = self._pages.shape[-2]
         queries = torch.tensor([row for _, _, rows in parts for row in rows])
         starts = torch.tensor([start for _, start, _ in parts]).view(-1, 1)
         ends = torch.tensor([lens[rows[0]] for _, _, rows in parts]).view(-1, 1)
-        seen = starts + torch.arange(size) < ends  # [blocks, S]
+        extent = min(self._pages.shape[-2], int((ends - starts).max()))
+        seen = starts + torch.arange(extent) < ends  # [blocks, E]
         mask = None
         if bias is not None:
-            distance = (ends - 1 - starts - torch.arange(size)).clamp_(min=0)
-            mask = bias[:, distance].transpose(0, 1).unsqueeze(2)  # [blocks, H, 1, S]
+            distance = (ends - 1 - starts - torch.arange(extent)).clamp_(min=0)
+            mask = bias[:, distance].transpose(0, 1).unsqueeze(2)  # [blocks, H, 1, E]
         if not seen.all():
             hidden = torch.zeros(seen.shape, dtype=self._pages.dtype).masked_fill_(~seen, -torch.inf)
             mask = hidden[:, None, None] if mask is None else mask + hidden[:, None, None]
-        return _Run(parts[0][0], parts[-1][0] + 1, queries, mask)
+        return _Run(parts[0][0], parts[-1][0] + 1, extent, queries, mask)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q [B, H, D] -> [B, H, D]."""
         outs: list[Tensor] = []
         sums: list[Tensor] = []
         for run in self._runs:
-            keys, values = self._pages[run.first : run.end, layer].unbind(1)  # [blocks, H, S, D]
+            keys, values = self._pages[run.first : run.end, layer, :, :, : run.extent].unbind(1)  # [blocks, H, E, D]
             queries = q[run.queries].unflatten(0, (len(keys), -1)).transpose(1, 2)  # [blocks, H, sharing, D]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries, keys, values, attn_mask=run.mask, scale=self._scale

@@ -49,10 +49,11 @@ class EncoderStep:
         out = torch.empty_like(q)
         for start, length in zip(batch.starts, batch.lens, strict=True):
             own = slice(start, start + length)
-            queries, keys, values = (part[own].transpose(0, 1) for part in (q, k, v))
-            seen = None if bias is None else bias[:, :length, :length]
+            # A batch of one: without that dim a CPU takes the slow way, which writes all scores to memory.
+            queries, keys, values = (part[own].transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+            seen = None if bias is None else bias[:, :length, :length].unsqueeze(0)
             part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=self._scale)
-            out[own] = part.transpose(0, 1)
+            out[own] = part[0].transpose(0, 1)
         return out.flatten(1)
 
 
