@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.config import EncoderOutput
-from tests.support.encode_scenes import BLOCK_SIZE, NUM_TOKENS, Scene, over_http, running
+from deploy.answer_file import AnswerFile, fingerprints
+from deploy.batch import Batch
+from tests.support.encode_scenes import BLOCK_SIZE, NUM_TOKENS, Scene, front_door, over_http, running
 from tests.support.encoder_decoders import START, Text, encoded, texts
+from tests.support.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -26,16 +32,30 @@ async def expect_states(stage: Scene, *sources: tuple[int, ...], **more: object)
     body: dict[str, object] = {"model": "t5", "prompt": [list(source) for source in sources], "max_tokens": NUM_TOKENS}
     body |= {"decoder_prompt": [START[stage.family]], "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     answer = await over_http(stage.cluster, {**body, "return_encoder_output": True, "return_route": True, **more})
+    check_outputs(stage, answer, *sources)
+    return answer
+
+
+def check_outputs(stage: Scene, answer: dict[str, Any], *sources: tuple[int, ...]) -> None:
     told = answer["encoder_outputs"]
     assert [output["index"] for output in told] == list(range(len(sources)))
     for source, output in zip(sources, told, strict=True):
         assert output["dtype"] == "float32" and output["shape"] == [len(source), HIDDEN_SIZE]
         states = np.frombuffer(base64.b64decode(output["data"]), "<f4").reshape(output["shape"])
         np.testing.assert_allclose(states, encoded(stage.family, source)[0].numpy(), rtol=1e-4, atol=1e-4)
-    return answer
 
 
-def test_hidden_states_are_moved_and_shown() -> None:
+async def answer_lines(stage: Scene, folder: Path, *lines: dict[str, object]) -> list[dict[str, Any]]:
+    """As a file of requests."""
+    written = [json.dumps(line).encode() for line in lines]
+    output = AnswerFile.create(folder / "out.jsonl", folder / "in.jsonl")
+    batch = Batch(front_door(stage.cluster), max_open=4, explain=False)
+    await batch.run(written, fingerprints(stage.cluster.config, written), output, lambda: None)
+    output.close()
+    return [json.loads(line) for line in output.path.read_text().splitlines()]
+
+
+def test_hidden_states_are_moved_and_shown(tmp_path: Path) -> None:
     """Prefill and decode worker each fetch them, once for equal inputs, and make their keys and values themselves."""
     wanted = texts("t5", 40)
 
@@ -63,6 +83,11 @@ def test_hidden_states_are_moved_and_shown() -> None:
         answer = await expect_states(stage, wanted[6].source, num_beams=4, n=2)
         assert len(answer["choices"]) == 2
 
+        line: dict[str, object] = {"prompt_token_ids": list(fresh), "max_tokens": 2}
+        shown, hidden = await answer_lines(stage, tmp_path, {**line, "return_encoder_output": True}, line)
+        check_outputs(stage, shown, fresh)
+        assert shown["token_ids"] and "encoder_outputs" not in hidden
+
         # Without its encoder the decode worker reads for itself.
         await stage.cluster.kill("encode-0")
         late = [Text(text.source[::-1], text.prompt) for text in wanted[3:7]]
@@ -72,6 +97,28 @@ def test_hidden_states_are_moved_and_shown() -> None:
 
     hidden: dict[str, Any] = {"kv.encoder_output": "hidden_states"}
     with running("t5", prefill=1, **hidden) as stage:
+        stage.play(scene(stage))
+
+
+@pytest.mark.full
+def test_an_encoder_dies_before_it_has_shown_anything() -> None:
+    """Another one shows it; the request that waited for the first one's answer is the same."""
+
+    async def scene(stage: Scene) -> None:
+        cluster, watch = stage.cluster, Watch(stage.cluster)
+        for name in ("encode-0", "encode-1"):
+            cluster.workers[name].signal(signal.SIGSTOP)
+        sources = [tuple(range(5 + number, 40)) for number in range(6)]
+        asked = [asyncio.ensure_future(expect_states(stage, source)) for source in sources]
+        await watch.until("decode-0", lambda load: load.num_waiting == len(sources), "all wait for encoders")
+        cluster.workers["encode-1"].signal(signal.SIGCONT)
+        await cluster.kill("encode-0")
+        answers = await asyncio.gather(*asked)
+        assert {answer["usage"]["sluice"]["encoded_by"] for answer in answers} == {"encode-1"}
+        watch.stop()
+
+    hidden: dict[str, Any] = {"kv.encoder_output": "hidden_states"}
+    with running("t5", encode=2, **hidden) as stage:
         stage.play(scene(stage))
 
 

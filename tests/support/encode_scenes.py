@@ -74,10 +74,9 @@ class Scene:
         return answers
 
 
-async def over_http(cluster: PlainCluster, body: dict[str, object], path: str = "/v1/completions") -> dict[str, Any]:
-    """What a front door over the cluster's router answers."""
+def front_door(cluster: PlainCluster) -> ApiService:
     config = cluster.config
-    service = ApiService(
+    return ApiService(
         router=cluster.router,
         tokenizer=None,
         model=replace(ServedModel.read(config), name="t5"),
@@ -86,7 +85,11 @@ async def over_http(cluster: PlainCluster, body: dict[str, object], path: str = 
         metrics=cluster.metrics,
         log=Log.open("ingress", config.log),
     )
-    transport = httpx.ASGITransport(create_app(service))
+
+
+async def over_http(cluster: PlainCluster, body: dict[str, object], path: str = "/v1/completions") -> dict[str, Any]:
+    """What a front door over the cluster's router answers."""
+    transport = httpx.ASGITransport(create_app(front_door(cluster)))
     async with httpx.AsyncClient(transport=transport, base_url="http://sluice", timeout=60) as client:
         answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text
