@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -46,6 +47,11 @@ class Dashboard:
     title: str
     description: str
     panels: tuple[Panel, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all that it shows: a picture of it bears this."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def text(self) -> str:
         """The JSON that Grafana imports."""

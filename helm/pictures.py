@@ -18,6 +18,7 @@ from helm.dashboards import DASHBOARDS
 from helm.picture import Story, draw
 from helm.prometheus import Prometheus, PrometheusError, Span
 
+DRAWN = "Source"  # of a picture: the digest of the dashboard that it shows
 _POINTS = 240
 _LEAST_WINDOW_S = 60.0  # four scrapes of the usual 15 s
 
@@ -26,7 +27,7 @@ def write(server: Prometheus, app: str, span: Span, story: Story, into: Path) ->
     into.mkdir(parents=True, exist_ok=True)
     paths = [into / f"dashboard-{dashboard.name}.png" for dashboard in DASHBOARDS]
     for dashboard, path in zip(DASHBOARDS, paths, strict=True):
-        draw(dashboard, server, app, span, story).savefig(path, dpi=90)
+        draw(dashboard, server, app, span, story).savefig(path, dpi=90, metadata={DRAWN: dashboard.digest})
     return paths
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import promql_parser
 import pytest
+from PIL import Image
 from prometheus_client.metrics import MetricWrapperBase
 
 from cluster.metrics import Metrics
 from helm.alerts import ALERTS
 from helm.dashboards import DASHBOARDS
+from helm.pictures import DRAWN
 from helm.readme import CHART
 
 ROOT = Path(__file__).parents[2]
@@ -110,4 +112,5 @@ def test_each_dashboard_is_shown_and_explained() -> None:
     for board in DASHBOARDS:
         picture = f"images/dashboard-{board.name}.png"
         assert f"**{board.title}.**" in page and f"({picture})" in page
-        assert (ROOT / "docs" / picture).exists()
+        with Image.open(ROOT / "docs" / picture) as drawn:
+            assert drawn.info[DRAWN] == board.digest, "draw it anew: python -m tests.support.observed_app"
