@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer router simulator words sessions engine encdec overhead serving
+    python -m benchmarks [--only transfer router simulator words sessions engine encdec encoder_output overhead serving
                                  serving-guidellm failures] [--quick] [--json docs/measurements.json]
 
 Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
@@ -36,6 +36,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "sessions": "--ingresses 2 --workers 4 --hosts 2 --seconds 1",
         "engine": "--only jitter --steps 10",
         "encdec": "--requests 4 --repeats 1 --batch-sizes 4",
+        "encoder_output": "--requests 1 --tokens 64",
         "overhead": "--requests 3 --warmup 2",
         "serving": "--rates 4 --seconds 1 --rounds 1",
         "serving-guidellm": "--rates 4 --seconds 1 --rounds 1",
