@@ -22,6 +22,7 @@ from workers.kernels.expert_routing import RowPlan
 from workers.kernels.following import follow
 from workers.kernels.fp8 import BLOCK, LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows
+from workers.kernels.grouped_gemm import rows_of_tile, tile_and_column
 from workers.kernels.tactics import ExpertTactic
 
 
@@ -59,30 +60,11 @@ def _product(
     SMALLEST: tl.constexpr,
 ):
     follow()
-    program = tl.program_id(0)
-    num_cols = outputs // COLS
-    group = program // (GROUP * num_cols)
-    in_group = tl.minimum(num_tiles - group * GROUP, GROUP)
-    place = program % (GROUP * num_cols)
-    tile = group * GROUP + place % in_group
-    col = place // in_group
+    tile, col = tile_and_column(num_tiles, outputs // COLS, GROUP)
     slot = tl.load(tile_slots_ptr + tile)
     if slot < 0:
         return
-    if SORTED:
-        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, ROWS)
-        valid = rows < tl.load(tile_ends_ptr + tile)
-        entries = tl.load(order_ptr + rows, mask=valid, other=0)
-    else:
-        rows = tile + tl.arange(0, ROWS)
-        valid = rows < tile + 1
-        entries = rows
-    if GATED:
-        inputs = entries // PER_TOKEN
-        outs = rows
-    else:
-        inputs = rows
-        outs = entries
+    inputs, outs, valid = rows_of_tile(tile, order_ptr, tile_starts_ptr, tile_ends_ptr, GATED, PER_TOKEN, SORTED, ROWS)
     height = 2 * outputs if GATED else outputs  # rows of a slot's matrix
     first = slot * height + col * COLS
     num_blocks = features // 128

@@ -21,6 +21,46 @@ from workers.kernels.tactics import ExpertTactic
 
 
 @triton.jit
+def tile_and_column(num_tiles, num_cols, GROUP: tl.constexpr):
+    """Of this program: GROUP tiles of rows run side by side on one piece of the weights."""
+    program = tl.program_id(0)
+    group = program // (GROUP * num_cols)
+    in_group = tl.minimum(num_tiles - group * GROUP, GROUP)
+    place = program % (GROUP * num_cols)
+    return group * GROUP + place % in_group, place // in_group
+
+
+@triton.jit
+def rows_of_tile(
+    tile,
+    order_ptr,
+    tile_starts_ptr,
+    tile_ends_ptr,
+    GATED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SORTED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Which rows are read, which are written, and which of them there are, [ROWS] each. The first product reads its
+    token's row and writes in order; the second reads in order and writes to its entry."""
+    if SORTED:
+        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, ROWS)
+        valid = rows < tl.load(tile_ends_ptr + tile)
+        entries = tl.load(order_ptr + rows, mask=valid, other=0)
+    else:
+        rows = tile + tl.arange(0, ROWS)
+        valid = rows < tile + 1
+        entries = rows
+    if GATED:
+        inputs = entries // PER_TOKEN
+        outs = rows
+    else:
+        inputs = rows
+        outs = entries
+    return inputs, outs, valid
+
+
+@triton.jit
 def _product(
     x_ptr,
     weights,  # pointer, or descriptor with TMA
@@ -44,31 +84,11 @@ def _product(
     TMA: tl.constexpr,
 ):
     follow()
-    program = tl.program_id(0)
-    num_cols = tl.cdiv(outputs, COLS)
-    group = program // (GROUP * num_cols)
-    in_group = tl.minimum(num_tiles - group * GROUP, GROUP)
-    place = program % (GROUP * num_cols)
-    tile = group * GROUP + place % in_group
-    col = place // in_group
+    tile, col = tile_and_column(num_tiles, tl.cdiv(outputs, COLS), GROUP)
     slot = tl.load(tile_slots_ptr + tile)
     if slot < 0:
         return
-    if SORTED:
-        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, ROWS)
-        valid = rows < tl.load(tile_ends_ptr + tile)
-        entries = tl.load(order_ptr + rows, mask=valid, other=0)
-    else:
-        rows = tile + tl.arange(0, ROWS)
-        valid = rows < tile + 1
-        entries = rows
-    # The first product reads its token's row and writes in order; the second reads in order and writes to its entry.
-    if GATED:
-        inputs = entries // PER_TOKEN
-        outs = rows
-    else:
-        inputs = rows
-        outs = entries
+    inputs, outs, valid = rows_of_tile(tile, order_ptr, tile_starts_ptr, tile_ends_ptr, GATED, PER_TOKEN, SORTED, ROWS)
     cols = col * COLS + tl.arange(0, COLS)
     depth = tl.arange(0, DEPTH)
     x_at = x_ptr + inputs.to(tl.int64)[:, None] * features + depth[None, :]

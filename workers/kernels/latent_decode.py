@@ -21,6 +21,31 @@ MAX_HEADS = 64  # of one program
 
 
 @triton.jit
+def attend_tile(q, q_rope, latents, rope, seen, scale, best, total, acc):
+    """One more tile of rows: latents and rope of those that are `seen`. Returns best, total and acc."""
+    scores = tl.dot(q, tl.trans(latents))
+    scores = tl.dot(q_rope, tl.trans(rope), scores)
+    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_best[:, None])
+    shrink = tl.exp2(best - new_best)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(latents.dtype), latents)
+    return new_best, total, acc
+
+
+@triton.jit
+def store_part(parts_ptr, lse_ptr, part, valid, saw_any, best, total, acc, LATENT: tl.constexpr, ROWS: tl.constexpr):
+    """Of a run of a context, for `merge_splits`."""
+    if saw_any:
+        at = parts_ptr + part[:, None] * LATENT + tl.arange(0, LATENT)[None, :]
+        tl.store(at, acc / total[:, None], mask=valid[:, None])
+        tl.store(lse_ptr + part, best + tl.log2(total), mask=valid)
+    else:
+        tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
+
+
+@triton.jit
 def _decode(
     q_ptr,
     q_stride,
@@ -79,25 +104,13 @@ def _decode(
         seen = tile * TILE + tokens < length
         latents = tl.load(at + tokens[:, None] * row + features[None, :], mask=seen[:, None], other=0.0)
         rope = tl.load(at + tokens[:, None] * row + LATENT + turned[None, :])
-        scores = tl.dot(q, tl.trans(latents))
-        scores = tl.dot(q_rope, tl.trans(rope), scores)
-        scores = tl.where(seen[None, :], scores * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(latents.dtype), latents)
-        best = new_best
+        best, total, acc = attend_tile(q, q_rope, latents, rope, seen, scale, best, total, acc)
     if SPLITS == 1:
         at_out = out_ptr + sequence * out_stride + heads[:, None] * LATENT + features[None, :]
         tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
     else:
         part = (sequence * NUM_HEADS + heads) * SPLITS + split
-        if first < last:
-            tl.store(parts_ptr + part[:, None] * LATENT + features[None, :], acc / total[:, None], mask=valid[:, None])
-            tl.store(lse_ptr + part, best + tl.log2(total), mask=valid)
-        else:
-            tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
+        store_part(parts_ptr, lse_ptr, part, valid, first < last, best, total, acc, LATENT, ROWS)
 
 
 def latent_decode(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.latent_decode import MAX_HEADS
+from workers.kernels.latent_decode import MAX_HEADS, attend_tile, store_part
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -80,25 +80,13 @@ def _attend(
         at = rows_ptr + slots.to(tl.int64) * row
         latents = tl.load(at[:, None] + features[None, :], mask=seen[:, None], other=0.0)
         rope = tl.load(at[:, None] + LATENT + turned[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(latents))
-        scores = tl.dot(q_rope, tl.trans(rope), scores)
-        scores = tl.where(seen[None, :], scores * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(latents.dtype), latents)
-        best = new_best
+        best, total, acc = attend_tile(q, q_rope, latents, rope, seen, scale, best, total, acc)
     if SPLITS == 1:
         at_out = out_ptr + (query * NUM_HEADS + heads[:, None]) * LATENT + features[None, :]
         tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
     else:
         part = (query * NUM_HEADS + heads) * SPLITS + split
-        if first < last:
-            tl.store(parts_ptr + part[:, None] * LATENT + features[None, :], acc / total[:, None], mask=valid[:, None])
-            tl.store(lse_ptr + part, best + tl.log2(total), mask=valid)
-        else:
-            tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
+        store_part(parts_ptr, lse_ptr, part, valid, first < last, best, total, acc, LATENT, ROWS)
 
 
 def sparse_latents(
