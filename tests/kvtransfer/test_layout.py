@@ -138,6 +138,13 @@ def test_a_region_that_does_not_fit_its_format_names_the_field(changes: dict[str
         replace(LATENTS, **changes)
 
 
+def test_of_a_group_some_region_travels() -> None:
+    at_home = replace(INDEXER, travels=False)
+    assert GroupSpec("self", 4, (LATENTS, at_home)).travelling == (LATENTS,)
+    with pytest.raises(ValueError, match=r"group self: none of the regions \['indexer'\] travels"):
+        GroupSpec("self", 4, (at_home,))
+
+
 def test_heads_that_do_not_split_name_both_numbers() -> None:
     with pytest.raises(ValueError, match="4 K/V heads cannot be split over 3"):
         HEADS.page_bytes(3)
@@ -165,6 +172,7 @@ def test_compatibility_hash_ignores_the_order_of_config_keys() -> None:
         (*BASE[:1], '{"a": 1, "b": 3}', *BASE[2:]),
         (*BASE[:2], "float16", BASE[3]),
         (*BASE[:3], geometry(LATENTS)),
+        (*BASE[:3], geometry(LATENTS, replace(INDEXER, travels=False))),
         (*BASE[:3], geometry(replace(LATENTS, row_size=10), INDEXER)),
         (*BASE[:3], geometry(replace(LATENTS, block_size=8), replace(INDEXER, block_size=8))),
         (*BASE[:3], replace(BASE[3], rope_convention="half_split")),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from cluster.errors import TransferError
 from cluster.protos import worker_pb2 as pb
 from kvtransfer.connector import BlockPair, Outcome, Pull
+from kvtransfer.layout import KvGeometry
 from kvtransfer.loopback import LoopbackFabric
 from tests.support.kv_builders import STUCK_S, Clock, KvPair, KvWorker, heads_geometry, latent_geometry
 
@@ -102,3 +106,33 @@ def test_a_reconnect_while_reads_are_in_flight_keeps_them() -> None:
         pass
     assert [result.outcome for result in pair.sink.settle()] == [Outcome.OK]
     assert pair.sink.connected[-1].error is None
+
+
+def test_what_does_not_travel_is_neither_offered_nor_read() -> None:
+    """Nor registered: whatever a sink asks for, it cannot have it."""
+    (group,) = latent_geometry().groups
+    latents, indexer = group.regions
+    geometry = KvGeometry((replace(group, regions=(replace(latents, travels=False), indexer)),), "interleaved")
+    pair = KvPair(geometry=geometry)
+    ((offered,),) = [rank.regions for rank in pair.source.offer().ranks]
+    assert offered.name == "indexer"
+    theirs, ours, _ = pair.start([7, 8])
+    (result,) = pair.sink.pump()
+    assert result.outcome is Outcome.OK and result.num_bytes == 2 * indexer.block_bytes()
+    at_source, at_sink = (worker.ranks[0].pool.regions[0] for worker in (pair.source, pair.sink))
+    assert at_source[0][theirs].any() and not at_sink[0][ours].any()
+    assert torch.equal(at_source[1][theirs], at_sink[1][ours])
+
+    offer = pair.source.offer()
+    stolen = offer.ranks[0].regions.add()
+    stolen.CopyFrom(offered)
+    stolen.name, stolen.address, stolen.block_bytes = "latents", at_source[0].data_ptr(), latents.block_bytes()
+    pair.sink.connected.clear()
+    pair.sink.ranks[0].executor.connect("other", offer, pair.sink.connected.append)
+    pair.sink.run_once()
+    assert "KV geometry of other" in str(pair.sink.connected[0].error), "an offer of what does not travel"
+    greedy = KvWorker.build("greedy", pair.fabric, pair.clock, geometry=latent_geometry())
+    greedy.ranks[0].executor.connect("source", offer, greedy.connected.append)
+    greedy.run_once()
+    assert "not registered" in str(greedy.connected[0].error)
+    pair.check()

@@ -220,14 +220,14 @@ def test_vectors_of_what_the_encoder_makes_of_an_input() -> None:
         pooled = [
             (source, pooling, loaded.sequence([], SamplingParams(pooling=pooling), encoder_tokens=source, encodes=True))
             for source in sources
-            for pooling in (Pooling.MEAN, Pooling.LAST)
+            for pooling in Pooling
         ]
         for *_, seq in pooled:
             loaded.scheduler.add(seq)
         loaded.run()
         for source, pooling, seq in pooled:
             states = encoded("t5", source)[0]
-            wanted = states.mean(0) if pooling is Pooling.MEAN else states[-1]
+            wanted = {Pooling.MEAN: states.mean(0), Pooling.LAST: states[-1], Pooling.STATES: states.flatten()}[pooling]
             assert loaded.vector(seq) == pytest.approx(wanted.numpy(), abs=1e-4)
         assert all(len(loaded.emitted(seq)) == 2 for seq in decoding)
     loaded.step()
@@ -263,3 +263,5 @@ def test_requests_that_do_not_fit_the_model() -> None:
     decoder = LoadedEngine(load(checkpoint("llama")), scheduler_limits=limits())
     with pytest.raises(InvalidRequest, match="this model has no encoder; leave the encoder input out"):
         decoder.scheduler.add(decoder.sequence([0], params, encoder_tokens=[5]))
+    with pytest.raises(InvalidRequest, match="all hidden states are told of an encoder's input alone"):
+        decoder.scheduler.add(decoder.sequence([0], SamplingParams(max_tokens=1, pooling=Pooling.STATES)))
