@@ -15,6 +15,9 @@ from torch import Tensor
 from cluster.request import RequestKey, SamplingParams
 from kvtransfer.layout import KvGeometry, RankLayout
 from kvtransfer.pool import KvPool
+from tests.support.gpu_workers import COMMON
+from tests.support.gpu_workers import LITE as LITE_FIELDS
+from tests.support.gpu_workers import QWEN as QWEN_FIELDS
 from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, GroupMetadata
 from workers.attention.kv_views import kv_cache
@@ -32,45 +35,9 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 BLOCK = 64
 NUM_BLOCKS = 120
-COMMON = {
-    "vocab_size": 1000,
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_hidden_layers": 3,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
-QWEN = COMMON | {
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-}
-LITE = COMMON | {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 256,
-    "n_shared_experts": 2,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.0,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+PLAIN_ROPE = {"rope_theta": 10000}
+QWEN = {**COMMON, **PLAIN_ROPE, **QWEN_FIELDS, "architectures": ["Qwen3ForCausalLM"]}
+LITE = {**COMMON, **PLAIN_ROPE, **LITE_FIELDS, "architectures": ["DeepseekV2ForCausalLM"]}
 V3 = LITE | {
     "architectures": ["DeepseekV3ForCausalLM"],
     "q_lora_rank": 192,

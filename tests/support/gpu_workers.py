@@ -20,7 +20,7 @@ from workers.assembly import Assembly, WorkerSettings, assemble
 
 BLOCK_SIZE = 64
 VOCAB_SIZE = 1000
-_COMMON = {
+COMMON: Mapping[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 512,
     "intermediate_size": 768,
@@ -30,31 +30,31 @@ _COMMON = {
     "max_position_embeddings": 2048,
     "attention_bias": False,
     "tie_word_embeddings": False,
-    "eos_token_id": 0,
+}
+QWEN: Mapping[str, object] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+LITE: Mapping[str, object] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 256,
+    "n_shared_experts": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
 }
 _SHAPES: dict[str, Mapping[str, object]] = {
-    "qwen": {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128},
-    "lite": {
-        "model_type": "deepseek_v2",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 256,
-        "n_shared_experts": 2,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 4,
-        "first_k_dense_replace": 1,
-        "routed_scaling_factor": 1.0,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": False,
-        "scoring_func": "softmax",
-        "kv_lora_rank": 512,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-    },
+    "qwen": {"model_type": "qwen3", **QWEN},
+    "lite": {"model_type": "deepseek_v2", **LITE},
 }
 # Almost all is chosen of what is longer: keys in fp8 choose otherwise than those of the reference.
 _SHAPES["sparse"] = {
@@ -80,7 +80,7 @@ def write_checkpoint(family: str, folder: Path) -> Path:
 
     shape = dict(_SHAPES[family])
     torch.manual_seed(0)
-    config = AutoConfig.for_model(str(shape.pop("model_type")), **_COMMON, **shape)
+    config = AutoConfig.for_model(str(shape.pop("model_type")), **COMMON, eos_token_id=0, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     redraw(model)
     model.to(torch.bfloat16).save_pretrained(folder)
