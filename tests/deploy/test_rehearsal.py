@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.support import chart
 from tests.support.checkpoints import checkpoint
 from tests.support.hosts import Host, hosts
-from tests.support.pods import MODEL, PodCluster, pod_cluster
+from tests.support.pods import MODEL, Pod, PodCluster, pod_cluster
 from tests.support.ray_cluster import until
 from tests.support.revision import another_revision
 from tests.support.steady_load import Load
@@ -75,25 +76,44 @@ def bring_up(cluster: PodCluster) -> None:
         assert pod.probe("livenessProbe") == ""
 
 
+def both_serve(cluster: PodCluster) -> bool:
+    """Two replicas. Pods with one are ready, others are not: where a replica that moves starts is Serve's choice."""
+    counts = [num_replicas(pod) for pod in cluster.workers]
+    ready = [not pod.probe("readinessProbe") for pod in cluster.workers]
+    return sum(counts) == 2 and ready == [count > 0 for count in counts]
+
+
+def num_replicas(pod: Pod) -> int:
+    found = 0
+    for process in pod.main.children(recursive=True):
+        try:
+            found += "ServeReplica" in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 def drained_node(cluster: PodCluster, spare: Host) -> None:
-    """A pod of the decode pool is told to go under load, and another one is there: its worker moves."""
-    decode, prefill = cluster.workers  # in the order of their names
+    """A pod with a decode worker is told to go under load, and another one is there: its worker moves."""
+    (before,) = [address for name, *_, address in members(cluster) if name == "decode-0"]
+    (leaving,) = [
+        pod for pod in cluster.workers if before.startswith(f"{pod.address}:")
+    ]  # either, as their shape is one
+    (staying,) = [pod for pod in cluster.workers if pod is not leaving]
     (group,) = [
         each for each in chart.ray_service(cluster.rendered)["rayClusterConfig"]["workerGroupSpecs"]
-        if each["groupName"] == "decode"
+        if leaving.name.startswith(f"{each['groupName']}-")
     ]  # fmt: skip
-    (before,) = [address for name, *_, address in members(cluster) if name == "decode-0"]
-    assert before.startswith(f"{decode.address}:")
     successor = cluster.start(group, spare)
     wait(lambda: not successor.probe("startupProbe"), "another pod has joined")
-    with Load(f"http://{prefill.address}:8000") as load:
+    with Load(f"http://{staying.address}:8000") as load:
         load.wait_for(3)
-        assert decode.stop() == "", "Ray took the node out, and it became idle"
+        assert leaving.stop() == "", "Ray took the node out, and it became idle"
         load.wait_for(6)
-    cluster.pods.remove(decode)
+    cluster.pods.remove(leaving)
     (after,) = [address for name, *_, address in members(cluster) if name == "decode-0"]
     assert after.startswith(f"{successor.address}:")
-    wait(lambda: not successor.probe("readinessProbe"), "the successor gets traffic")
+    wait(lambda: both_serve(cluster), "both replicas serve")
 
 
 def members(cluster: PodCluster) -> list[list[str]]:
@@ -105,7 +125,7 @@ def members(cluster: PodCluster) -> list[list[str]]:
 
 def url(cluster: PodCluster) -> str:
     """The Service has every ready pod behind it; this is one of them."""
-    return f"http://{cluster.workers[0].address}:8000"
+    return f"http://{next(filter(num_replicas, cluster.workers)).address}:8000"
 
 
 def test_a_rayservice_serves_lets_a_node_go_takes_another_image_and_is_deleted(
