@@ -4,7 +4,8 @@
                                  [--seconds 5] [--slo-ttft-ms 1000] [--slo-itl-ms 10] [--limit-s 440]
                                  [--json FILE] [--plot FILE.png]
 
-`tiny` runs on a CPU, and its figures mean nothing; the others want two GPUs. Weights are random. Prompts are token ids:
+`tiny` runs on a CPU, and its figures mean nothing; the others want two GPUs. Weights are random, and so are the experts
+that they choose: some more than others, in both modes alike. Prompts are token ids:
 short chats and, for `--long-share` of the requests, long documents, as a Poisson process; the seed fixes lengths,
 tokens and times, and every app gets the same requests through its public port.
 
