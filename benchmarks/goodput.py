@@ -5,9 +5,9 @@
                                  [--json FILE] [--plot FILE.png]
 
 `tiny` runs on a CPU, and its figures mean nothing; the others want two GPUs. Weights are random, and so are the experts
-that they choose: some more than others, in both modes alike. Prompts are token ids:
-short chats and, for `--long-share` of the requests, long documents, as a Poisson process; the seed fixes lengths,
-tokens and times, and every app gets the same requests through its public port.
+that they choose: some more than others, in both modes alike. Prompts are token ids: short chats and, for
+`--long-share` of the requests, long documents, as a Poisson process; the seed fixes lengths, tokens and times, and
+every app gets the same requests through its public port.
 
 The aggregated mode is measured at each budget (scheduler.max_batched_tokens, and as large a chunk): what stands beside
 the disaggregated one is its best budget at that rate. A request is good when its first token came within --slo-ttft-ms

@@ -12,7 +12,14 @@ from benchmarks.client import Job, Sample, send_all
 WORKLOAD = Workload(rate=0.0, num_requests=1, prompt_tokens=(2, 2), output_tokens=(3, 3), vocab_size=9, seed=0)
 JOB = Job("http://", "tiny", WORKLOAD, timeout_s=20)
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-ROUTE = {"prefix_hit_tokens": 64, "blocks": 3, "plan": "disaggregated", "ttft_ms": 12.5}
+ROUTE = {
+    "prefix_hit_tokens": 64,
+    "blocks": 3,
+    "plan": "disaggregated",
+    "ttft_ms": 12.5,
+    "queue_ms": 1.5,
+    "prefill_ms": 6.5,
+}
 EVENTS = [
     {"choices": [{"token_ids": [5]}]},
     {"choices": [{"token_ids": [6, 7]}]},
@@ -55,7 +62,7 @@ def test_a_stream_in_chunks_that_cut_its_lines() -> None:
         assert sample.complete and len(sample.token_s) == 3
         assert sample.token_s[1] == sample.token_s[2], "they came in one event"
         assert (sample.hit_tokens, sample.pulled_blocks, sample.plan) == (64, 3, "disaggregated")
-        assert sample.server_ttft_s == 0.0125
+        assert (sample.server_ttft_s, sample.computed_s) == (0.0125, 0.008)
         assert body["prompt"] == WORKLOAD.arrivals()[0].prompt and body["max_tokens"] == body["min_tokens"] == 3
 
 
