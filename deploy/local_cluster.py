@@ -33,7 +33,7 @@ _MARK = "SLUICE_LOCAL_CLUSTER"  # in the environment of all that belongs to one 
 _WINDOWS = range(21_100, 31_900, 100)  # below the ports that the kernel hands out, above those of words
 _GONE_S = 10.0  # for processes to end by themselves
 _STARTS = 3  # Ray gives its first node 30 s, a constant of its own, which a busy machine may need longer than
-_TOO_SLOW = "timed out during startup"  # in the plain Exception that it raises then
+_TOO_SLOW = ("timed out during startup", "Timed out waiting for file")  # in the plain exceptions that it raises then
 
 
 class PortWindow:
@@ -144,7 +144,7 @@ class LocalCluster:
                 self._init_ray(num_cpus, show_logs, dashboard)
                 break
             except Exception as error:  # Ray's own kinds, and the plain one
-                if _TOO_SLOW not in str(error) or start == _STARTS:
+                if start == _STARTS or not any(text in str(error) for text in _TOO_SLOW):
                     raise SluiceError(
                         f"Ray did not start: {error}; look for full disks (/tmp, /dev/shm), little free memory and "
                         "other work on this machine, and try `python -m deploy doctor`"
