@@ -33,3 +33,10 @@ def test_other_types_stay_as_they_are() -> None:
     plain = linear(x)
     linear.block()
     assert linear._blocked is None and torch.equal(linear(x), plain)
+
+
+def test_some_are_left_out() -> None:
+    linears = [BlockedLinear(4, 4, partition=Partition.ROW, dtype=torch.float32) for _ in range(2)]
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(linears[0]), "encoder_like": linears[1]})
+    block_all(model, but="encoder")
+    assert [linear._blocked is None for linear in linears] == [True, False]
