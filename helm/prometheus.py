@@ -35,6 +35,10 @@ class Span:
     step_s: float
     window_s: float
 
+    @property
+    def num_points(self) -> int:
+        return int((self.end_s - self.start_s) / self.step_s) + 1
+
 
 class PrometheusError(Exception):
     """The server refused a question."""

@@ -13,8 +13,9 @@ from cluster.protos import worker_pb2 as pb
 from deploy.api_keys import ApiKeys
 from deploy.api_service import ApiService
 from deploy.status_page import add_status_page
+from helm.chromium import chromium
 from tests.support.api import complete, front_door
-from tests.support.browser import Page, chromium, page
+from tests.support.browser import Page, page
 from tests.support.routing import Stage
 from tests.support.scripted_worker import FOREVER
 

@@ -17,6 +17,7 @@ from helm import pictures
 from helm.alerts import ALERTS
 from helm.dashboards import DASHBOARDS
 from helm.prometheus import Series
+from tests.support.browser import can_draw
 from tests.support.observed_app import APP, CANCELLED, NUM_TARGETS, OK, REFUSED, Observed, members, observed
 from tests.support.prometheus_server import server
 from tests.support.scrape import targets
@@ -135,8 +136,9 @@ def test_what_happened_is_in_the_figures(seen: Observed) -> None:
         assert most(f'sum(sluice_ingress_requests_total{{outcome="{label}"}})') > 0, outcome
 
 
+@pytest.mark.skipif(not can_draw(), reason="needs Chromium and npm")
 def test_each_dashboard_is_drawn(seen: Observed, tmp_path: Path) -> None:
-    paths = pictures.write(seen.server, APP, seen.span(), seen.story(), tmp_path)
+    paths = pictures.write(seen.record(), tmp_path, cache=tmp_path)
     assert [path.stem for path in paths] == [f"dashboard-{board.name}" for board in DASHBOARDS]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 50_000

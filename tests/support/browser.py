@@ -15,13 +15,15 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
+from helm.chromium import chromium
+
 DEADLINE_S = 30.0
 _CODES = {"Tab": 9, "Enter": 13, " ": 32}
 
 
-def chromium() -> str | None:
-    """The binary; None: it is not installed."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+def can_draw() -> bool:
+    """Whether there is all that helm.pictures needs of this machine."""
+    return chromium() is not None and shutil.which("npm") is not None
 
 
 class Page:

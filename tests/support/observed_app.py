@@ -29,8 +29,8 @@ from cluster.membership import Member, Membership, MemberState
 from deploy import life
 from deploy.local_app import LocalApp
 from helm import pictures
-from helm.picture import Story
 from helm.prometheus import Prometheus, Span
+from helm.record import Record, ask
 from tests.support.checkpoints import VOCAB_SIZE, checkpoint
 from tests.support.prometheus_server import ROOT, WINDOW_S, prometheus
 
@@ -152,9 +152,9 @@ class Observed:
         """Until now."""
         return Span(self.began_s, time.time(), 1.0, WINDOW_S)
 
-    def story(self) -> Story:
-        told = ", ".join(f"{what} at {_clock(at_s - self.began_s)}" for what, at_s in self.moments.items())
-        return Story(f"a tiny model on 2 CPU cores, 2 prefill and 2 decode workers\n{told}", self.moments)
+    def record(self) -> Record:
+        story = "a tiny model on 2 CPU cores, 2 prefill and 2 decode workers"
+        return ask(self.server, APP, self.span(), story, self.moments)
 
 
 def members() -> tuple[Member, ...]:
@@ -203,17 +203,14 @@ def _now() -> Span:
     return Span(time.time(), time.time(), 1.0, WINDOW_S)
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.observed_app")
     parser.add_argument("--into", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, observed(Path(directory)) as seen:
-        for path in pictures.write(seen.server, APP, seen.span(), seen.story(), options.into):
-            print(path)
+        record = seen.record()
+    for path in pictures.write(record, options.into):
+        print(path)
     return 0
 
 
