@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from cluster.protos import worker_pb2 as pb
 from tests.chaos.answers import FAMILY
 from tests.chaos.crowd import CANCELS, CrowdProcess, Members, Pace
 from tests.chaos.questions import Question
-from tests.chaos.record import Asked, Death, Ended, Got, Line, Notice, Report, Rest
+from tests.chaos.record import Asked, Death, Ended, Gone, Got, Line, Notice, Report, Rest
 from tests.support.checkpoints import checkpoint
 from tests.support.hanging_worker import Broken, serve
 from tests.support.hosts import Host, hosts, serve_on
@@ -170,10 +171,16 @@ class Arena:
 
     def signal(self, name: str, number: int) -> None:
         pid = self.pid(name)
-        if number == signal.SIGKILL:
-            self._killed.add(pid)
         with suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                self._killed.add(pid)
+                threading.Thread(target=self._see_end, args=(pid, os.pidfd_open(pid)), daemon=True).start()
             os.kill(pid, number)
+
+    def _see_end(self, pid: int, pidfd: int) -> None:
+        select.select([pidfd], [], [])
+        self.write(Gone(at_s=self.now(), pid=pid))
+        os.close(pidfd)
 
     async def bury(self, name: str) -> None:
         """Of a killed process: all that it told has been heard, and nobody counts on it."""

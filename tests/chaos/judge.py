@@ -25,6 +25,7 @@ from tests.chaos.record import (
     Ended,
     Expected,
     Fault,
+    Gone,
     Got,
     Healed,
     Notice,
@@ -71,6 +72,7 @@ class Judge:
         self._notices: list[Notice] = []
         self._rests: list[Rest] = []
         self._deaths: list[Death] = []
+        self._gone: list[Gone] = []
         self._verdict = Verdict()
 
     def judge(self, records: Iterable[Record]) -> Verdict:
@@ -112,6 +114,8 @@ class Judge:
                 self._rests.append(record)
             case Death():
                 self._deaths.append(record)
+            case Gone():
+                self._gone.append(record)
 
     def _of_request(self, record: Got | Ended) -> None:
         told = self._requests.get(record.request)
@@ -242,12 +246,13 @@ class Judge:
                 kind.num_unnoticed += 1
                 self._verdict.found("unnoticed", f"fault {fault.number}, {what} at {fault.at_s:.2f} s")
         kind.notice = Times.of(idle + loaded)
+        kind.gone = Times.of(after for fault in faults if (after := self._gone_s(fault)) is not None)
         kind.recovery = Times.of(recovered)
         kind.healed = Times.of(
             self._healed[fault.number].at_s - fault.at_s for fault in faults if fault.number in self._healed
         )
         if self._judges_times:
-            self._judge_notice(what, idle, loaded)
+            self._judge_notice(what, idle, loaded, kind.gone)
             if what == CONTROLLER and kind.healed is not None and kind.healed.worst_s > ADOPTED_S:
                 self._verdict.found("slow", f"{what}: adopted again after {kind.healed.worst_s:.1f} s")
         return kind
@@ -263,7 +268,14 @@ class Judge:
                 first.setdefault((notice.peer, notice.by), notice.at_s - fault.at_s)
         return list(first.values())
 
-    def _judge_notice(self, what: str, idle: Sequence[float], loaded: Sequence[float]) -> None:
+    def _gone_s(self, fault: Fault) -> float | None:
+        """How long the kernel took to end what was killed."""
+        if not fault.what.startswith("kill"):
+            return None
+        gone = (each.at_s - fault.at_s for each in self._gone if each.pid in fault.pids and each.at_s >= fault.at_s)
+        return min(gone, default=None)
+
+    def _judge_notice(self, what: str, idle: Sequence[float], loaded: Sequence[float], gone: Times | None) -> None:
         run = self._runs[0]
         if what.startswith("kill"):
             bounds = (("idle", idle, KILLED_IDLE_S), ("loaded", loaded, KILLED_LOADED_S))
@@ -279,7 +291,10 @@ class Judge:
                 continue
             value = times.p99_s if what.startswith("kill") else times.worst_s
             if value > bound_s:
-                self._verdict.found("slow", f"{what} {how}: noticed after {value:.3f} s, the bound is {bound_s:g} s")
+                kernel = "" if gone is None else f"; the kernel took {gone.worst_s:.3f} s at worst to end one"
+                self._verdict.found(
+                    "slow", f"{what} {how}: noticed after {value:.3f} s, the bound is {bound_s:g} s{kernel}"
+                )
 
 
 def _must_be_noticed(what: str) -> bool:

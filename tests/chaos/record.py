@@ -137,6 +137,14 @@ class Death(Line):
     exit_code: int
 
 
+class Gone(Line):
+    """The kernel had ended a process that was killed: until then its sockets were open."""
+
+    kind: Literal["gone"] = "gone"
+    at_s: float
+    pid: int
+
+
 class End(Line):
     """The run came to its end; the last line."""
 
@@ -146,7 +154,8 @@ class End(Line):
 
 
 Record = Annotated[
-    Run | Expected | Asked | Got | Ended | Fault | Healed | Notice | Rest | Death | End, Field(discriminator="kind")
+    Run | Expected | Asked | Got | Ended | Fault | Healed | Notice | Rest | Death | Gone | End,
+    Field(discriminator="kind"),
 ]
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 

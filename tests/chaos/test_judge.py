@@ -15,6 +15,7 @@ from tests.chaos.record import (
     Ended,
     Expected,
     Fault,
+    Gone,
     Got,
     Healed,
     Notice,
@@ -156,6 +157,17 @@ def plus(*more: Record) -> Tamper:
 def test_tampering_is_found(sort: str, tamper: Tamper) -> None:
     verdict = judge(tamper(good()))
     assert list(verdict.findings) == [sort], verdict.findings
+
+
+def test_a_late_notice_says_how_long_the_killed_process_lived_on() -> None:
+    verdict = judge(plus(Gone(at_s=2.15, pid=1), Gone(at_s=9.0, pid=1))(swap(7, at_s=2.2)(good())))
+    assert verdict.findings == {
+        "slow": [
+            "kill decode loaded: noticed after 0.700 s, the bound is 0.5 s; the kernel took 0.650 s at worst to end one"
+        ]
+    }
+    gone = verdict.kinds["kill decode"].gone
+    assert gone is not None and (gone.count, round(gone.worst_s, 3)) == (1, 0.65)
 
 
 def test_a_refusal_is_fair_while_a_storm_lasts_only() -> None:

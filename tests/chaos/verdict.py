@@ -39,6 +39,7 @@ class Kind:
     num_touched: int = 0  # requests that were open, at the victim
     num_unnoticed: int = 0
     notice: Times | None = None
+    gone: Times | None = None  # of killed processes: from the signal until the kernel had ended them
     recovery: Times | None = None  # from the fault to the next token of a request at the victim
     healed: Times | None = None
 
@@ -83,7 +84,12 @@ def summary(verdict: Verdict) -> dict[str, object]:
 
 
 def _kind_summary(kind: Kind) -> dict[str, object]:
-    times: Mapping[str, Times | None] = {"notice": kind.notice, "recovery": kind.recovery, "healed": kind.healed}
+    times: Mapping[str, Times | None] = {
+        "gone": kind.gone,
+        "notice": kind.notice,
+        "recovery": kind.recovery,
+        "healed": kind.healed,
+    }
     return {
         "faults": kind.num_faults,
         "states": dict(sorted(kind.states.items())),
@@ -100,7 +106,12 @@ def show(verdict: Verdict) -> None:
             print(f"{sort}: and {len(every) - SHOWN} more")
     print(", ".join(f"{count} {name}" for name, count in sorted(verdict.counts.items())))
     for what, kind in verdict.kinds.items():
-        times = (("noticed", kind.notice), ("next token", kind.recovery), ("healed", kind.healed))
+        times = (
+            ("gone", kind.gone),
+            ("noticed", kind.notice),
+            ("next token", kind.recovery),
+            ("healed", kind.healed),
+        )
         told = [f"{n} {1e3 * t.p50_s:.0f} / {1e3 * t.p99_s:.0f} ms" for n, t in times if t is not None]
         states = ", ".join(f"{state} {count}" for state, count in sorted(kind.states.items()))
         print(
