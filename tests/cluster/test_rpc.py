@@ -129,7 +129,8 @@ def test_stop_can_wait_for_what_is_queued(pair: Pair, stopped: str) -> None:
     sender, reader = (at_worker_end, pair.at_ingress) if stopped == "server" else (at_ingress_end, pair.at_worker)
     for i in range(500):
         sender.send_tokens(i, [tokens(RequestKey(str(i), 0), 0, i)])
-    sender.send(submit("large", 300_000))
+    large = pb.Submit(key=pb.RequestKey(request_id="large"), emitted_token_ids=range(300_000))  # no prompt to echo
+    sender.send(pb.Frame(submit=large))
     sender.send_bulk("late", bytes(1 << 20))
     (pair.server if stopped == "server" else pair.dialer).stop(flush_s=10)
     reader.wait("broken")
