@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import select
 import shutil
 import signal
 import tempfile
@@ -40,6 +39,7 @@ from cluster.request import SamplingParams
 from cluster.session import Session
 from tests.support.hosts import Host, hosts, serve_on
 from tests.support.plain_cluster import SECRET, PlainCluster, WorkerMain, plain_cluster, run
+from tests.support.process_end import ended_at
 from workers import standalone
 
 KILLED_S, KILLED_LOADED_S, SILENT_S = 0.1, 0.5, 2.0  # bounds: the first two for the p99
@@ -102,10 +102,10 @@ class Watched:
         """When."""
         pid = self.cluster.workers[name].process.pid
         assert pid is not None
-        handle = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid)
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        self._ends.append(asyncio.ensure_future(asyncio.to_thread(_see_end, handle, killed_at)))
+        self._ends.append(asyncio.ensure_future(asyncio.to_thread(_see_end, pidfd, killed_at)))
         return killed_at
 
     async def ended_s(self) -> list[float]:
@@ -133,10 +133,8 @@ class Watched:
         self._at_ingress.pop(incarnation, None)
 
 
-def _see_end(handle: int, killed_at: float) -> float:
-    select.select([handle], [], [], NOTICED_S)
-    os.close(handle)
-    return time.monotonic() - killed_at
+def _see_end(pidfd: int, killed_at: float) -> float:
+    return ended_at(pidfd, NOTICED_S) - killed_at
 
 
 def _told(pipe: Connection, incarnation: str, since: float) -> float:

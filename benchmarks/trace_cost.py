@@ -181,6 +181,11 @@ def _off_s() -> float:
     return _cpu_s(NUM_ALONE, asked) - _cpu_s(NUM_ALONE, lambda: [None for _ in range(OUTPUT_TOKENS)])
 
 
+def _traces(endpoint: str, sample_rate: float, log: Log) -> Traces:
+    config = TracesConfig(endpoint=endpoint, sample_rate=sample_rate)
+    return Traces(config, app="cost", instance="ingress", model="tiny", log=log)
+
+
 async def measure() -> Cost:
     settings = {
         "model.path": str(checkpoint("llama")),
@@ -196,13 +201,7 @@ async def measure() -> Cost:
         async with plain_cluster(settings, prefill=1, decode=1) as cluster:
             config = cluster.config
             log = Log.open("ingress", config.log)
-            traces = Traces(
-                TracesConfig(endpoint=receiver.endpoint, sample_rate=1.0),
-                app="cost",
-                instance="ingress",
-                model="tiny",
-                log=log,
-            )
+            traces = _traces(receiver.endpoint, 1.0, log)
             service = ApiService(
                 router=cluster.router,
                 tokenizer=None,
@@ -229,13 +228,7 @@ async def measure() -> Cost:
             num_spans = len(receiver.rows()) - num_spans
             alone = 1e3 * _alone_s(traces)
             await asyncio.to_thread(traces.stop)
-            never = Traces(
-                TracesConfig(endpoint=receiver.endpoint, sample_rate=0.0),
-                app="cost",
-                instance="ingress",
-                model="tiny",
-                log=log,
-            )
+            never = _traces(receiver.endpoint, 0.0, log)
             not_chosen = _cpu_s(10 * NUM_ALONE, lambda: never.begin("/v1/completions", {}, "f" * 32))
             await asyncio.to_thread(never.stop)
     off, extra = statistics.mean(own[False]), statistics.mean(own[True]) - statistics.mean(own[False])

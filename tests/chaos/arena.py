@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from tests.support.checkpoints import checkpoint
 from tests.support.hanging_worker import Broken, serve
 from tests.support.hosts import Host, hosts, serve_on
 from tests.support.plain_cluster import FORKS, PlainCluster, WorkerProcess, plain_cluster
+from tests.support.process_end import ended_at
 from tests.support.watch import Watch
 
 FORKS.set_forkserver_preload(["tests.support.hanging_worker", "tests.chaos.crowd"])
@@ -178,9 +178,7 @@ class Arena:
             os.kill(pid, number)
 
     def _see_end(self, pid: int, pidfd: int) -> None:
-        select.select([pidfd], [], [])
-        self.write(Gone(at_s=self.now(), pid=pid))
-        os.close(pidfd)
+        self.write(Gone(at_s=ended_at(pidfd, PATIENCE_S) - self.began_at, pid=pid))
 
     async def bury(self, name: str) -> None:
         """Of a killed process: all that it told has been heard, and nobody counts on it."""

@@ -292,6 +292,11 @@ class ScriptedWorker:
         for session in list(self._sessions):
             session.send(pb.Frame(goodbye=pb.Goodbye(reason="drain")))
 
+    @property
+    def num_held(self) -> int:
+        """Attempts that `Wait` holds."""
+        return len(self._held)
+
     def go_on(self) -> None:
         """What was held by `Wait` goes on."""
         held, self._held = self._held, []

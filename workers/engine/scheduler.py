@@ -224,8 +224,9 @@ class Scheduler:
         """The next plan; its tokens count as computed from now on."""
         assert len(self._launched) < 2, "two plans are unsettled"
         self._step += 1
-        while self._lingering:
-            self._tables.drop(self._lingering.pop(0))
+        for seq in self._lingering:
+            self._tables.drop(seq)
+        self._lingering.clear()
         batch = PlanBuilder(self._limits.max_batched_tokens, self._limits.max_encoder_tokens, self._encodes.projections)
         self._advance(batch)
         self._admit(batch)
