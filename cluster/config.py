@@ -317,6 +317,12 @@ class SluiceConfig(Section):
             f"{self.http.drain_s} is under http.request_timeout_s = {self.http.request_timeout_s}, "
             "so a redeploy would cut streams; raise it",
         )
+        demand(
+            not self.engine.overlap or self.engine.speculation is None,
+            "engine.overlap",
+            f"true, but engine.speculation = {self.engine.speculation} must know the tokens of a step before the next "
+            "one is planned; remove one of the two",
+        )
         self._check_pools()
         return self
 

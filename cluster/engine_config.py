@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cluster.section import Section
 
@@ -21,6 +23,17 @@ class EngineConfig(Section):
     disabled: tuple[Switch, ...] = ()
     """Backends (hopper, trtllm-gen) and kernel libraries (deep_gemm, flashinfer, triton) that must not be used."""
     overlap: bool | None = None
-    """Prepare the next step while one runs; none: on a GPU."""
+    """Prepare the next step while one runs; none: on a GPU, unless tokens are guessed."""
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs, where the backend can."""
+    speculation: Literal["ngram"] | None = None
+    """ngram: guess that a text goes on as it did where its last few tokens stood before, and check the guesses in one
+    step: the tokens stay what they are, in fewer steps where texts repeat themselves. None: no guesses."""
+    draft_tokens: Annotated[int, Field(ge=1, le=32)] = 4
+    """Guessed at a time, for one sequence; fewer where guesses prove wrong."""
+    ngram_tokens: Annotated[int, Field(ge=1, le=16)] = 3
+    """The last tokens of a text that must stand in it before, for a guess."""
+
+    def overlaps(self, *, on_gpu: bool) -> bool:
+        """Whether steps overlap on this device."""
+        return on_gpu and self.speculation is None if self.overlap is None else self.overlap

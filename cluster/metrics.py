@@ -176,6 +176,15 @@ class Metrics:
             "Tokens drawn, a first one by the worker that computed the prompt; of a search one for each beam",
             registry=r,
         )
+        self.drafted_rows = Counter(
+            "sluice_engine_drafted_rows", "Sequences in steps that had guesses checked", registry=r
+        )
+        self.draft_tokens = Counter("sluice_engine_draft_tokens", "Tokens that were guessed and checked", registry=r)
+        self.accepted_draft_tokens = Counter(
+            "sluice_engine_accepted_draft_tokens",
+            "Guesses that were right and all before them too: 1 + these per sequence is the acceptance length",
+            registry=r,
+        )
         self.batch_size = Histogram("sluice_engine_batch_sequences", "Sequences in a step", buckets=_BATCH, registry=r)
         self.step = Histogram("sluice_engine_step_seconds", "One step of the engine", buckets=_STEP_S, registry=r)
         self.preemptions = Counter("sluice_engine_preemptions", "Sequences put back because blocks ran out", registry=r)

@@ -159,6 +159,13 @@ class SamplingParams:
         return bool(asked or self.no_repeat_ngram_size) or self.has_penalties
 
     @property
+    def takes_drafts(self) -> bool:
+        """Whether the token behind a guess can be drawn before it is known whether the guess is right: nothing but the
+        tokens' positions counts, and one token is all that is wanted of a position."""
+        wanted = self.beams is not None or self.pooling is not None or self.num_logprobs is not None
+        return not (wanted or self.needs_history)
+
+    @property
     def needs_whole_prompt(self) -> bool:
         """Whether every prompt position must be computed, cached or not: something is read off its hidden state."""
         return self.num_prompt_logprobs is not None or self.pooling is Pooling.MEAN

@@ -96,6 +96,18 @@ ALERTS: Final = (
         severity="warning",
         summary=f"blocks of {_WHO} go into quarantine faster than they leave it: reads do not complete",
     ),
+    Alert(
+        name="SluiceGuessesFail",
+        expr=(
+            "1 + sum by (app, model) (rate(sluice_engine_accepted_draft_tokens_total[10m]))"
+            " / sum by (app, model) (rate(sluice_engine_drafted_rows_total[10m])) < 1.2"
+            " and sum by (app, model) (rate(sluice_engine_drafted_rows_total[10m])) > 0.1"
+        ),
+        wait="10m",
+        severity="warning",
+        summary="the acceptance length of {{ $labels.app }} is {{ $value | humanize }}: what is guessed is wrong, and "
+        "checking it costs time",
+    ),
 )
 
 

@@ -128,6 +128,17 @@ _POOLS: Final = Dashboard(
             (rate("sluice_engine_computed_tokens_total", "role", WORKERS), "{{role}} computed"),
             (rate("sluice_engine_sampled_tokens_total", "role", WORKERS), "{{role}} drawn"),
         ),
+        _lines(
+            "Acceptance length",
+            "Tokens that a sequence gets of a step that checks guesses for it: near 1, guessing costs more than it "
+            "brings. Without engine.speculation nothing is guessed.",
+            "short",
+            (
+                f"1 + {rate('sluice_engine_accepted_draft_tokens_total', 'role', WORKERS)}"
+                f" / {rate('sluice_engine_drafted_rows_total', 'role', WORKERS)}",
+                "{{role}}",
+            ),
+        ),
     ),
 )
 

@@ -32,6 +32,7 @@ from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
 from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
 from workers.models.model import EncoderSpec
+from workers.speculative.proposer import NgramProposer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
     ]
     eos = frozenset(spec.eos_token_ids)
     blocks = BlockManager(capacities, enable_prefix_cache=kv.prefix_cache)
-    scheduler = Scheduler(blocks, limits, chain_root(compatibility), eos_token_ids=eos)
+    proposer = None if engine.speculation is None else NgramProposer(engine.draft_tokens, engine.ngram_tokens)
+    scheduler = Scheduler(blocks, limits, chain_root(compatibility), eos_token_ids=eos, proposer=proposer)
     constraints = GrammarCompiler(Path(model_config.path) / TOKENIZER_FILE, spec.vocab_size, eos)
     runner = ModelRunner(
         bound.steps,
@@ -152,7 +154,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         constraints=constraints,
         encoder=encoder,
     )
-    is_overlapped = device.type == "cuda" if engine.overlap is None else engine.overlap
+    is_overlapped = engine.overlaps(on_gpu=device.type == "cuda")
     transfer = settings.transfer
     ledger = Ledger(blocks, lease_s=transfer.lease_s, late_read_s=transfer.late_read_s)
     transport = open_transport(transfer.transport, f"{settings.name}-{settings.incarnation}-0", device)

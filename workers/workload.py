@@ -34,7 +34,7 @@ class Workload:
     def stepped(self, batch: BatchSize, outcome: StepOutcome, seconds: float) -> None:
         self._num_steps += 1
         self._step_s += seconds
-        if 0 < batch.num_tokens >= 2 * batch.num_sequences:  # prompts, not one token each
+        if 0 < batch.num_tokens - batch.num_drafts >= 2 * batch.num_sequences:  # prompts, not one token each
             self._prefill_rate.measured(batch.num_tokens, seconds)
             self._prompt_s += seconds
         metrics = self._metrics
@@ -43,6 +43,9 @@ class Workload:
         metrics.computed_tokens.inc(batch.num_tokens)
         metrics.encoder_tokens.inc(batch.num_encoder_tokens)
         metrics.sampled_tokens.inc(len(outcome.tokens) + outcome.num_searched_tokens)
+        metrics.drafted_rows.inc(outcome.num_drafted_rows)
+        metrics.draft_tokens.inc(outcome.num_drafts)
+        metrics.accepted_draft_tokens.inc(outcome.num_accepted_drafts)
         metrics.preemptions.inc(len(outcome.preempted))
 
     def tell(self, report: pb.LoadReport, roles: Collection[Role], now: float) -> WorkerLoad:

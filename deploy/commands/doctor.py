@@ -98,7 +98,7 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
     reason = choice.reason if config is None or engine == config.engine else "no pool has gpus"
     table.add_row("computes on", f"{choice.device}: {reason}")
     table.add_row("environment", str(environment))
-    is_overlapped = choice.device.type == "cuda" if engine.overlap is None else engine.overlap
+    is_overlapped = engine.overlaps(on_gpu=choice.device.type == "cuda")
     table.add_row("steps", "the next one prepared while one runs" if is_overlapped else "one after the other")
     for name, problem in _problems(config, problems):
         try:

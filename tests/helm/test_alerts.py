@@ -31,6 +31,8 @@ READY = f'sluice_cluster_workers{{{CONTROLLER},pool="decode",state="ready"}}'
 STARTING = f'sluice_cluster_workers{{{CONTROLLER},pool="decode",state="starting"}}'
 FAST = f'sluice_transfer_warm_rate_bytes_per_second{{{WORKER},peer="prefill-0",transport="nixl"}}'
 SLOW = f'sluice_transfer_warm_rate_bytes_per_second{{{WORKER},peer="prefill-1",transport="nixl"}}'
+ACCEPTED = f"sluice_engine_accepted_draft_tokens_total{{{WORKER}}}"
+GUESSED = f"sluice_engine_drafted_rows_total{{{WORKER}}}"
 QUARANTINED = f'sluice_kv_blocks{{{WORKER},group="self",state="quarantined"}}'
 
 # Alert -> series of one value a minute: first those on which it fires, then those on which it does not.
@@ -43,6 +45,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "SluiceEventStreamDead": ({ALIVE: "0x40"}, {ALIVE: "1x40"}),
     "SluiceTransferSlow": ({FAST: "50e9x40", SLOW: "2e9x40"}, {FAST: "50e9x40", SLOW: "30e9x40"}),
     "SluiceQuarantineGrows": ({QUARANTINED: "0+2x40"}, {QUARANTINED: "0 8 8 8 8 8 8 8 0x32"}),
+    "SluiceGuessesFail": ({ACCEPTED: "0+5x40", GUESSED: "0+60x40"}, {ACCEPTED: "0+90x40", GUESSED: "0+60x40"}),
 }
 
 

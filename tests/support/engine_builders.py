@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from itertools import count
 
 from cluster.hashing import chain_root
@@ -11,6 +12,7 @@ from workers.engine.block_manager import BlockManager, BlockState, GroupCapacity
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import EncoderInput, Sequence
 from workers.engine.step_plan import Literal, ScheduledSequence, StepOutcome, StepPlan, StepResult
+from workers.speculative.proposer import Proposer
 
 ROOT = chain_root(b"engine tests")
 EOS = 0
@@ -53,6 +55,33 @@ def expected_tokens(prompt: list[int], params: SamplingParams, max_model_len: in
             return tokens[len(prompt) :]
 
 
+class Foresight:
+    """A proposer that knows what the test's model draws; every `wrong_every`-th position it guesses something else."""
+
+    def __init__(self, wrong_every: int) -> None:
+        self.wrong_every = wrong_every
+        self.num_right = self.num_wrong = 0
+        self.known: set[int] = set()
+
+    def propose(self, id_: int, tokens: SequenceOf[int], max_tokens: int) -> tuple[int, ...]:
+        assert max_tokens >= 1
+        self.known.add(id_)
+        state, drafts = histories(tokens)[-1], []
+        for position in range(len(tokens), len(tokens) + min(max_tokens, 5)):
+            token = next_token(state)
+            drafts.append(token if position % self.wrong_every else (token + 1) % VOCABULARY)
+            state = history(state, drafts[-1])
+        return tuple(drafts)
+
+    def judged(self, id_: int, num_drafts: int, num_accepted: int, num_tokens: int) -> None:
+        assert id_ in self.known and 0 <= num_accepted <= num_drafts and num_tokens
+        self.num_right += num_accepted
+        self.num_wrong += num_drafts - num_accepted
+
+    def forget(self, id_: int) -> None:
+        self.known.discard(id_)
+
+
 class RankDouble:
     """Block memory and the mirror of one rank. Asserts that plans are deltas it can follow, that no READY or CACHED
     block is written, and that every position it attends to holds exactly its history."""
@@ -71,11 +100,12 @@ class RankDouble:
         self.tables: dict[int, list[list[int]]] = {}
         self.known: set[int] = set()
         self.previous: list[int | None] = []
+        self.runs: dict[int, tuple[int, ...]] = {}  # of the last plan: what rows with drafts drew
         self.num_rows = 0
         self.step = 0
 
     def run(self, plan: StepPlan) -> dict[int, int]:
-        """Computes the plan; returns the sampled tokens."""
+        """Computes the plan; returns the sampled tokens of rows without drafts."""
         assert plan.step == self.step + 1
         self.step = plan.step
         for id_ in plan.finished:
@@ -105,18 +135,23 @@ class RankDouble:
             self.projected[block] = self.outputs[block]
         assert len({row.id for row in plan.sequences}) == len(plan.sequences)
         assert plan.num_tokens == sum(row.num_tokens for row in plan.sequences)
+        assert plan.num_drafts == sum(row.num_drafts for row in plan.sequences)
         sampled: dict[int, int] = {}
+        self.runs = {}
         outputs: list[int | None] = []
         for row in plan.sequences:
             self.num_rows += 1
-            state = self._compute(row)
-            outputs.append(next_token(state))
-            if row.sample:
-                sampled[row.id] = next_token(state)
+            states = self._compute(row)
+            outputs.append(None if row.num_drafts else next_token(states[-1]))
+            if row.num_drafts:
+                assert row.sample and row.num_drafts < row.num_tokens
+                self.runs[row.id] = tuple(map(next_token, states[-1 - row.num_drafts :]))
+            elif row.sample:
+                sampled[row.id] = next_token(states[-1])
         self.previous = outputs
         return sampled
 
-    def _compute(self, row: ScheduledSequence) -> int:
+    def _compute(self, row: ScheduledSequence) -> list[int]:
         tables = self.tables[row.id]
         for table, blocks in zip(tables, row.appends, strict=False):
             table.extend(blocks)
@@ -131,11 +166,11 @@ class RankDouble:
             read = self.projected if self.blocks.groups[1].is_projected else self.outputs
             assert tables[1] and all(read[block] == self.inputs[row.id] for block in tables[1])
         table = tables[self.group]
-        state = self.at(table, row.start - 1) if row.start else 0
+        states = [self.at(table, row.start - 1) if row.start else 0]
         for position, token in enumerate(tokens, row.start):
-            state = history(state, token)
-            self.write(table[position // self.block_size], position % self.block_size, state)
-        return state
+            states.append(history(states[-1], token))
+            self.write(table[position // self.block_size], position % self.block_size, states[-1])
+        return states[1:]
 
     def at(self, table: list[int], position: int) -> int:
         return self.memory[table[position // self.block_size]][position % self.block_size]
@@ -175,6 +210,7 @@ class EngineDouble:
         extra_groups: tuple[GroupCapacity, ...] = (),
         max_encoder_tokens: int = 0,
         late: bool = False,
+        proposer: Proposer | None = None,
     ) -> None:
         groups = [GroupCapacity("self", num_blocks, block_size), *extra_groups]
         self.blocks = BlockManager(groups, enable_prefix_cache=enable_prefix_cache)
@@ -186,7 +222,7 @@ class EngineDouble:
             chunk_tokens=chunk_tokens,
             max_encoder_tokens=max_encoder_tokens,
         )
-        self.scheduler = Scheduler(self.blocks, self.limits, ROOT, eos_token_ids=frozenset({EOS}))
+        self.scheduler = Scheduler(self.blocks, self.limits, ROOT, eos_token_ids=frozenset({EOS}), proposer=proposer)
         self.rank = RankDouble(self.blocks, late=late)
         self.emitted: dict[int, list[int]] = {}
         self.in_flight: StepPlan | None = None
@@ -265,9 +301,12 @@ class EngineDouble:
         for row in plan.sequences:
             seq = self.sequences[row.id]
             if not seq.is_finished:
-                self.rank.check(self.rank.tables[row.id][0], seq.tokens[: row.start + row.num_tokens])
-        outcome = self.scheduler.settle(plan, StepResult(tokens=sampled))
+                known = [*seq.tokens, *row.drafts][: row.start + row.num_tokens]
+                self.rank.check(self.rank.tables[row.id][0], known)
+        outcome = self.scheduler.settle(plan, StepResult(tokens=sampled, runs=self.rank.runs))
         for seq, token, index, *_ in outcome.tokens:
-            assert index == seq.num_emitted - 1 and token == seq.tokens[-1]
+            assert token == seq.tokens[seq.num_prompt + index]
             self.emitted.setdefault(seq.id, []).append(token)
+        last = {seq.id: (index, seq.num_emitted - 1) for seq, _, index, *_ in outcome.tokens}
+        assert all(index == expected for index, expected in last.values())
         return outcome

@@ -25,6 +25,7 @@ from workers.engine.sequence import NOTHING_FORCED, EncoderInput, ForcedTokens, 
 from workers.engine.step_plan import StepOutcome
 from workers.models.encoder_decoder import EncoderDecoderModel
 from workers.models.loader import LoadedModel
+from workers.speculative.proposer import Proposer
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -191,6 +192,7 @@ class TinyEngine(Driver):
         scheduler_limits: SchedulerLimits | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         constraints: ConstraintCompiler | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         pages = torch.full((num_blocks + 1, 1, BLOCK_SIZE, ROW), torch.nan, dtype=torch.float64)
         pages[0] = 0.0  # what nobody wrote must not be read: NaN would spread; the null block pads
@@ -198,7 +200,9 @@ class TinyEngine(Driver):
         self.model = TinyModel(self.cache, block_size=BLOCK_SIZE)
         self.generations = Generations(num_blocks + 1)
         blocks = BlockManager([GroupCapacity("self", num_blocks, BLOCK_SIZE)])
-        scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
+        scheduler = Scheduler(
+            blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids, proposer=proposer
+        )
         self.runner = ModelRunner(
             self.model,
             [self.cache],
@@ -223,6 +227,7 @@ class LoadedEngine(Driver):
         block_size: int = 16,
         scheduler_limits: SchedulerLimits | None = None,
         encoder_output: EncoderOutput = "cross_kv",
+        proposer: Proposer | None = None,
     ) -> None:
         encoder = loaded.model if isinstance(loaded.model, EncoderDecoderModel) else None
         groups = (
@@ -242,7 +247,9 @@ class LoadedEngine(Driver):
             ]
         )
         eos_token_ids = frozenset(loaded.model.spec.eos_token_ids)
-        scheduler = Scheduler(blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids)
+        scheduler = Scheduler(
+            blocks, scheduler_limits or limits(), b"root" * 4, eos_token_ids=eos_token_ids, proposer=proposer
+        )
         self.runner = ModelRunner(
             loaded.model,
             caches,

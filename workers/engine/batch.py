@@ -1,6 +1,7 @@
 """From a step's plan and the rank's mirror to the tensors that the model reads. Host arithmetic in numpy.
 
-Shapes: B sequences, T packed tokens, N rows whose logits are wanted.
+Shapes: B sequences, T packed tokens, N positions whose logits are wanted: one of each row that draws, or, where a row
+has drafts, the last one before them and all of theirs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class StepBatch:
     previous_tokens: Tensor  # [P] int64: rows of T whose token the previous step sampled,
     previous_rows: Tensor  # [P] int64: at these rows of its plan
     sampled_rows: Tensor  # [N] int64: rows of the plan that draw a token, in the order of the logits
-    sampled_ids: list[int]  # [N]: sequences
+    sampled_ids: list[int]  # [N]: sequences; several times in a row where several tokens are drawn
     sampled_slots: _Ints  # [N]: where the mirror has them
     draws: Draws
     num_logprobs: _Ints  # [N]: alternatives with each drawn token, −1 where no logprobs are wanted
@@ -74,6 +75,9 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         pooled = {row.id for row in read.pooled}
         draws_token = [row.sample and row.id not in pooled for row in rows]
     sampled = np.flatnonzero(np.array(draws_token, bool))
+    later = np.zeros_like(sampled)  # positions of the row behind the one that draws
+    if plan.num_drafts:
+        sampled, later = _draft_draws(sampled, np.array([row.num_drafts for row in rows], np.int64))
     sampled_slots = slots[sampled]
     to_device = _Mover(device)
     attention = AttentionBatch(
@@ -84,7 +88,7 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         context_lens=context_lens.tolist(),
         positions=to_device(positions),
         groups=tuple(_group(table, slots, context_lens, sequence_of, positions, to_device) for table in mirror.tables),
-        logits_rows=to_device(query_starts[1:][sampled] - 1),
+        logits_rows=to_device(query_starts[1:][sampled] - 1 - later),
         fixed=tuple(_fixed_group(table, slots, to_device) for table in mirror.fixed_tables),
     )
     return StepBatch(
@@ -95,11 +99,19 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         sampled_rows=to_device(sampled if order is None else order[sampled]),
         sampled_ids=[rows[i].id for i in sampled.tolist()],
         sampled_slots=sampled_slots,
-        draws=_draws(mirror, sampled_slots, context_lens[sampled]),
+        draws=_draws(mirror, sampled_slots, context_lens[sampled] - later),
         num_logprobs=mirror.num_logprobs[sampled_slots],
         num_candidates=mirror.num_candidates[sampled_slots],
         readings=read,
     )
+
+
+def _draft_draws(sampled: _Ints, num_drafts: _Ints) -> tuple[_Ints, _Ints]:
+    """Each of `sampled` once for each of its draws, and how many positions of its row lie behind that draw's."""
+    counts = 1 + num_drafts[sampled]
+    ends = np.cumsum(counts)
+    later = np.repeat(ends, counts) - 1 - np.arange(ends[-1]) if len(sampled) else sampled
+    return np.repeat(sampled, counts), later
 
 
 def _group(

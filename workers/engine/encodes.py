@@ -43,13 +43,15 @@ class Encodes:
         return seq.params.pooling is not None or not self._tables.has_cached_output(seq)  # a cache keeps no states
 
     def start(self, seq: Sequence, batch: PlanBuilder) -> bool:
-        """Reads its input in this step. False: not now, for want of budget, of blocks, or because a sequence with the
-        same input is at it. Outputs that those behind it hold are taken back, the last one's first."""
+        """WAITING -> ENCODING: reads its input in this step. False: not now, for want of budget, of blocks, or because
+        a sequence with the same input is at it. Outputs that those behind it hold are taken back, the last one's
+        first."""
         assert seq.encoder_input is not None
         tokens, root = seq.encoder_input
         if root in self._roots or len(tokens) > batch.encoder_budget or not self._occupy(seq, for_transfer=False):
             return False
         batch.encode(seq, len(tokens))
+        seq.enter(SequenceStatus.ENCODING)
         self._reading[seq.id] = seq
         self._roots.add(root)
         return True
@@ -110,13 +112,19 @@ class Encodes:
         assert seq.encoder_input is not None
         self._roots.remove(seq.encoder_input.root)
 
+    def take_back(self, seq: Sequence) -> bool:
+        """Gives up the output that waits with the last sequence behind `seq`. False: nobody behind it has one."""
+        last = max(self._holding.values(), key=lambda each: each.order, default=None)
+        if last is None or last.order < seq.order:
+            return False
+        self.forget(last)
+        self._tables.drop(last)
+        return True
+
     def _occupy(self, seq: Sequence, *, for_transfer: bool) -> bool:
         while not self._tables.occupy_output(seq, for_transfer=for_transfer):
-            last = max(self._holding.values(), key=lambda each: each.order, default=None)
-            if last is None or last.order < seq.order:
+            if not self.take_back(seq):
                 return False
-            self.forget(last)
-            self._tables.drop(last)
         return True
 
     def check_integrity(self) -> None:

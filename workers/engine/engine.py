@@ -18,6 +18,7 @@ class BatchSize(NamedTuple):
     num_sequences: int
     num_tokens: int
     num_encoder_tokens: int = 0
+    num_drafts: int = 0  # of num_tokens
 
 
 class Engine:
@@ -61,7 +62,7 @@ class Engine:
     def _count(self, plan: StepPlan, num_tokens: int) -> None:
         self.num_steps += 1
         num_encoder_tokens = sum(len(row.tokens) for row in plan.encodes)
-        self.last_batch = BatchSize(len(plan.sequences), num_tokens, num_encoder_tokens)
+        self.last_batch = BatchSize(len(plan.sequences), num_tokens, num_encoder_tokens, plan.num_drafts)
         self.last_step_at = self._clock()
 
     def _collect(self, plan: StepPlan, launched: Launched) -> tuple[StepOutcome, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -80,6 +82,7 @@ class Launched:
     is_valid: Tensor  # [N] bool
     ids: list[int]  # [N]: whose they are
     failures: Mapping[int, str]  # row of N -> why it was not to be drawn
+    drafted: frozenset[int] = frozenset()  # ids that have several of N, next to each other
     drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
     candidates: BestTokens | None = None  # of searches
     prompts: Sequence[PromptSlice] = ()
@@ -92,7 +95,12 @@ class Launched:
         if self.over is not None:
             self.over.synchronize()
         ids = self.ids
-        tokens = dict(zip(ids, self.tokens.tolist(), strict=True))
+        drawn = self.tokens.tolist()
+        tokens = dict(zip(ids, drawn, strict=True))
+        runs: dict[int, tuple[int, ...]] = {}
+        if self.drafted:
+            by_id = groupby(zip(ids, drawn, strict=True), itemgetter(0))
+            runs = {id_: tuple(token for _, token in group) for id_, group in by_id if id_ in self.drafted}
         failed = {ids[row]: reason for row, reason in self.failures.items()}
         if not self.is_valid.all():
             invalid = (id_ for id_, is_valid in zip(ids, self.is_valid.tolist(), strict=True) if not is_valid)
@@ -114,7 +122,15 @@ class Launched:
                 failed[id_] = "the hidden states of its prompt are not finite numbers"
             vectors[id_] = vector.cpu().numpy().astype("<f4").tobytes()
         candidates = {} if self.candidates is None else self.candidates.collect(ids)
-        return StepResult(tokens, logprobs, prompts, candidates, vectors, failed)
+        return StepResult(
+            tokens=tokens,
+            runs=runs,
+            logprobs=logprobs,
+            prompt_logprobs=prompts,
+            candidates=candidates,
+            vectors=vectors,
+            failed=failed,
+        )
 
 
 class ModelRunner:
@@ -245,6 +261,7 @@ class ModelRunner:
             is_valid=is_valid,
             ids=batch.sampled_ids,
             failures=failures,
+            drafted=frozenset(row.id for row in plan.sequences if row.num_drafts) if plan.num_drafts else frozenset(),
             drawn_logprobs=logprobs,
             candidates=candidates,
         )

@@ -40,6 +40,7 @@ class PlanBuilder:
     __slots__ = (
         "budget",
         "copies",
+        "drafts",
         "encoded",
         "encoder_budget",
         "found",
@@ -57,12 +58,19 @@ class PlanBuilder:
         self.found: list[Sequence] = []  # only encode, and what they want is cached
         self.rows: dict[int, tuple[Sequence, int]] = {}
         self.copies: dict[int, list[BlockCopy]] = {}  # of forks, by the sequence that they are for
+        self.drafts: dict[int, tuple[int, ...]] = {}  # by sequence; added when nobody is preempted any more
         self.preempted: list[Sequence] = []
         self.stalled = False  # somebody who runs found no blocks
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         self.rows[seq.id] = (seq, num_tokens)
         self.budget -= num_tokens
+
+    def draft(self, seq: Sequence, drafts: tuple[int, ...]) -> None:
+        """Behind the one known token of its row."""
+        self.drafts[seq.id] = drafts
+        self.add(seq, 1 + len(drafts))
+        self.budget += 1  # of that token, which was paid for
 
     def encode(self, seq: Sequence, num_tokens: int) -> None:
         self.encoded.append(seq)
@@ -89,12 +97,13 @@ class PlanBuilder:
             end = start + num_tokens
             tokens = seq.tokens
             known = len(tokens)
+            drafts = self.drafts.get(seq.id, ())
             if start == known:
                 inputs = PreviousRow(seq.row)
             elif num_tokens == 1:
                 inputs = Literal((tokens[start],))
             else:
-                inputs = Literal(tuple(tokens[start:end]))
+                inputs = Literal((*tokens[start:end], *drafts))
             appends = _NO_APPENDS
             if not seq.is_table_sent:
                 _introduce(seq, new, resumed)
@@ -105,12 +114,12 @@ class PlanBuilder:
             seq.fresh = None
             sample = end >= known
             if sample:
-                seq.num_pending += 1
+                seq.num_pending += 1 + len(drafts)
             seq.num_computed = end
             seq.last_step = step
             seq.row = len(scheduled)
             num_total += num_tokens
-            scheduled.append(ScheduledSequence(seq.id, start, num_tokens, inputs, sample, appends))
+            scheduled.append(ScheduledSequence(seq.id, start, num_tokens, inputs, sample, appends, len(drafts)))
             launched.append((seq, seq.num_preemptions))
         preempted = tuple(seq.id for seq in self.preempted if seq.is_table_sent)
         for seq in self.preempted:
@@ -127,6 +136,7 @@ class PlanBuilder:
             num_tokens=num_total,
             encodes=tuple(_encode_row(seq, step) for seq in self.encoded),
             projections=tuple(dict.fromkeys(each for _, lacking in projected for each in lacking)),
+            num_drafts=sum(map(len, self.drafts.values())),
         )
         trusted = [(seq, self.projections.of(lacking)) for seq, lacking in projected]
         return plan, Launched(step, launched, self.preempted, self.encoded + self.found, trusted)

@@ -14,14 +14,14 @@ from cluster.request import FinishReason
 from workers.engine.beams import Beams
 from workers.engine.block_manager import BlockManager
 from workers.engine.block_tables import BlockTables
+from workers.engine.drafts import Drafts
 from workers.engine.encodes import Encodes
 from workers.engine.plan_builder import Launched, PlanBuilder
 from workers.engine.pulls import PullReservation, Pulls
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.engine.sequence import Sequence, SequenceQueue, SequenceStatus
-from workers.engine.step_plan import Chunk, PooledVector, SampledToken, StepOutcome, StepPlan, StepResult
-
-__all__ = ["PullReservation", "Scheduler", "SchedulerLimits"]
+from workers.engine.step_plan import Chunk, PooledVector, StepOutcome, StepPlan, StepResult
+from workers.speculative.proposer import Proposer
 
 
 class Scheduler:
@@ -38,6 +38,7 @@ class Scheduler:
         chain_root: bytes,
         *,
         eos_token_ids: frozenset[int] = frozenset(),
+        proposer: Proposer | None = None,
     ) -> None:
         self._blocks = blocks
         self._limits = limits
@@ -52,6 +53,7 @@ class Scheduler:
         self._lingering: list[Sequence] = []  # finished sources whose blocks the stage may still lease
         self._ended: list[int] = []  # ids that the ranks may forget
         self._beams = Beams(self._tables, limits, eos_token_ids, self._ended)
+        self._drafts = Drafts(proposer, eos_token_ids)
         self._launched: deque[Launched] = deque()
         self._step = 0
 
@@ -145,6 +147,7 @@ class Scheduler:
                 self._dequeue(seq)
         self._encodes.forget(seq)
         self._beams.end(seq)
+        self._drafts.forget(seq)
         seq.enter(SequenceStatus.FINISHED)
         seq.finish = reason
         self._sequences.pop(seq.id, None)
@@ -230,6 +233,7 @@ class Scheduler:
         batch = PlanBuilder(self._limits.max_batched_tokens, self._limits.max_encoder_tokens, self._encodes.projections)
         self._advance(batch)
         self._admit(batch)
+        self._drafts.add(batch)
         plan, launched = batch.build(self._step, self._ended, self._blocks.drain_raises())
         self._ended.clear()
         self._launched.append(launched)
@@ -248,8 +252,9 @@ class Scheduler:
             elif remaining and seq.beams and known == computed:
                 self._search(seq, batch)
             elif remaining == 1 and seq.status is SequenceStatus.RUNNING:
-                if known == computed and (known + 1 >= seq.max_total_tokens or seq.needs_history):
-                    continue  # the token in flight is its last, or must be known before the next one is drawn
+                is_last = known == computed and (known + 1 >= seq.max_total_tokens or seq.needs_history)
+                if is_last or computed > known:
+                    continue  # the token in flight is its last, or it or drafts must be judged before the next is drawn
                 if computed < seq.capacity or self._grow(seq, computed + 1, batch):
                     batch.add(seq, 1)
         for seq in chunks:
@@ -301,39 +306,32 @@ class Scheduler:
         while (seq := self._waiting.head()) is not None and batch.budget > 0:
             if claim is not None and claim < seq.order:
                 return
-            if self._encodes.lacks(seq):
-                if not self._encode(seq, batch):
-                    self._blocked = seq
-                    return
-                continue
-            if seq.only_encodes:
-                self._dequeue(seq)
-                self._encodes.find(seq, batch)
-                continue
-            room = (
-                not batch.preempted
-                and not batch.stalled
-                and not seq.is_unreported
-                and self._running.num_rows + seq.num_rows <= self._limits.max_sequences
-                and self._tables.admit(seq, num_running=len(self._running))
-            )
-            if not room:
+            if not self._begin(seq, batch):
                 self._blocked = seq
                 return
+
+    def _begin(self, seq: Sequence, batch: PlanBuilder) -> bool:
+        """Has its encoder input read, no further ahead than there are rows for, or its first chunk computed."""
+        num_rows = self._running.num_rows + seq.num_rows
+        if self._encodes.lacks(seq):
+            num_rows += self._encodes.num_reading
+            if seq.is_unreported or num_rows > self._limits.max_sequences or not self._encodes.start(seq, batch):
+                return False
+            self._dequeue(seq)
+        elif seq.only_encodes:
+            self._dequeue(seq)
+            self._encodes.find(seq, batch)
+        else:
+            may = not (batch.preempted or batch.stalled or seq.is_unreported) and num_rows <= self._limits.max_sequences
+            while may and not self._tables.admit(seq, num_running=len(self._running)):
+                may = seq.encoder_input is None and self._encodes.take_back(seq)  # else it has its output's blocks
+            if not may:
+                return False
             self._dequeue(seq)
             self._encodes.forget(seq)
             seq.enter(SequenceStatus.RUNNING)
             self._running.insert(seq)
             batch.add(seq, self._limits.chunk(seq, batch.budget, self._tables.block_size))
-
-    def _encode(self, seq: Sequence, batch: PlanBuilder) -> bool:
-        """Has its encoder input read in this step; no further ahead than there are rows for."""
-        num_rows = self._running.num_rows + self._encodes.num_reading
-        has_rows = num_rows + seq.num_rows <= self._limits.max_sequences
-        if seq.is_unreported or not has_rows or not self._encodes.start(seq, batch):
-            return False
-        self._dequeue(seq)
-        seq.enter(SequenceStatus.ENCODING)
         return True
 
     # ------------------------------------------------------------------ the outcome
@@ -354,11 +352,16 @@ class Scheduler:
                 outcome.failed.append(self._beams.leader_of(seq))
                 self._finish(outcome.failed[-1], None)
                 continue
-            if seq.num_preemptions == num_preemptions:  # else its blocks are gone, but the token is good
-                self._tables.confirm(seq, confirmed := row.start + row.num_tokens)
+            end, finish = row.start + row.num_tokens, None
+            if row.num_drafts:
+                finish = self._drafts.settle(seq, row, result.runs[row.id], outcome)
+                end = len(seq.tokens) - 1
+            if seq.num_preemptions == num_preemptions:  # else its blocks are gone, but the tokens are good
+                seq.num_computed -= row.start + row.num_tokens - end
+                self._tables.confirm(seq, end)
                 if row.start < seq.num_known:
-                    outcome.chunks.append(Chunk(seq, confirmed, result.prompt_logprobs.get(row.id)))
-            if row.sample:
+                    outcome.chunks.append(Chunk(seq, min(end, seq.num_known), result.prompt_logprobs.get(row.id)))
+            if row.sample and not row.num_drafts:
                 seq.num_pending -= 1
                 if seq.params.pooling is not None:
                     finish = FinishReason.STOP
@@ -366,13 +369,11 @@ class Scheduler:
                 elif seq.num_rows > 1:
                     seq, finish = self._beams.heard(seq, result.candidates[row.id], outcome)
                 else:
-                    token = result.tokens[row.id]
-                    finish = seq.accept(token, self._eos_token_ids)
-                    logprobs = result.logprobs.get(row.id)
-                    outcome.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))
-                if finish is not None:
-                    self._finish(seq, finish)
-                    outcome.finished.append(seq)
+                    finish = seq.accept(token := result.tokens[row.id], self._eos_token_ids)
+                    outcome.drew(seq, token, finish, result.logprobs.get(row.id))
+            if finish is not None:
+                self._finish(seq, finish)
+                outcome.finished.append(seq)
         self._encodes.projections.settle(launched.projected)
         for seq in (each for each in launched.encoded if each.status is SequenceStatus.ENCODING):
             self._encodes.done(seq)

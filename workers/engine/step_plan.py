@@ -37,6 +37,16 @@ class ScheduledSequence(NamedTuple):
     inputs: Inputs
     sample: bool  # its last position is the last known one: draw the token after it
     appends: tuple[tuple[int, ...], ...]  # per group, blocks added to the table; () if none
+    num_drafts: int = (
+        0  # of its literal tokens, the last ones: guesses. A token is drawn before each, and behind the last
+    )
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        if not self.num_drafts:
+            return ()
+        assert isinstance(self.inputs, Literal), f"sequence {self.id}: guesses behind a token that is not known"
+        return self.inputs.tokens[-self.num_drafts :]
 
 
 class EncodeRow(NamedTuple):
@@ -105,6 +115,7 @@ class StepPlan:
     num_tokens: int = 0
     encodes: tuple[EncodeRow, ...] = ()
     projections: tuple[Projection, ...] = ()  # only beside `sequences`
+    num_drafts: int = 0  # of num_tokens
 
     @property
     def computes(self) -> bool:
@@ -125,6 +136,7 @@ class StepResult:
     is in `failed`."""
 
     tokens: Mapping[int, int] = field(default_factory=dict)
+    runs: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # of rows with drafts instead: one token more
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # where params.num_logprobs asks
     prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)  # where it asks, a chunk at a time
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)  # where params.beams asks; best first
@@ -173,6 +185,9 @@ class StepOutcome:
     vectors: list[PooledVector] = field(default_factory=list)
     searches: list[FinishedSearch] = field(default_factory=list)
     num_searched_tokens: int = 0  # drawn in all searches: one for each beam
+    num_drafted_rows: int = 0  # rows with drafts,
+    num_drafts: int = 0  # these,
+    num_accepted_drafts: int = 0  # and those of them that were right
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)  # WAITING again, may be admitted or pulled from now on
     encoded: list[Sequence] = field(default_factory=list)  # FINISHED: they wanted the output of their encoder alone
@@ -180,3 +195,9 @@ class StepOutcome:
         default_factory=list
     )  # FINISHED without a reason: the step raised, or their rows did
     error: WorkerFailed | None = None  # why
+
+    def drew(
+        self, seq: Sequence, token: int, finish: FinishReason | None, logprobs: TokenLogprobs | None = None
+    ) -> None:
+        """`token` is the last one that `seq` has now."""
+        self.tokens.append(SampledToken(seq, token, seq.num_emitted - 1, finish, logprobs))

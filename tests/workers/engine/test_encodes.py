@@ -299,3 +299,31 @@ def test_memory_is_shared_out_by_what_a_full_sequence_holds() -> None:
     assert num_blocks_per_group(1000, (30, 20), (1 - fraction, fraction)) == [25, 12]
     with pytest.raises(ConfigError, match="50 bytes hold no block of 60 bytes; raise it"):
         num_blocks_per_group(100, (10, 60), (0.5, 0.5))
+
+
+def test_a_fixed_extent_of_its_own_goes_before_outputs_that_wait_behind_it() -> None:
+    """They hold the whole fixed group, and may not pass: their inputs are read again."""
+    double = EngineDouble(
+        5,
+        enable_prefix_cache=False,
+        prefill_reserve=0.0,
+        extra_groups=(GroupCapacity("cross", 6, 4, is_fixed=True),),
+        max_encoder_tokens=20,
+    )
+    scheduler = double.scheduler
+    first = double.sequence([1], encoder_tokens=(7,) * 17)
+    second = double.sequence([2], encoder_tokens=(5,) * 3)
+    pulling = double.sequence(list(range(18)), extents=(None, 0), params=SamplingParams(max_tokens=1))
+    assert scheduler.reserve_for_pull(pulling) is not None, "it takes what they need to decode"
+    scheduler.add(first)
+    scheduler.add(second)
+    double.step()
+    assert not double.blocks.can_reserve([0, 1])
+    urgent = double.sequence([3], priority=1, extents=(None, 4))
+    scheduler.add(urgent)
+    scheduler.abort(pulling)
+    double.run()
+    for seq in (first, second, urgent):
+        assert double.emitted[seq.id] == expected_tokens(seq.tokens[:1], seq.params, 64)
+    assert double.rank.num_encoded == 3, "the last one's output made room"
+    double.check_empty()
