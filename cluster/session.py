@@ -39,6 +39,7 @@ MAX_OUTBOX_FRAMES: Final = 16_384
 MAX_BULK_OUTBOX_BYTES: Final = 64 << 20
 _STATUS_GRACE_S: Final = 0.1
 _FINISH_GRACE_S: Final = 1.0
+_NUM_STREAMS: Final = 2  # Session and Bulk; a dialer has opened both before it uses either
 _HANDSHAKE: Final = frozenset({"hello", "challenge", "proof", "ready", "refused"})
 _NOT_IN_PARTS: Final = _HANDSHAKE | {"part", "heartbeat"}
 _log = logging.getLogger(__name__)
@@ -243,8 +244,9 @@ class Session:
                 if self._error is None:
                     receive(data)
             self._num_read_out += 1
-            if self._num_read_out < self._num_carried:
-                # A peer that finishes ends both streams well; what is on its way on the other one still counts.
+            if self._num_read_out < _NUM_STREAMS:
+                # A peer that finishes ends both streams well; what is on its way on the other one still counts, also
+                # where that one has not come up here yet.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), _FINISH_GRACE_S)
             reason = await last_word(cast(DialedStream, stream)) if self.dialed else ""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import grpc
 import pytest
 
+from cluster import session as session_module
 from cluster.handshake import DialerHandshake
 from cluster.heart import no_engine
 from cluster.parts import MAX_FRAME_BYTES
-from cluster.protos import BULK_PATH
+from cluster.protos import BULK_PATH, SESSION_PATH
 from cluster.protos import worker_pb2 as pb
 from cluster.request import RequestKey
 from cluster.rpc import Dialer, WordsServer, WordsThread
+from cluster.streams import open_stream
+from cluster.tls import open_channel
 from tests.support.words import (
     SECRET,
     Echo,
@@ -128,6 +132,54 @@ def test_a_bulk_stream_needs_the_token_of_its_session(pair: Pair) -> None:
             right.write(b"\xff")
             assert "no BulkFrame" in right.end()[1] and "no BulkFrame" in raw.end()[1]
     assert pair.at_worker.count("broken") == 1 and pair.dialed.open
+
+
+async def _finish_before_bulk_is_opened(address: str, payload: bytes) -> None:
+    """On one connection, so that the listener reads the end of the Session stream first. Returns when it has ended
+    the Bulk stream."""
+    handshake = DialerHandshake(INGRESS, SECRET, 1)
+    async with open_channel(address, None) as channel:
+        session = open_stream(channel, SESSION_PATH)
+        await session.write(handshake.hello())
+        while handshake.agreement is None:
+            data = await session.read()
+            assert isinstance(data, bytes)
+            if (reply := handshake.receive(data)) is not None:
+                await session.write(reply)
+        await session.done_writing()
+        bulk = open_stream(channel, BULK_PATH)
+        hello = pb.BulkFrame(incarnation=INGRESS.incarnation, epoch=1, token=handshake.agreement.bulk_token)
+        for frame in (hello, pb.BulkFrame(topic="late", payload=payload, last=True)):
+            await bulk.write(frame.SerializeToString())
+        await bulk.done_writing()
+        with pytest.raises(grpc.RpcError, match="closed its stream"):
+            await bulk.read()
+
+
+def test_bulk_that_is_opened_after_its_session_was_ended_well_still_arrives(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_FINISH_GRACE_S", 3600.0)  # both ends were read: nothing else is awaited
+    asyncio.run(_finish_before_bulk_is_opened(pair.address, b"p"))
+    pair.at_worker.wait("broken")
+    told = [event for event in pair.at_worker.events if event.session.peer.name == "ingress-1"]
+    assert [(event.kind, event.payload) for event in told] == [("open", b""), ("bulk", b"p"), ("broken", b"")]
+
+
+def test_a_peer_that_never_opens_bulk_ends_its_session_all_the_same(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_FINISH_GRACE_S", 3600.0)  # who dies ends it at once
+    with raw_stream(pair.address) as dies:
+        dies.shake(INGRESS, epoch=1)
+    assert "its process ended" in str(pair.at_worker.wait("broken").error)
+    monkeypatch.setattr(session_module, "_FINISH_GRACE_S", 0.05)
+    with raw_stream(pair.address) as finishes:
+        finishes.shake(INGRESS, epoch=2)
+        finishes.done_writing()
+        assert finishes.end() == (grpc.StatusCode.ABORTED, "ingress-1 closed its stream")
+    assert str(pair.at_worker.wait("broken", 2).error) == "ingress-1 closed its stream"
+    assert pair.server.sessions() == [pair.accepted] and pair.dialed.open
 
 
 def test_who_dials_again_ends_its_older_session(pair: Pair) -> None:

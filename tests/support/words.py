@@ -187,6 +187,10 @@ class RawStream:
     def write(self, data: bytes) -> None:
         self._outgoing.put(data)
 
+    def done_writing(self) -> None:
+        """Ends its half of the stream well."""
+        self._outgoing.put(None)
+
     def read(self) -> bytes:
         """The next frame; raises grpc.RpcError, or StopIteration at the end of the stream."""
         return next(self._frames)
@@ -215,7 +219,7 @@ class RawStream:
         return handshake.agreement
 
     def close(self) -> None:
-        self._outgoing.put(None)
+        self.done_writing()
         self._channel.close()
 
 
