@@ -66,8 +66,15 @@ def bind_model(
     choice = model.bind_kv(caches, environment)
     steps: StepModel = model
     if sizes:
-        max_blocks = -(-limits.max_model_len // kv.block_size)
-        graphed = GraphedModel(model, sizes, max_blocks, device, dense_context=choice.dense_context)
+        max_blocks, *max_fixed_blocks = (-(-length // kv.block_size) for length in max_lens)
+        graphed = GraphedModel(
+            model,
+            sizes,
+            max_blocks,
+            device,
+            dense_context=choice.dense_context,
+            max_fixed_blocks=max_fixed_blocks,
+        )
         graphed.capture()
         steps = graphed
     if device.type == "cuda":

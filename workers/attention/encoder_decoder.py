@@ -67,7 +67,7 @@ class CrossWriter:
         # What an earlier owner left behind an input's end is gathered under the mask, and a NaN survives every mask.
         ends = torch.tensor([start + n - 1 for start, n in zip(batch.starts, batch.lens, strict=True) if n % size])
         if len(ends):
-            self._pages.index_fill_(0, self._blocks[ends.to(self._blocks.device)], 0)
+            self._pages.index_fill_(0, self._blocks[ends.to(self._blocks.device, non_blocking=True)], 0)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [T, H, D] of one decoder layer."""
@@ -187,3 +187,23 @@ class SelfAttention:
         tables = batch.groups[group].block_table[: batch.num_decodes].tolist()
         lens = batch.context_lens[: batch.num_decodes]
         return InPlaceStep(step, BlockParts(cache.pages(region), tables, lens, scale=self._problem.scale, bias=bias))
+
+
+class ReferenceBackend:
+    """See `EncoderDecoderBackend`."""
+
+    reads_device_lens = False
+
+    def __init__(self, problem: AttentionProblem, *, in_place: bool) -> None:
+        """`in_place`: single queries read the blocks where they lie."""
+        self._problem, self._in_place = problem, in_place
+        self._self_attention = SelfAttention(problem, in_place=in_place)
+
+    def encoder(self, batch: EncoderBatch, scale: float, bias: Tensor | None) -> EncoderStep:
+        return EncoderStep(batch, scale, bias)
+
+    def own(self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None) -> AttentionStep:
+        return self._self_attention.begin(batch, group, cache, region, bias)
+
+    def cross(self, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str) -> CrossStep:
+        return CrossStep(self._problem, batch, fixed, cache, region, in_place=self._in_place)

@@ -30,6 +30,13 @@ class FixedGroupMetadata:
 
     block_table: Tensor  # [B, max_blocks] int32 or int64, padded with the null block 0
     lens: list[int]  # [B], each >= 1: tokens that all queries of a sequence see
+    device_lens: Tensor | None = None  # [B] int64: the same where the table is, if they are there; these then count
+
+    def lens_on_device(self) -> Tensor:
+        """[B] int64. Waits for nothing."""
+        if self.device_lens is not None:
+            return self.device_lens
+        return torch.tensor(self.lens).to(self.block_table.device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +151,42 @@ class AttentionBackend(Protocol):
     def begin(self, batch: AttentionBatch, group: int, cache: KvCache, region: str) -> AttentionStep:
         """Computes once what all layers of the step share. Mutates only blocks that this step starts to write."""
         ...
+
+
+class EncoderAttention(Protocol):
+    """One packed batch of encoder inputs, all layers."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]: every token sees all of its own input and nothing else."""
+        ...
+
+
+class CrossAttention(Protocol):
+    """One step of decoder queries over a fixed group, all layers. Nothing is written."""
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, H, D] -> [T, H * D]: every query sees the whole encoder input of its sequence."""
+        ...
+
+
+class EncoderDecoderBackend(Protocol):
+    """The three places where an encoder–decoder model attends. Made once per model and rank."""
+
+    @property
+    def reads_device_lens(self) -> bool:
+        """Steps of single queries alone look at no length on the host, so that they can be replayed; the bias of `own`
+        is then that of all distances that there may be."""
+        ...
+
+    def encoder(self, batch: EncoderBatch, scale: float, bias: Tensor | None) -> EncoderAttention:
+        """`bias` [H, C, C], C the longest input: added to the scaled scores of query and key."""
+        ...
+
+    def own(self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None) -> AttentionStep:
+        """Of the decoder: causal. `bias` [H, longest context or more]: added to the scaled score of the key that stands
+        so far before the query."""
+        ...
+
+    def cross(
+        self, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str
+    ) -> CrossAttention: ...

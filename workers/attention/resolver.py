@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from cluster.errors import ConfigError
+from workers.attention.encoder_decoder import ReferenceBackend
 from workers.attention.environment import Environment
 from workers.attention.index_keys import HEAD_DIM
 from workers.attention.index_tools import PAGE, IndexTools, lacking_tools
-from workers.attention.interface import AttentionBackend, AttentionProblem
+from workers.attention.interface import AttentionBackend, AttentionProblem, EncoderDecoderBackend
 from workers.attention.mla_interface import MlaBackend, MlaProblem
 from workers.attention.mla_reference import ReferenceMla
 from workers.attention.reference import ReferenceAttention
@@ -71,8 +72,8 @@ def _hopper_lacks(dtype: torch.dtype, block_size: int, environment: Environment)
 
 
 def _hopper_refuses(problem: AttentionProblem, environment: Environment) -> str | None:
-    if problem.kind != "gqa":
-        return f"computes gqa, not {problem.kind}"
+    if problem.kind not in ("gqa", "encoder_decoder"):
+        return f"computes gqa and encoder_decoder, not {problem.kind}"
     if problem.head_dim not in (64, 128):
         return f"heads of 64 or 128 features, not {problem.head_dim}"
     return _reference_refuses(problem, environment) or _hopper_lacks(problem.dtype, problem.block_size, environment)
@@ -217,6 +218,14 @@ def _elsewhere(devices: tuple[str, ...], environment: Environment) -> str | None
 
 def build(choice: Choice, problem: AttentionProblem) -> AttentionBackend:
     return _CANDIDATES[choice.chosen].build(problem)
+
+
+def build_encoder_decoder(choice: Choice, problem: AttentionProblem, device: torch.device) -> EncoderDecoderBackend:
+    if choice.chosen == HOPPER:
+        from workers.attention.hopper_encoder_decoder import hopper_backend
+
+        return hopper_backend(problem)
+    return ReferenceBackend(problem, in_place=device.type == "cpu")
 
 
 def build_mla(choice: Choice, problem: MlaProblem) -> MlaBackend | HopperMla | HopperDsa:

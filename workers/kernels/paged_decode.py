@@ -29,6 +29,8 @@ def _decode(
     table_ptr,
     table_stride,
     positions_ptr,
+    bias_ptr,
+    bias_stride,
     parts_ptr,
     lse_ptr,
     out_ptr,
@@ -36,6 +38,8 @@ def _decode(
     layer,
     num_layers,
     scale,
+    HAS_BIAS: tl.constexpr,
+    LOG2: tl.constexpr,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -71,7 +75,12 @@ def _decode(
         keys = tl.load(pages_ptr + at + inside)
         # What lies behind the end may be anything, NaN included; a weight of 0 does not silence that in a value.
         values = tl.load(pages_ptr + at + half + inside, mask=seen[:, None], other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(keys)) * scale, float("-inf"))
+        scores = tl.dot(q, tl.trans(keys)) * scale
+        if HAS_BIAS:
+            distance = length - 1 - tile * TILE - tokens
+            added = bias_ptr + heads[:, None] * bias_stride + distance[None, :]
+            scores += tl.load(added, mask=valid & seen[None, :], other=0.0).to(tl.float32) * LOG2
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
         shrink = tl.exp2(best - new_best)
@@ -98,9 +107,12 @@ def paged_decode(
     layer: int,
     scale: float,
     tactic: DecodeTactic,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, D] (heads side by side, rows of any stride), pages [blocks, layers, 2, K, S, D], block_table [B, M],
     positions [B] of the query tokens -> [B, H * D]. Each sees the tokens up to and including itself.
+
+    bias [H, longest], last dim contiguous: added to the scaled score of the key that stands so far before the query.
     """
     num_sequences, num_heads, dim = q.shape
     _, num_layers, _, num_kv, block_size, _ = pages.shape
@@ -117,6 +129,8 @@ def paged_decode(
         block_table,
         block_table.stride(0),
         positions,
+        q if bias is None else bias,
+        0 if bias is None else bias.stride(0),
         parts,
         lse,
         out,
@@ -124,6 +138,8 @@ def paged_decode(
         layer,
         num_layers,
         scale * LOG2_E,
+        HAS_BIAS=bias is not None,
+        LOG2=LOG2_E,
         NUM_KV=num_kv,
         GROUP=group,
         DIM=dim,

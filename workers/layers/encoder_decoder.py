@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
-from workers.attention.interface import AttentionStep
+from workers.attention.encoder_decoder import CrossWriter
+from workers.attention.interface import AttentionStep, CrossAttention, EncoderAttention
 from workers.layers.activation import Activation
 from workers.layers.blocked_linear import BlockedLinear
 from workers.layers.linear import Partition
@@ -49,7 +49,7 @@ class HeadedAttention(nn.Module):
             self.add_module(name, column)
         self.add_module(names.output, BlockedLinear(inner, d, partition=Partition.ROW, bias=shape.bias, dtype=dtype))
 
-    def encode(self, x: Tensor, step: EncoderStep) -> Tensor:
+    def encode(self, x: Tensor, step: EncoderAttention) -> Tensor:
         """x [T, d] -> [T, d], within the encoder's inputs."""
         names = self._names
         return self._output(step.attend(*(self._heads(name, x) for name in names[:3])))
@@ -59,7 +59,7 @@ class HeadedAttention(nn.Module):
         names = self._names
         return self._output(step.attend(layer, *(self._heads(name, x) for name in names[:3])))
 
-    def read(self, layer: int, x: Tensor, step: CrossStep) -> Tensor:
+    def read(self, layer: int, x: Tensor, step: CrossAttention) -> Tensor:
         """x [T, d] -> [T, d], from the decoder to what `keep` wrote."""
         return self._output(step.attend(layer, self._heads(self._names.query, x)))
 

@@ -14,8 +14,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
-from workers.attention.interface import AttentionStep, EncoderBatch
+from workers.attention.encoder_decoder import CrossWriter
+from workers.attention.interface import (
+    AttentionStep,
+    CrossAttention,
+    EncoderAttention,
+    EncoderBatch,
+    EncoderDecoderBackend,
+)
 from workers.layers.activation import ACTIVATIONS
 from workers.layers.encoder_decoder import AttentionNames, FeedForward, HeadedAttention, HeadShape
 from workers.layers.linear import Embedding
@@ -118,11 +124,11 @@ class BartLayer(nn.Module):
         self._feed_forward = (feed_forward,)
         self.final_layer_norm = LayerNorm(d, _NORM_EPS, dtype=dtype)
 
-    def encode(self, x: Tensor, step: EncoderStep) -> Tensor:
+    def encode(self, x: Tensor, step: EncoderAttention) -> Tensor:
         x = self._add(x, self.self_attn_layer_norm, lambda y: self.self_attn.encode(y, step))
         return self._add(x, self.final_layer_norm, self._feed_forward[0])
 
-    def decode(self, layer: int, x: Tensor, step: AttentionStep, cross: CrossStep) -> Tensor:
+    def decode(self, layer: int, x: Tensor, step: AttentionStep, cross: CrossAttention) -> Tensor:
         x = self._add(x, self.self_attn_layer_norm, lambda y: self.self_attn.decode(layer, y, step))
         x = self._add(x, self.encoder_attn_layer_norm, lambda y: self.encoder_attn.read(layer, y, cross))
         return self._add(x, self.final_layer_norm, self._feed_forward[0])
@@ -194,10 +200,10 @@ class BartForConditionalGeneration(EncoderDecoderModel):
         )
         return cls(config, spec)
 
-    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch, backend: EncoderDecoderBackend) -> Tensor:
         stack = self.model.encoder
         positions = torch.cat([torch.arange(length, device=input_ids.device) for length in batch.lens])
-        step = EncoderStep(batch, stack.head_dim**-0.5)
+        step = backend.encoder(batch, stack.head_dim**-0.5, None)
         x = stack.embed(self.model.shared(input_ids), positions)
         for layer in stack.stack:
             x = layer.encode(x, step)
@@ -207,7 +213,7 @@ class BartForConditionalGeneration(EncoderDecoderModel):
         for index, layer in enumerate(self.model.decoder.stack):
             layer.encoder_attn.keep(index, states, writer)
 
-    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossStep) -> Tensor:
+    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossAttention) -> Tensor:
         stack = self.model.decoder
         x = stack.embed(self.model.shared(input_ids), positions)
         for index, layer in enumerate(stack.stack):

@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from cluster.config import EncoderOutput
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
-from workers.attention.encoder_decoder import CrossStep, CrossWriter, SelfAttention
+from workers.attention.encoder_decoder import CrossWriter, ReferenceBackend
 from workers.attention.environment import Environment
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
     AttentionStep,
+    CrossAttention,
     EncoderBatch,
+    EncoderDecoderBackend,
     KvCache,
 )
-from workers.attention.resolver import Choice, resolve
+from workers.attention.resolver import Choice, build_encoder_decoder, resolve
 from workers.layers.blocked_linear import block_all
 from workers.models.fields import ConfigFields
 from workers.models.model import EncoderSpec, ModelSpec
@@ -69,9 +71,8 @@ class EncoderDecoderModel(nn.Module, ABC):
         self._shape = shape
         self.spec = spec
         self._caches: Sequence[KvCache] = ()
-        self._problem: AttentionProblem | None = None
-        self._backend: SelfAttention | None = None
-        self._in_place = False
+        self._backend: EncoderDecoderBackend | None = None
+        self._whole_bias: Tensor | None = None  # [H, max_positions], where a backend wants it
 
     # ------------------------------------------------------------------ what a family adds
 
@@ -89,7 +90,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         """See `DecoderForCausalLM.from_fields`."""
 
     @abstractmethod
-    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch, backend: EncoderDecoderBackend) -> Tensor:
         """[S] -> [S, d], after the last norm."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         """Writes the keys and values of every decoder layer."""
 
     @abstractmethod
-    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossStep) -> Tensor:
+    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossAttention) -> Tensor:
         """[T] -> [T, d], after the last norm."""
 
     @abstractmethod
@@ -143,15 +144,21 @@ class EncoderDecoderModel(nn.Module, ABC):
             scale=self._shape.scale,
         )
 
-    def bind_kv(self, caches: Sequence[KvCache], environment: Environment | None = None) -> Choice:
+    def bind_kv(
+        self,
+        caches: Sequence[KvCache],
+        environment: Environment | None = None,
+        *,
+        backend: EncoderDecoderBackend | None = None,
+    ) -> Choice:
+        """`backend` computes instead of the chosen one, if given."""
         own, _ = self._caches = tuple(caches)
         pages = own.pages(REGION)
         problem = self.attention_problem(pages.shape[-2])
         choice = resolve(problem, environment or Environment.probe(pages.device))
-        assert choice.chosen == "reference", f"{choice}: nothing else has a cross group"
-        self._in_place = pages.device.type == "cpu"
         block_all(self, but="encoder")  # whose rounding every later token sees, and whose batches are long anyhow
-        self._problem, self._backend = problem, SelfAttention(problem, in_place=self._in_place)
+        self._backend = backend or build_encoder_decoder(choice, problem, pages.device)
+        self._whole_bias = self._decoder_bias(self._shape.max_positions) if self._backend.reads_device_lens else None
         return choice
 
     @torch.inference_mode()
@@ -162,7 +169,8 @@ class EncoderDecoderModel(nn.Module, ABC):
         """
         if len(input_ids) != batch.num_tokens:
             raise ValueError(f"{len(input_ids)} encoder tokens for lengths of {batch.lens}")
-        return self._run_encoder(input_ids, batch)
+        backend = self._backend or ReferenceBackend(self.attention_problem(1), in_place=False)  # needs no cache
+        return self._run_encoder(input_ids, batch, backend)
 
     @torch.inference_mode()
     def keep(self, states: Tensor, batch: EncoderBatch) -> None:
@@ -185,11 +193,13 @@ class EncoderDecoderModel(nn.Module, ABC):
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
         assert not capture_layers, "no draft head reads these models"
-        assert self._problem is not None and self._backend is not None, "bind_kv comes before the first forward"
+        assert self._backend is not None, "bind_kv comes before the first forward"
         (fixed,) = batch.fixed
-        bias = self._decoder_bias(max(batch.context_lens, default=1))
-        step = self._backend.begin(batch, 0, self._caches[0], REGION, bias)
-        cross = CrossStep(self._problem, batch, fixed, self._caches[1], REGION, in_place=self._in_place)
+        bias = self._whole_bias
+        if not self._backend.reads_device_lens:
+            bias = self._decoder_bias(max(batch.context_lens, default=1))
+        step = self._backend.own(batch, 0, self._caches[0], REGION, bias)
+        cross = self._backend.cross(batch, fixed, self._caches[1], REGION)
         return self._run_decoder(input_ids, batch.positions, step, cross)
 
     @torch.inference_mode()

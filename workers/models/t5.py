@@ -15,8 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
-from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep
-from workers.attention.interface import AttentionStep, EncoderBatch
+from workers.attention.encoder_decoder import CrossWriter
+from workers.attention.interface import (
+    AttentionStep,
+    CrossAttention,
+    EncoderAttention,
+    EncoderBatch,
+    EncoderDecoderBackend,
+)
 from workers.attention.relative_bias import bidirectional_bias, causal_bias
 from workers.layers.activation import ACTIVATIONS
 from workers.layers.blocked_linear import BlockedLinear
@@ -116,13 +122,13 @@ class T5Attention(T5Part):
         super().__init__(name, attention, config, dtype)
         self.attention = (attention,)
 
-    def encode(self, x: Tensor, step: EncoderStep) -> Tensor:
+    def encode(self, x: Tensor, step: EncoderAttention) -> Tensor:
         return x + self.attention[0].encode(self.layer_norm(x), step)
 
     def decode(self, layer: int, x: Tensor, step: AttentionStep) -> Tensor:
         return x + self.attention[0].decode(layer, self.layer_norm(x), step)
 
-    def read(self, layer: int, x: Tensor, step: CrossStep) -> Tensor:
+    def read(self, layer: int, x: Tensor, step: CrossAttention) -> Tensor:
         return x + self.attention[0].read(layer, self.layer_norm(x), step)
 
     def keep(self, layer: int, states: Tensor, writer: CrossWriter) -> None:
@@ -205,9 +211,9 @@ class T5ForConditionalGeneration(EncoderDecoderModel):
         )
         return cls(config, spec)
 
-    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch) -> Tensor:
+    def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch, backend: EncoderDecoderBackend) -> Tensor:
         bias = bidirectional_bias(self.encoder.bias_table, batch.longest, self.config.max_distance)
-        step = EncoderStep(batch, self.config.shape.scale, bias)
+        step = backend.encoder(batch, self.config.shape.scale, bias)
         x = self.shared(input_ids)
         for block in self.encoder.blocks:
             x = block.own[0].encode(x, step)
@@ -221,7 +227,7 @@ class T5ForConditionalGeneration(EncoderDecoderModel):
     def _decoder_bias(self, longest: int) -> Tensor:
         return causal_bias(self.decoder.bias_table, longest, self.config.max_distance)
 
-    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossStep) -> Tensor:
+    def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossAttention) -> Tensor:
         x = self.shared(input_ids)
         for layer, block in enumerate(self.decoder.blocks):
             x = block.own[0].decode(layer, x, step)
