@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.attention.bucketing import additive_mask, buckets_by_length
+from workers.attention.bucketing import additive_mask
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
@@ -104,18 +104,16 @@ class _Padding:
 
 
 def _buckets(lens: Sequence[int], sequences: Sequence[int], widths: Sequence[int]) -> list[list[int]]:
-    """Runs of about one length of which each is attended by one call: its mask fits. `widths`: keys of each."""
+    """Runs of sequences of which each is attended by one call, as few as the masks allow: padding costs less than
+    launches. `widths`: keys of each."""
     buckets: list[list[int]] = []
-    for run in buckets_by_length(widths, sequences):
-        bucket: list[int] = []
-        queries = keys = 0
-        for sequence in run:
-            queries, keys = max(queries, lens[sequence]), max(keys, widths[sequence])
-            if bucket and (len(bucket) + 1) * queries * keys > _MOST_SCORES:
-                buckets.append(bucket)
-                bucket, queries, keys = [], lens[sequence], widths[sequence]
-            bucket.append(sequence)
-        buckets.append(bucket)
+    queries = keys = 0
+    for sequence in sorted(sequences, key=widths.__getitem__):
+        queries, keys = max(queries, lens[sequence]), max(keys, widths[sequence])
+        if not buckets or (len(buckets[-1]) + 1) * queries * keys > _MOST_SCORES:
+            buckets.append([])
+            queries, keys = lens[sequence], widths[sequence]
+        buckets[-1].append(sequence)
     return buckets
 
 
@@ -238,7 +236,7 @@ class PaddedSelfStep:
         chunked = range(singles, batch.num_sequences)
         for is_fresh in (True, False):
             members = [i for i in chunked if (batch.query_lens[i] == batch.context_lens[i]) == is_fresh]
-            for bucket in _buckets(batch.query_lens, members, batch.context_lens) if members else ():
+            for bucket in _buckets(batch.query_lens, members, batch.context_lens):
                 self._chunks.append(self._bucket(batch, bucket, bias, is_fresh=is_fresh))
 
     def _bucket(self, batch: AttentionBatch, members: list[int], bias: Tensor | None, *, is_fresh: bool) -> _Chunks:

@@ -30,8 +30,9 @@ from workers.attention.interface import (
     EncoderDecoderBackend,
     KvCache,
 )
-from workers.attention.resolver import Choice, build_encoder_decoder, resolve
+from workers.attention.resolver import HOPPER, Choice, build_encoder_decoder, resolve
 from workers.layers.blocked_linear import block_all
+from workers.layers.norm import RmsNorm
 from workers.models.fields import ConfigFields
 from workers.models.model import EncoderSpec, ModelSpec
 
@@ -156,6 +157,10 @@ class EncoderDecoderModel(nn.Module, ABC):
         pages = own.pages(REGION)
         problem = self.attention_problem(pages.shape[-2])
         choice = resolve(problem, environment or Environment.probe(pages.device))
+        if choice.chosen == HOPPER and backend is None:
+            for module in self.modules():
+                if isinstance(module, RmsNorm):
+                    module.fuse()
         block_all(self, but="encoder")  # whose rounding every later token sees, and whose batches are long anyhow
         self._backend = backend or build_encoder_decoder(choice, problem, pages.device)
         self._whole_bias = self._decoder_bias(self._shape.max_positions) if self._backend.reads_device_lens else None
