@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, and their figures in one file.
 
-    python -m benchmarks [--only transfer router simulator words sessions engine encdec encoder_output overhead serving
-                                 serving-guidellm failures] [--quick] [--json docs/measurements.json]
+    python -m benchmarks [--only transfer router simulator words sessions engine speculation encdec encoder_output
+                                 overhead serving serving-guidellm failures] [--quick] [--json docs/measurements.json]
 
 Wants a machine that does nothing else, about 20 minutes, and `pip install -e .[test]` for the picture. --quick only
 shows that everything runs: sizes so small that the figures mean nothing, and nothing is written unless asked for.
@@ -35,6 +35,7 @@ QUICK: Mapping[str, str] = MappingProxyType(
         "words": "--round-trips 50 --steps 20 --sequences 8",
         "sessions": "--ingresses 2 --workers 4 --hosts 2 --seconds 1",
         "engine": "--only jitter --steps 10",
+        "speculation": "--tokens 16 --repeats 1 --batch-sizes 2",
         "encdec": "--requests 4 --repeats 1 --batch-sizes 4",
         "encoder_output": "--requests 1 --tokens 64",
         "overhead": "--requests 3 --warmup 2",

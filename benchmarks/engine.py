@@ -45,6 +45,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.sequence_mirror import SequenceMirror
 from workers.engine.step_plan import StepResult
 from workers.models.loader import load
+from workers.speculative.proposer import Proposer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -173,8 +174,9 @@ def _overhead_once(num_sequences: int, num_steps: int) -> tuple[float, float, fl
 # ---------------------------------------------------------------- against transformers
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Matrices with std 4 / sqrt(inputs) and embeddings 0.1: the default init would repeat one token for ever."""
+def make_checkpoint(folder: Path, gain: float = 4.0) -> None:
+    """Matrices with std gain / sqrt(inputs) and embeddings 0.1: with a small gain texts end in loops, as with the
+    default init they repeat one token for ever."""
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
@@ -185,7 +187,7 @@ def make_checkpoint(folder: Path) -> None:
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
-            std = 0.1 if "embed" in name else 4 / weight.shape[1] ** 0.5
+            std = 0.1 if "embed" in name else gain / weight.shape[1] ** 0.5
             torch.nn.init.normal_(weight, std=std)
     model.save_pretrained(folder)
 
@@ -246,7 +248,7 @@ class CountingModel:
 
 
 def run_engine(
-    folder: Path, workload: Workload, stopwatch: Stopwatch
+    folder: Path, workload: Workload, stopwatch: Stopwatch, proposer: Proposer | None = None
 ) -> tuple[float, list[list[int]], list[tuple[int, int]]]:
     """Seconds, tokens, sizes of the steps. The prefix cache is off: every run computes everything."""
     counting = CountingModel(folder)
@@ -264,7 +266,7 @@ def run_engine(
         limits = SchedulerLimits(
             max_batched_tokens=512, max_sequences=32, max_model_len=2048, prefill_reserve=0.0, chunk_tokens=256
         )
-        scheduler = Scheduler(blocks, limits, ROOT)
+        scheduler = Scheduler(blocks, limits, ROOT, proposer=proposer)
         runner = ModelRunner(counting, caches, pool.generations, [BLOCK_SIZE], device=CPU)
         engine = Engine(scheduler, runner)
         results[:] = [

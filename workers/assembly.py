@@ -32,7 +32,7 @@ from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.models import loader
 from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
 from workers.models.model import EncoderSpec
-from workers.speculative.proposer import NgramProposer
+from workers.speculative.ngram import NgramProposer
 
 
 @dataclass(frozen=True, kw_only=True)

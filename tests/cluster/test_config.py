@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.config import PoolConfig, Role, SluiceConfig
 from cluster.config_file import keys, load, parse
+from cluster.engine_config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.placement import place
 from cluster.section import Section
@@ -20,7 +21,8 @@ KEYS = """
 autoscaling.down_after_s autoscaling.enabled autoscaling.inter_token_s autoscaling.switch_roles autoscaling.ttft_s
 autoscaling.up_after_s autoscaling.utilization
 controller.check_s controller.drain_timeout_s controller.ingress_lease_s controller.start_timeout_s
-engine.cuda_graphs engine.device engine.disabled engine.overlap engine.strict
+engine.cuda_graphs engine.device engine.disabled engine.draft_tokens engine.ngram_tokens engine.overlap
+engine.speculation engine.strict
 http.api_keys_env http.api_keys_file http.drain_s http.host http.max_ongoing_requests http.port http.replicas
 http.request_timeout_s
 kv.block_size kv.cross_kv_fraction kv.encoder_output kv.memory_bytes kv.memory_fraction kv.num_blocks
@@ -131,6 +133,7 @@ def test_settings_are_taken_as_they_are() -> None:
         ("transfer.lease_s=0.1", "transfer.lease_s", "raise it"),
         ("http.max_ongoing_requests=512", "http.max_ongoing_requests", "429"),
         ("http={api_keys_file: a, api_keys_env: B}", "http.api_keys_env", "remove one"),
+        ("engine={overlap: true, speculation: ngram}", "engine.overlap", "remove one"),
         ("http.drain_s=1", "http.drain_s", "cut streams"),
         ("engine.device=rocm", "engine.device", "'rocm' does not fit: input should be 'auto', 'cpu' or 'cuda'"),
         ("engine.disabled=[cutlass]", "engine.disabled.0", "'cutlass' does not fit"),
@@ -161,6 +164,20 @@ def test_actors_that_asked_for_no_gpu_leave_those_that_ray_shows_them_alone() ->
     assert config.in_ray("prefill").engine.device == "cpu"
     assert config.in_ray("decode").engine.device == "auto"
     assert load(None, ["engine.device=cuda"], MODEL).in_ray("prefill").engine.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("engine", "on_gpu", "overlaps"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"overlap": False}, True, False),
+        ({"overlap": True}, False, True),
+        ({"speculation": "ngram"}, True, False),
+    ],
+)
+def test_steps_overlap_on_a_gpu_unless_told_otherwise(engine: dict[str, object], on_gpu: bool, overlaps: bool) -> None:
+    assert EngineConfig.model_validate(engine).overlaps(on_gpu=on_gpu) is overlaps
 
 
 def test_two_kv_sizes_contradict() -> None:

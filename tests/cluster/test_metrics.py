@@ -10,8 +10,11 @@ sluice_cluster_resizes counter pool,direction
 sluice_cluster_restarts counter pool
 sluice_cluster_wanted_workers gauge pool
 sluice_cluster_workers gauge pool,state
+sluice_engine_accepted_draft_tokens counter
 sluice_engine_batch_sequences histogram
 sluice_engine_computed_tokens counter
+sluice_engine_draft_tokens counter
+sluice_engine_drafted_rows counter
 sluice_engine_encoder_tokens counter
 sluice_engine_failures counter stage,reason
 sluice_engine_handovers counter

@@ -64,7 +64,9 @@ async def samples(served: Served, text: list[int], params: SamplingParams = SEED
 
 @pytest.fixture(scope="module")
 def split() -> Iterator[Served]:
-    with serving(SETTINGS, prefill=2, decode=2) as served:
+    """It guesses, the other one does not."""
+    guessing = {"engine.speculation": "ngram", "engine.ngram_tokens": 1, "engine.draft_tokens": 3}
+    with serving({**SETTINGS, **guessing}, prefill=2, decode=2) as served:
         yield served
 
 
@@ -139,6 +141,18 @@ def test_samples_that_end_at_their_first_token_and_samples_with_logprobs(
         assert len(one.logprobs) == len(other.logprobs) == (NUM_TOKENS if params.num_logprobs else 0)
         for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
             assert abs(mine.logprob - theirs.logprob) < 2e-4
+    split.runner.run(split.cluster.assert_all_free())
+
+
+def test_guesses_are_tokens_where_the_same_would_be_drawn(split: Served, whole: Served) -> None:
+    """A bias has the samples say five tokens again and again; in which order, their draws decide."""
+    text = prompt(70, 70)
+    params = replace(SEEDED, logit_bias=tuple((token, 25.0) for token in range(3, 8)), temperature=0.5)
+    assert said(samples_of(split, text, params, led=True)) == said(samples_of(whole, text, params, led=False))
+    accepted = split.total("sluice_engine_accepted_draft_tokens_total", "decode")
+    assert 0 < accepted < split.total("sluice_engine_draft_tokens_total", "decode")
+    assert split.total("sluice_engine_drafted_rows_total", "prefill") == 0, "what draws one token has nothing to guess"
+    assert whole.total("sluice_engine_drafted_rows_total") == 0
     split.runner.run(split.cluster.assert_all_free())
 
 

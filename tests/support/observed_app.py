@@ -50,6 +50,7 @@ def config() -> SluiceConfig:
         {
             "name": APP,
             "model": {"path": str(checkpoint("llama")), "served_name": "model"},
+            "engine": {"speculation": "ngram", "ngram_tokens": 1, "draft_tokens": 2},
             "kv": {"num_blocks": 192, "block_size": 16},
             "scheduler": {"max_sequences": 8, "max_batched_tokens": 128, "chunk_tokens": 64},
             "pools": {"prefill": pool, "decode": pool},
@@ -116,6 +117,8 @@ class Crowd:
             "model": "model", "prompt": prompt, "max_tokens": random.randint(16, 64), "temperature": 0,
             "ignore_eos": True, "stream": True,
         }  # fmt: skip
+        if random.random() < 0.5:  # a text of few tokens, which can be guessed
+            body["logit_bias"] = {str(token): 50 for token in range(3, 7)}
         outcome = self._outcome(body, leaves)
         with self.progress:
             self.outcomes[outcome] += 1

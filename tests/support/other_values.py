@@ -49,6 +49,8 @@ class OtherValues:
         for each in node.get("anyOf", ()):
             yield from self._candidates(self.resolve(each), now)
         yield from node.get("enum", ())
+        if "const" in node:
+            yield node["const"]
         match node.get("type"):
             case "boolean":
                 yield not now

@@ -15,7 +15,7 @@ from tests.support.engines import LoadedEngine, TinyEngine, limits
 from workers.engine.overlap import OverlappedEngine
 from workers.engine.step_plan import Literal, StepOutcome, StepPlan, StepResult
 from workers.models.loader import load
-from workers.speculative.proposer import NgramProposer
+from workers.speculative.ngram import NgramProposer
 
 NUM_TOKENS = 48
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.speculative.proposer import NgramProposer
+from workers.speculative.ngram import NgramProposer
 
 ID = 7
 
