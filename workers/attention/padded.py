@@ -193,7 +193,7 @@ class _Reader:
 
     def mask(self, seen: Tensor) -> Tensor:
         """From the host."""
-        return additive_mask(seen, self._problem.dtype).to(self._device, non_blocking=True)
+        return additive_mask(seen.to(self._device, non_blocking=True), self._problem.dtype)
 
     def read(self, layer: int, chunks: _Chunks, q: Tensor, own: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
         padding, gathered = chunks.padding, chunks.gathered
@@ -220,7 +220,7 @@ class PaddedSelfStep:
         bias: Tensor | None,
         maker: SingleQueriesMaker,
     ) -> None:
-        self._pages = pages
+        self._problem, self._pages = problem, pages
         size = problem.block_size
         self._blocks, self._offsets = metadata.slot_mapping // size, metadata.slot_mapping % size
         self._num_singles = singles = batch.num_decodes
@@ -244,15 +244,14 @@ class PaddedSelfStep:
         padding = _Padding([batch.query_starts[i] for i in members], queries, batch.positions.device)
         gathered = None if is_fresh else self._reader.gathered(members, contexts)
         num_keys = padding.longest if gathered is None else gathered.context
-        first = torch.tensor(contexts) - torch.tensor(queries)
-        at = first.view(-1, 1) + torch.arange(padding.longest)  # of each query [B, L]
-        keys = torch.arange(num_keys)
-        seen = (keys <= at.unsqueeze(2)) & (keys < torch.tensor(contexts).view(-1, 1, 1))
-        mask = self._reader.mask(seen).unsqueeze(1)  # [B, 1, L, C]
+        device = batch.positions.device
+        ends, counts = (torch.tensor(lens).to(device, non_blocking=True).view(-1, 1, 1) for lens in (contexts, queries))
+        at = ends - counts + torch.arange(padding.longest, device=device).view(-1, 1)  # of each query [B, L, 1]
+        keys = torch.arange(num_keys, device=device)
+        distance = at - keys  # [B, L, C]
+        mask = additive_mask((distance >= 0) & (keys < ends), self._problem.dtype).unsqueeze(1)
         if bias is not None:
-            where = at.to(bias.device, non_blocking=True).unsqueeze(2)
-            distance = (where - torch.arange(num_keys, device=bias.device)).clamp_(0, bias.shape[1] - 1)
-            mask = mask + bias[:, distance].transpose(0, 1)
+            mask = mask + bias[:, distance.clamp_(0, bias.shape[1] - 1)].transpose(0, 1)
         return _Chunks(padding, gathered, mask)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

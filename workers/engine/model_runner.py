@@ -19,6 +19,7 @@ from workers.engine.batch import StepBatch, build, build_encodes, build_projecti
 from workers.engine.block_manager import BlockRaise
 from workers.engine.candidates import Best, BestTokens, SearchingRows
 from workers.engine.constraint import ConstraintCompiler
+from workers.engine.encoder_stream import EncoderStream
 from workers.engine.logprobs import DrawnRows, Logprobs, hidden_logprobs
 from workers.engine.pooling import PooledRow, Pooler
 from workers.engine.prompt_readings import PromptRow
@@ -88,12 +89,14 @@ class Launched:
     prompts: Sequence[PromptSlice] = ()
     vectors: Mapping[int, Tensor] = field(default_factory=dict)  # sequence id -> [d] float32
     over: torch.cuda.Event | None = None  # of the whole step, tokens on the host included; None: it is over
+    encoded: torch.cuda.Event | None = None  # of the encoder inputs that it reads besides
 
     def collect(self) -> StepResult:
         """Waits for the step, also if it drew nothing: what it wrote may be read by others from now on, and its blocks
         may be given to others. Waits for nothing that was given to the device later."""
-        if self.over is not None:
-            self.over.synchronize()
+        for event in (self.over, self.encoded):
+            if event is not None:
+                event.synchronize()
         ids = self.ids
         drawn = self.tokens.tolist()
         tokens = dict(zip(ids, drawn, strict=True))
@@ -158,6 +161,7 @@ class ModelRunner:
         self._generation_tables = list(generation_tables)
         self._mirror = SequenceMirror(block_sizes, eos_token_ids, constraints, num_fixed=encoder is not None)
         self._encoder = encoder
+        self._encoder_stream = EncoderStream(device)
         self._block_sizes = list(block_sizes)
         self._pooler = Pooler()
         self._device = device
@@ -183,7 +187,7 @@ class ModelRunner:
             return launched
         over = torch.cuda.Event()
         over.record()
-        return replace(launched, over=over)
+        return replace(launched, over=over, encoded=self._encoder_stream.ready if plan.encodes else None)
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan) -> Launched:
@@ -195,7 +199,10 @@ class ModelRunner:
             self._previous,
             torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
-        encoded = self._encode(plan.encodes) if plan.encodes else {}
+        encoded: Mapping[int, Tensor] = {}
+        if plan.encodes:
+            with self._encoder_stream.beside():
+                encoded = self._encode(plan.encodes)
         if plan.projections:
             self._project(plan.projections)
         if not plan.sequences:

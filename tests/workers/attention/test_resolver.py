@@ -79,11 +79,13 @@ DEEPSEEK = MlaProblem(
     scale=0.1,
 )
 
+T5 = replace(LLAMA, kind="encoder_decoder", num_kv_heads=4, head_dim=64, scale=1.0)
 SPARSE = replace(DEEPSEEK, index_topk=2048, index_heads=64, index_head_dim=128)
 
 
 def test_hopper_gets_its_own_backend() -> None:
     assert resolve(LLAMA, H200) == Choice("hopper", ())
+    assert resolve(T5, H200) == Choice("hopper", ()) and resolve(T5, H200).replays
     assert str(resolve(DEEPSEEK, H200)) == ("attention: hopper; not trtllm-gen: runs on SM100 and SM103, not on SM90")
 
 
@@ -94,6 +96,7 @@ def test_hopper_gets_its_own_backend() -> None:
         (LLAMA, replace(H200, libraries=LIBRARIES[:1]), "triton is not installed"),
         (LLAMA, B200, "runs on SM90, not on SM100"),
         (replace(LLAMA, dtype=torch.float32), H200, "computes bfloat16 and float16, not float32"),
+        (replace(T5, dtype=torch.float32), H200, "computes bfloat16 and float16, not float32"),
         (replace(LLAMA, head_dim=96), H200, "heads of 64 or 128 features, not 96"),
         (replace(LLAMA, block_size=48), H200, "blocks of 48 tokens are no multiple of 64"),
         (replace(SPARSE, index_head_dim=64), H200, "index heads of 128 features, not 64"),

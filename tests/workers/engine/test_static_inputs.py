@@ -3,47 +3,25 @@ the ordinary path."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import Tensor
 
 from cluster.request import SamplingParams
 from tests.support.checkpoints import checkpoint
 from tests.support.encoder_decoders import Text, texts
 from tests.support.engines import LoadedEngine, limits
+from tests.support.unreplayed import UnreplayedModel
 from workers.attention.interface import AttentionBatch, FixedGroupMetadata, GroupMetadata
 from workers.attention.padded import PaddedBackend
 from workers.engine.cuda_graph import StaticInputs
 from workers.engine.engine import Engine
-from workers.engine.model_runner import ModelRunner, StepModel
+from workers.engine.model_runner import ModelRunner
 from workers.models.encoder_decoder import EncoderDecoderModel
 from workers.models.loader import load
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 4, 8)
 LIMITS = limits(max_batched_tokens=40, max_sequences=8, max_model_len=64, chunk_tokens=8, max_encoder_tokens=80)
-
-
-class UnreplayedModel:
-    """As a GraphedModel, but the model runs over the padded inputs again in each step."""
-
-    def __init__(self, model: StepModel, static: StaticInputs) -> None:
-        self._model, self._static = model, static
-        self.sizes: list[tuple[int, int]] = []
-
-    def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
-        count = batch.num_sequences
-        if batch.num_decodes < count:
-            return self._model.forward(input_ids, batch, capture_layers)
-        size = next(size for size in SIZES if size >= count)
-        self.sizes.append((count, size))
-        self._static.fill(input_ids, batch, size)
-        return self._model.forward(*self._static.batch(size))[:count]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._model.logits(hidden)
 
 
 def serve(loaded: LoadedEngine, wanted: list[Text]) -> list[list[int]]:
@@ -71,13 +49,13 @@ def test_tokens_are_those_of_the_ordinary_path(family: str) -> None:
     model.bind_kv(padded.runner._caches, backend=PaddedBackend(model.attention_problem(4)))
     for region in padded.pool.regions[0] + padded.pool.regions[1]:
         region[1:].view(torch.float32).fill_(torch.nan)  # what nobody wrote is not read
-    static = UnreplayedModel(model, StaticInputs(8, 16, CPU, [20]))
+    static = UnreplayedModel(model, StaticInputs(8, 16, CPU, [20]), SIZES)
     runner = ModelRunner(static, padded.runner._caches, padded.pool.generations, [4, 4], device=CPU, encoder=model)
     padded.runner, padded.engine = runner, Engine(padded.scheduler, runner)
     tokens = serve(plain, wanted)
     assert serve(padded, wanted) == tokens
-    assert {count < size for count, size in static.sizes} == {True, False}
-    assert {size for _, size in static.sizes} >= {1, 4, 8}
+    assert {count < size for count, size in static.padded} == {True, False}
+    assert {size for _, size in static.padded} >= {1, 4, 8}
     assert len({token for row in tokens for token in row}) > 20
 
 
