@@ -39,7 +39,7 @@ MAX_OUTBOX_FRAMES: Final = 16_384
 MAX_BULK_OUTBOX_BYTES: Final = 64 << 20
 _STATUS_GRACE_S: Final = 0.1
 _FINISH_GRACE_S: Final = 1.0
-_NUM_STREAMS: Final = 2  # Session and Bulk; a dialer has opened both before it uses either
+_NUM_STREAMS: Final = 2  # Session and Bulk: every session has both, however late one comes up
 _HANDSHAKE: Final = frozenset({"hello", "challenge", "proof", "ready", "refused"})
 _NOT_IN_PARTS: Final = _HANDSHAKE | {"part", "heartbeat"}
 _log = logging.getLogger(__name__)
@@ -181,7 +181,8 @@ class Session:
         self._heart.remove(self)
         self._outbox.close()
         self._bulk_outbox.close()
-        self._ended.set()
+        for event in (self._ended, self._wake, self._wake_bulk):
+            event.set()
         self._on_end(self)
         if self._opened:
             _log.info("session %s with %s ended: %s", self.id, self.peer.name, error)
@@ -225,10 +226,11 @@ class Session:
         try:
             await self._ended.wait()
             if self.finished and self.dialed:
-                writer.cancel()
-                with suppress(*STREAM_ERRORS):
-                    await cast(DialedStream, stream).done_writing()
-                await asyncio.wait((reader,), timeout=_FINISH_GRACE_S)  # until the listener has read it all
+                with suppress(TimeoutError, *STREAM_ERRORS):
+                    async with asyncio.timeout(_FINISH_GRACE_S):
+                        await asyncio.wait((writer,))  # whoever cancels a write cancels its stream
+                        await cast(DialedStream, stream).done_writing()
+                        await asyncio.wait((reader,))  # until the listener has read it all
         except asyncio.CancelledError:
             self.end(SessionBroken(f"{self.peer.name} closed its stream or its process ended"))
             raise
@@ -258,7 +260,7 @@ class Session:
 
     async def _write(self, stream: Stream, take: Callable[[], bytes | None], wake: asyncio.Event) -> None:
         try:
-            while True:
+            while self._error is None:
                 data = take()
                 if data is None:
                     await wake.wait()

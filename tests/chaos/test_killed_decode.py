@@ -13,7 +13,10 @@ import pytest
 
 from cluster.errors import WorkerFailed
 from cluster.request import SamplingParams
+from router.flight import MAX_DEATHS
+from tests.support import poisoned_worker
 from tests.support.chaos import GREEDY, Chaos, is_greedy, prompts, running_chaos
+from tests.support.poisoned_worker import POISON
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
 
@@ -85,21 +88,19 @@ def test_killed_at_any_token_streams_go_on_elsewhere(request: pytest.FixtureRequ
 
 
 def test_a_request_under_which_two_workers_died_is_given_up() -> None:
-    """Whoever serves it is killed when it emits. Others are not touched by its end."""
-    with running_chaos(decode=3) as chaos:
+    """Whoever is to serve it dies of it, before it can emit so much that something else is blamed. Others are not
+    touched by its end."""
+    with running_chaos(decode=3, main=poisoned_worker.serve) as chaos:
 
-        async def poisoned() -> int:
-            deaths = 0
-            num_tokens = 0
-            async for delta in chaos.deltas(TEXTS[0], replace(GREEDY, max_tokens=350), "poisoned-request"):
-                if deaths < delta.attempt:
-                    deaths += 1
-                    await chaos.cluster.kill(delta.plan.decode.name)
-                num_tokens += len(delta.token_ids)
-            return num_tokens
+        async def poisoned() -> None:
+            with pytest.raises(WorkerFailed, match=POISON):
+                [_ async for _ in chaos.deltas(TEXTS[0], request_id=POISON)]
+            await chaos.cluster.until(lambda: len(chaos.dead()) >= MAX_DEATHS, "they have died")
+            assert {name.partition("-")[0] for name in chaos.dead()} == {"decode"}
+            for name in chaos.dead():
+                await chaos.cluster.kill(name)
 
-        with pytest.raises(WorkerFailed, match="poisoned-request"):
-            chaos.runner.run(poisoned())
+        chaos.runner.run(poisoned())
         assert len(chaos.names("decode")) == 1, "it was tried again"
         tokens, attempt = chaos.runner.run(stream(chaos, TEXTS[1], PLAIN))
         assert is_greedy(TEXTS[1], tokens) and attempt == 1

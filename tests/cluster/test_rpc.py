@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster import session as session_module
 from cluster.errors import ConfigError, NobodyListens, SessionBroken, SessionError
 from cluster.heart import StepAge
 from cluster.parts import MAX_FRAME_BYTES
@@ -137,6 +138,59 @@ def test_stop_can_wait_for_what_is_queued(pair: Pair, stopped: str) -> None:
     assert reader.tokens() == list(range(500))
     assert [len(event.payload) for event in reader.events if event.kind == "bulk"] == [1 << 20]
     assert [event.kind for event in reader.events if event.frame.HasField("submit")] == ["frame"]
+
+
+class Busy(Recorder):
+    """Does not get past its first frame, nor its thread to reading on, before it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+
+    def on_frame(self, session: Session, frame: pb.Frame) -> None:
+        super().on_frame(session, frame)
+        assert self.may_go_on.wait(DEADLINE_S)
+
+
+def _close_in_a_write(words: WordsThread, session: Session) -> None:
+    """Closes a session in the very turn of its loop in which a frame began to be written."""
+
+    def close() -> None:
+        if session.num_queued_frames:
+            words.post(close)
+        else:
+            session.finish("a test")
+
+    def send() -> None:
+        session.send(submit("last"))
+        close()
+
+    words.post(send)
+
+
+def test_a_write_that_is_on_its_way_when_the_dialer_closes_takes_nothing_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = words_config(heartbeat_timeout_s=60.0)
+    with WordsThread(config=config) as ours, WordsThread(config=config) as theirs:
+        at_worker, at_ingress = Busy(), Recorder()
+        address = WordsServer(theirs, identity(), SECRET, at_worker).start()
+        Dialer(ours, INGRESS, SECRET, at_ingress).keep(address)
+        for number, grace_s in ((1, 3600.0), (2, 0.05)):
+            monkeypatch.setattr(session_module, "_FINISH_GRACE_S", grace_s)
+            session = at_ingress.wait("open", number).session
+            for index in range(200):
+                session.send(submit(f"r{index}"))
+            at_worker.wait("frame", 201 * number - 200)
+            ours.wait(session.flush())  # into the connection; its peer has read one
+            _close_in_a_write(ours, session)
+            if number == 2:
+                ours.wait(session.gone())  # a peer that does not read is not waited for
+            at_worker.may_go_on.set()
+            error = at_worker.wait("broken", number).error
+            if number == 1:
+                assert str(error) == "ingress-1 closed its stream" and at_worker.count("frame") == 201
+            at_worker.may_go_on.clear()
 
 
 def test_an_error_in_a_handler_ends_its_session_only(words: WordsThread) -> None:
