@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.config import Role, SluiceConfig
 from cluster.config_file import parse
 from deploy.app import AppArgs
+from helm.crds import CRDS
 from helm.readme import CHART
 from tests.helm import golden
 from tests.support import chart
@@ -52,23 +53,40 @@ def test_helm_finds_nothing_to_complain_of(name: str) -> None:
 
 
 @pytest.mark.parametrize("values", [*ALL.values(), EVERYTHING], ids=[*ALL, "everything"])
-def test_kubernetes_and_kuberay_take_what_is_rendered(values: dict[str, Any]) -> None:
+def test_the_schemas_of_all_resources_take_what_is_rendered(values: dict[str, Any]) -> None:
     rendered = chart.render(values)
     assert list(chart.complaints(rendered)) == []
     names = [(each["kind"], each["metadata"]["name"]) for each in rendered]
     assert len(names) == len(set(names))
+    if values is EVERYTHING:
+        assert CRDS.keys() <= {kind for kind, _ in names}, "each is checked somewhere"
 
 
 def test_a_wrong_key_would_be_complained_of() -> None:
-    rendered = chart.render({})
+    rendered = chart.render(EVERYTHING)
     chart.ray_service(rendered)["rayClusterConfig"]["workerGroupSpecs"][0]["replica"] = 1
     chart.pod_templates(rendered)["head"]["spec"]["tolerations"] = {}
     (policy,) = chart.of_kind(rendered, "NetworkPolicy")
     policy["spec"]["egres"] = []
+    (route,) = chart.of_kind(rendered, "HTTPRoute")
+    route["spec"]["rules"][0]["timeouts"]["request"] = "soon"
+    (config,) = chart.of_kind(rendered, "ScrapeConfig")
+    config["spec"]["httpSDConfigs"][0]["uri"] = "http://elsewhere"
+    (monitor,) = chart.of_kind(rendered, "PodMonitor")
+    del monitor["spec"]["selector"]
+    (rules,) = chart.of_kind(rendered, "PrometheusRule")
+    rules["spec"]["groups"][0]["rules"][0]["for"] = "a while"
     said = "\n".join(chart.complaints(rendered))
-    assert (
-        "'replica' was unexpected" in said and "'egres' was unexpected" in said and "template.spec.toleration" in said
-    )
+    for complaint in (
+        "'replica' was unexpected",
+        "'egres' was unexpected",
+        "template.spec.toleration",
+        "HTTPRoute $.rules[0].timeouts.request: 'soon' does not match",
+        "ScrapeConfig $.httpSDConfigs[0]: Additional properties are not allowed ('uri' was unexpected)",
+        "PodMonitor $: 'selector' is a required property",
+        "PrometheusRule $.groups[0].rules[0].for: 'a while' does not match",
+    ):
+        assert complaint in said
 
 
 @pytest.mark.parametrize("name", ALL)

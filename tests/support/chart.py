@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import helm_python
@@ -13,12 +12,12 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from helm.crds import CRDS, FOLDER
 from helm.readme import CHART
 
 Object: TypeAlias = dict[str, Any]
 RECIPES = ("cpu", "h200", "multi-node")
 KUBERNETES = ("1.27", "1.37")  # the oldest that the chart takes, the newest whose schemas are there
-_RAYSERVICE = Path(__file__).parents[1] / "fixtures" / "kuberay-rayservice.schema.json"
 
 
 class _Loader(yaml.CSafeLoader):
@@ -88,12 +87,16 @@ def refusal(values: Mapping[str, Any]) -> str | None:
 
 
 def complaints(rendered: Iterable[Object]) -> Iterator[str]:
-    """What Kubernetes' and KubeRay's schemas, all of them strict, have against objects that they know."""
+    """What the schemas of Kubernetes and of the resources that others define have against them, all of them strict."""
     for each in rendered:
-        if each["kind"] == "RayService":
-            yield from _of_ray_service(each)
-        elif each["apiVersion"].partition("/")[0] not in ("monitoring.coreos.com", "gateway.networking.k8s.io"):
+        if each["kind"] in CRDS:
+            yield from _of_crd(each)
+        else:
             yield from _of_kubernetes(each)
+        if each["kind"] == "RayService":
+            for name, template in pod_templates([each]).items():
+                pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
+                yield from _of_kubernetes(pod)
 
 
 def _of_kubernetes(each: Object) -> Iterator[str]:
@@ -104,10 +107,10 @@ def _of_kubernetes(each: Object) -> Iterator[str]:
             yield f"{version} {each['kind']} {'.'.join(map(str, error.path))}: {error.message}"
 
 
-def _of_ray_service(each: Object) -> Iterator[str]:
-    schema = json.loads(_RAYSERVICE.read_text())
+def _of_crd(each: Object) -> Iterator[str]:
+    kind, version = each["kind"], each["apiVersion"].partition("/")[2]
+    if version != CRDS[kind].version:
+        yield f"{kind}: version {version}, of which there is no schema"
+    schema = json.loads((FOLDER / f"{kind}.json").read_text())
     for error in jsonschema.Draft202012Validator(schema).iter_errors(each["spec"]):
-        yield f"RayService {error.json_path}: {error.message}"
-    for name, template in pod_templates([each]).items():
-        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
-        yield from _of_kubernetes(pod)
+        yield f"{kind} {error.json_path}: {error.message}"
