@@ -49,12 +49,13 @@ class Wire:
 
 
 async def one_session(messages: list[bytes], heart: Heart) -> tuple[Session, Recorder, int]:
-    """From its opening to its end, which the stream's end is if nothing else was; how many messages it took."""
+    """From its opening to its end, which its streams' end is if nothing else was; how many messages it took. Its Bulk
+    stream brings nothing."""
     handler, wire = Recorder(), Wire(messages)
     agreement = Agreement(identity("fuzzer"), 1, 1, b"t" * 32)
     session = Session(agreement, handler, heart, words_config(), dialed=False, on_end=lambda _: None)
     session.begin()
-    await session.carry(wire)
+    await asyncio.gather(session.carry(wire), session.carry_bulk(Wire([])))
     return session, handler, wire.num_read
 
 
