@@ -189,7 +189,8 @@ class Session:
             self._tell(self._handler.on_broken, self, error)
 
     def finish(self, reason: str) -> None:
-        """Ends the session of our own will: what was written before still reaches the peer."""
+        """Ends the session of our own will: what was written before still reaches the peer within a second. Where the
+        listener ends it and the dialer writes at that moment, grpc.aio may refuse the dialer what it has not read."""
         self.finished = self.finished or self._error is None
         self.end(SessionClosed(f"closed here: {reason}"))
 
