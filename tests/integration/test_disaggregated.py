@@ -198,15 +198,15 @@ def test_two_full_workers_that_pull_from_each_other_all_finish(family: str) -> N
         "router.policy": "round_robin",
         "scheduler.max_pull_wait_s": 0.5,
     }
-    texts = prompts(16, seed=7, low=100, high=200)
+    texts, num_tokens = prompts(16, seed=7, low=100, high=200), 96  # each grows by half a prompt, beside others
     with running_cluster(settings, mixed=2) as (cluster, runner):
 
         async def together() -> list[Answer]:
-            return await asyncio.gather(*(cluster.ask(text, replace(GREEDY, max_tokens=32)) for text in texts))
+            return await asyncio.gather(*(cluster.ask(text, replace(GREEDY, max_tokens=num_tokens)) for text in texts))
 
         answers = runner.run(together())
         for text, answer in zip(texts, answers, strict=True):
-            assert answer.token_ids == greedy(family, tuple(text), 32)
+            assert answer.token_ids == greedy(family, tuple(text), num_tokens)
         crossed = {(a.route.prefill.incarnation, a.route.decode.incarnation) for a in answers if a.route.blocks}
         assert len(crossed) == 2, "the workers did not pull from each other"
         assert sum(a.route.preemptions for a in answers) > 0, "the pools were not full"
