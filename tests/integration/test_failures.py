@@ -67,7 +67,10 @@ def test_a_step_that_raises_ends_its_own_sequences_only(chaos: Chaos) -> None:
 
 
 def test_a_prompt_that_kills_two_workers_is_not_given_to_a_third() -> None:
-    with running_chaos(prefill=3, decode=1, main=faulty_worker.serve) as chaos:
+    # Decode would compute it where it has lost both sources otherwise: to late reads, or heartbeats, of a busy machine.
+    reads = {"transfer.late_read_s": 10.0, "transfer.stuck_read_s": 20.0, "transfer.lease_s": 20.0}
+    patient = {**reads, "words.heartbeat_timeout_s": 20.0, "words.step_timeout_s": 20.0}
+    with running_chaos(patient, prefill=3, decode=1, main=faulty_worker.serve) as chaos:
 
         async def crowd() -> list[Answer]:
             """Others whose prompts are with the same sources, and the one that kills them."""
