@@ -29,6 +29,8 @@ class Drafts:
         if self._proposer is None:
             return
         for seq, num_tokens in list(batch.rows.values()):
+            if batch.budget <= 0:
+                return
             known = len(seq.tokens)
             if num_tokens == 1 and seq.num_computed == known - 1 and seq.params.takes_drafts:
                 room = min(batch.budget, seq.capacity - known, seq.max_total_tokens - known - 1)

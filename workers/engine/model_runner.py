@@ -83,7 +83,7 @@ class Launched:
     is_valid: Tensor  # [N] bool
     ids: list[int]  # [N]: whose they are
     failures: Mapping[int, str]  # row of N -> why it was not to be drawn
-    drafted: frozenset[int] = frozenset()  # ids that have several of N, next to each other
+    has_drafts: bool = False  # some ids have several of N, next to each other
     drawn_logprobs: Sequence[tuple[list[int], Logprobs]] = ()  # rows of N, and theirs
     candidates: BestTokens | None = None  # of searches
     prompts: Sequence[PromptSlice] = ()
@@ -101,9 +101,9 @@ class Launched:
         drawn = self.tokens.tolist()
         tokens = dict(zip(ids, drawn, strict=True))
         runs: dict[int, tuple[int, ...]] = {}
-        if self.drafted:
+        if self.has_drafts:
             by_id = groupby(zip(ids, drawn, strict=True), itemgetter(0))
-            runs = {id_: tuple(token for _, token in group) for id_, group in by_id if id_ in self.drafted}
+            runs = {id_: run for id_, group in by_id if len(run := tuple(token for _, token in group)) > 1}
         failed = {ids[row]: reason for row, reason in self.failures.items()}
         if not self.is_valid.all():
             invalid = (id_ for id_, is_valid in zip(ids, self.is_valid.tolist(), strict=True) if not is_valid)
@@ -268,7 +268,7 @@ class ModelRunner:
             is_valid=is_valid,
             ids=batch.sampled_ids,
             failures=failures,
-            drafted=frozenset(row.id for row in plan.sequences if row.num_drafts) if plan.num_drafts else frozenset(),
+            has_drafts=plan.num_drafts > 0,
             drawn_logprobs=logprobs,
             candidates=candidates,
         )

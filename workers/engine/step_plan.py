@@ -37,9 +37,7 @@ class ScheduledSequence(NamedTuple):
     inputs: Inputs
     sample: bool  # its last position is the last known one: draw the token after it
     appends: tuple[tuple[int, ...], ...]  # per group, blocks added to the table; () if none
-    num_drafts: int = (
-        0  # of its literal tokens, the last ones: guesses. A token is drawn before each, and behind the last
-    )
+    num_drafts: int = 0  # of its literal tokens, the last ones; a token is drawn before each, and behind the last
 
     @property
     def drafts(self) -> tuple[int, ...]:

@@ -6,29 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.headed_cache import BLOCK, HEADS, LAYERS, PROBLEM, SIZE, nan_cache
 from workers.attention.block_parts import BlockParts
 from workers.attention.encoder_decoder import CrossStep, CrossWriter, EncoderStep, SelfAttention
 from workers.attention.interface import (
     AttentionBatch,
-    AttentionProblem,
     EncoderBatch,
     FixedGroupMetadata,
     GroupMetadata,
-    KvCache,
 )
 from workers.attention.relative_bias import bidirectional_bias, causal_bias, distance_buckets
 
-HEADS, SIZE, BLOCK, LAYERS = 3, 8, 4, 2
+NUM_BLOCKS = 30
 LENS = [5, 1, 8]
-PROBLEM = AttentionProblem(
-    kind="encoder_decoder",
-    num_heads=HEADS,
-    num_kv_heads=HEADS,
-    head_dim=SIZE,
-    block_size=BLOCK,
-    dtype=torch.float32,
-    scale=0.5,
-)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -43,12 +33,6 @@ def written_out(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = N
         weights = torch.softmax(scores if bias is None else scores + bias[head], 0)
         rows.append(weights @ values[:, head].double())
     return torch.cat(rows).float()
-
-
-def nan_cache(num_blocks: int = 30) -> KvCache:
-    pages = torch.full((num_blocks, LAYERS, 2, HEADS, BLOCK, SIZE), math.nan)
-    pages[0] = 0.0
-    return KvCache({"kv": pages})
 
 
 def slots(table: list[int], start: int, end: int) -> list[int]:
@@ -88,7 +72,7 @@ def test_every_decoder_query_sees_the_whole_input_whatever_its_own_context(
     query_lens: list[int], *, in_place: bool
 ) -> None:
     """Never causal: the first query of a chunk sees the last token of the input, which is longer than its context."""
-    cache, tables = nan_cache(), [[7, 3], [9], [2, 8]]
+    cache, tables = nan_cache(NUM_BLOCKS), [[7, 3], [9], [2, 8]]
     batch = EncoderBatch(LENS, torch.tensor([s for t, n in zip(tables, LENS, strict=True) for s in slots(t, 0, n)]))
     writer = CrossWriter(batch, cache, "kv")
     kept = [(draw(sum(LENS), HEADS, SIZE, seed=2 * i), draw(sum(LENS), HEADS, SIZE, seed=9 + i)) for i in range(LAYERS)]
@@ -137,7 +121,7 @@ def test_lengths_are_never_guessed() -> None:
     batch, table = decoder_batch([1, 1], [4, 4]), torch.ones(2, 1, dtype=torch.int64)
     for lens in ([], [4], [4, 0]):
         with pytest.raises(ValueError, match="for 2 sequences; give one of each"):
-            CrossStep(PROBLEM, batch, FixedGroupMetadata(table, lens), nan_cache(), "kv", in_place=True)
+            CrossStep(PROBLEM, batch, FixedGroupMetadata(table, lens), nan_cache(NUM_BLOCKS), "kv", in_place=True)
     encoder = EncoderBatch([2, 4], torch.arange(6))
     with pytest.raises(ValueError, match="a bias of \\(3, 6, 6\\) for inputs of up to 4 tokens"):
         EncoderStep(encoder, 1.0, torch.zeros(HEADS, 6, 6))
@@ -164,7 +148,7 @@ def test_buckets_of_distances() -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_causal_bias_in_fresh_cached_chunked_and_single_steps(*, in_place: bool) -> None:
     """By how far the key stands before its query, sized by the longest context and not by the packed tokens."""
-    cache, tables = nan_cache(), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    cache, tables = nan_cache(NUM_BLOCKS), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     lengths = [9, 12, 6]
     bias = draw(HEADS, 12)
     q, k, v = ([draw(n, HEADS, SIZE, seed=10 * seed + n) for n in lengths] for seed in range(3))

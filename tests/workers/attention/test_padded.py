@@ -1,16 +1,14 @@
 """Padded attention of encoder–decoder models against the plain reference, at odd sizes: one row, mixed lengths, padding
 rows, the longest, and NaN wherever nobody wrote."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.headed_cache import BLOCK, HEADS, LAYERS, PROBLEM, SIZE, nan_cache
 from workers.attention.encoder_decoder import CrossWriter, ReferenceBackend
 from workers.attention.interface import (
     AttentionBatch,
-    AttentionProblem,
     EncoderBatch,
     FixedGroupMetadata,
     GroupMetadata,
@@ -18,25 +16,10 @@ from workers.attention.interface import (
 )
 from workers.attention.padded import PaddedBackend, PaddedEncoderStep
 
-HEADS, SIZE, BLOCK, LAYERS, NUM_BLOCKS = 3, 8, 4, 2, 60
+NUM_BLOCKS = 60
 LONGEST = 45
-PROBLEM = AttentionProblem(
-    kind="encoder_decoder",
-    num_heads=HEADS,
-    num_kv_heads=HEADS,
-    head_dim=SIZE,
-    block_size=BLOCK,
-    dtype=torch.float32,
-    scale=0.5,
-)
 PLAIN = ReferenceBackend(PROBLEM, in_place=False)
 PADDED = PaddedBackend(PROBLEM)
-
-
-def nan_cache() -> KvCache:
-    pages = torch.full((NUM_BLOCKS, LAYERS, 2, HEADS, BLOCK, SIZE), math.nan)
-    pages[0] = 0.0
-    return KvCache({"kv": pages})
 
 
 def tables(lens: list[int], width: int) -> Tensor:
@@ -96,7 +79,7 @@ def test_what_does_not_fit_is_refused() -> None:
         PADDED.encoder(batch, 1.0, None).attend(tokens, tokens, tokens)
     table = torch.ones(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="for 2 sequences; give one of each"):
-        PADDED.cross(batch_of([3, 3], [1, 1], table), FixedGroupMetadata(table, [4]), nan_cache(), "kv")
+        PADDED.cross(batch_of([3, 3], [1, 1], table), FixedGroupMetadata(table, [4]), nan_cache(NUM_BLOCKS), "kv")
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -110,7 +93,7 @@ def test_what_does_not_fit_is_refused() -> None:
 )
 def test_own_tokens(steps: list[tuple[list[int], list[int]]], *, with_bias: bool) -> None:
     torch.manual_seed(0)
-    caches = nan_cache(), nan_cache()
+    caches = nan_cache(NUM_BLOCKS), nan_cache(NUM_BLOCKS)
     table = tables([LONGEST] * len(steps[0][0]), 13)
     bias = torch.randn(HEADS, 100) if with_bias else None
     for cached, new in steps:
@@ -132,7 +115,7 @@ def test_own_tokens(steps: list[tuple[list[int], list[int]]], *, with_bias: bool
 def test_inputs_of_mixed_lengths(new: list[int]) -> None:
     torch.manual_seed(0)
     lens = [LONGEST, 1, 8, 13][: len(new)]
-    table, cache = tables(lens, 12), nan_cache()
+    table, cache = tables(lens, 12), nan_cache(NUM_BLOCKS)
     packed = EncoderBatch(lens, slots(table, [(0, length) for length in lens]))
     writer = CrossWriter(packed, cache, "kv")
     for layer in range(LAYERS):
@@ -151,7 +134,7 @@ def test_single_queries_look_at_lengths_of_the_device_alone() -> None:
     torch.manual_seed(0)
     lens, rows = [LONGEST, 1, 8], 5
     table = torch.cat((tables(lens, 12), torch.zeros(2, 12, dtype=torch.int64)))
-    cache = nan_cache()
+    cache = nan_cache(NUM_BLOCKS)
     for row, length in enumerate(lens):
         for at in range(length):
             cache.pages("kv")[table[row, at // BLOCK], :, :, :, at % BLOCK] = torch.randn(LAYERS, 2, HEADS, SIZE)
