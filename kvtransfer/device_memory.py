@@ -3,7 +3,10 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.errors import NotRegistered, TransferError
+
+log = logging.getLogger(__name__)
+
+# While processes beside it make contexts or die, the driver may refuse for a moment what it opens the next time.
+_PAUSES_S = (0.01, 0.03, 0.1, 0.3)
 
 
 class Exported(NamedTuple):
@@ -55,7 +63,7 @@ def export(address: int, device: torch.device) -> Exported:
     (PYTORCH_CUDA_ALLOC_CONF=expandable_segments)."""
     from cuda.bindings import driver
 
-    with torch.cuda.device(device):
+    with _context(device):
         base, num_bytes = _checked(driver.cuMemGetAddressRange(address), "looking an allocation up")
         (handle,) = _checked(driver.cuIpcGetMemHandle(base), "exporting device memory")
     return Exported(int(base), int(num_bytes), bytes(handle.reserved))
@@ -69,8 +77,15 @@ def opened(handle: bytes, theirs: int, num_bytes: int, device: torch.device) -> 
     wanted = driver.CUipcMemHandle()
     wanted.reserved = handle
     flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    with torch.cuda.device(device):
-        (here,) = _checked(driver.cuIpcOpenMemHandle(wanted, flags), "opening a peer's device memory")
+    with _context(device):
+        answer = driver.cuIpcOpenMemHandle(wanted, flags)
+        for pause in _PAUSES_S:
+            if answer[0] == driver.CUresult.CUDA_SUCCESS:
+                break
+            log.info("opening a peer's device memory: %s; again in %g s", answer[0].name, pause)
+            time.sleep(pause)
+            answer = driver.cuIpcOpenMemHandle(wanted, flags)
+        (here,) = _checked(answer, "opening a peer's device memory")
     return Opened(theirs, int(here), num_bytes)
 
 
@@ -78,8 +93,27 @@ def close(memory: Opened, device: torch.device) -> None:
     """No kernel may be reading it. Raises TransferError."""
     from cuda.bindings import driver
 
-    with torch.cuda.device(device):
+    with _context(device):
         _checked(driver.cuIpcCloseMemHandle(memory.here), "closing a peer's device memory")
+
+
+@contextmanager
+def _context(device: torch.device) -> Iterator[None]:
+    """The device's context is the calling thread's: the driver's own calls ask for one, where those of the runtime,
+    torch's too, make it so."""
+    from cuda.bindings import driver
+
+    number = torch.cuda.current_device() if device.index is None else device.index
+    (ordinal,) = _checked(driver.cuDeviceGet(number), "looking a device up")
+    (context,) = _checked(driver.cuDevicePrimaryCtxRetain(ordinal), "retaining a device's context")
+    try:
+        _checked(driver.cuCtxPushCurrent(context), "entering a device's context")
+        try:
+            yield
+        finally:
+            _checked(driver.cuCtxPopCurrent(), "leaving a device's context")
+    finally:
+        _checked(driver.cuDevicePrimaryCtxRelease(ordinal), "releasing a device's context")
 
 
 def _checked(answer: tuple, what: str) -> tuple:
