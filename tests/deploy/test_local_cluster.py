@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -17,17 +17,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.full]
 
 @contextmanager
 def the_first_stands_still(name: str) -> Iterator[list[int]]:
-    """Stops the first process called `name` that starts from now on; its pid, once seen."""
-    before = {process.pid for process in psutil.process_iter()}
+    """Stops the first process called `name` that this one starts from now on; its pid, once seen."""
+    this = psutil.Process()
+    before = {process.pid for process in this.children(recursive=True)}
     over, seen = threading.Event(), list[int]()
 
     def look() -> None:
         while not seen and not over.wait(0.005):
-            for process in psutil.process_iter(["name"]):
-                if process.pid not in before and process.info["name"] == name:
-                    process.suspend()
-                    seen.append(process.pid)
-                    return
+            for process in this.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if process.pid not in before and process.name() == name:
+                        process.suspend()
+                        seen.append(process.pid)
+                        return
 
     thread = threading.Thread(target=look)
     thread.start()
