@@ -14,7 +14,7 @@ import pytest
 from cluster.config import SluiceConfig
 from deploy.__main__ import main
 from deploy.commands import generate
-from tests.support.checkpoints import checkpoint, greedy, ragged_prompts
+from tests.support.checkpoints import checkpoint, greedy_each, ragged_prompts
 from tests.support.commands import Command
 from tests.support.tokenizer_files import write_tokenizer
 
@@ -71,8 +71,9 @@ def test_prompts_are_computed_by_one_process_and_answered_by_another(
     assert "token id 100000 is outside the vocabulary of 512" in answers[4]["error"]["message"]
 
     pids = {process.pid for process in job.command.family}
-    for prompt, answer in zip(prompts, [a for a in answers if "error" not in a], strict=True):
-        assert answer["token_ids"] == greedy("llama", tuple(prompt), NUM_TOKENS)
+    served = [answer for answer in answers if "error" not in answer]
+    assert [answer["token_ids"] for answer in served] == greedy_each("llama", prompts, NUM_TOKENS)
+    for prompt, answer in zip(prompts, served, strict=True):
         assert answer["finish_reason"] == "length"
         assert answer["usage"]["prompt_tokens"] == len(prompt)
         route = answer["route"]
@@ -111,8 +112,8 @@ def test_a_killed_job_goes_on_to_the_file_of_an_unhindered_one(tmp_path: Path, m
     ]
     whole = Job(tmp_path, lines, "--explain", model=model, output="whole.jsonl")
     first, second, bad, blank, several, chat, *long = answers = whole.answers()
-    for prompt, answer in zip(prompts, (first, second), strict=True):
-        assert answer["token_ids"] == greedy("llama", tuple(prompt), NUM_TOKENS)
+    assert [first["token_ids"], second["token_ids"]] == greedy_each("llama", prompts, NUM_TOKENS)
+    for answer in (first, second):
         assert answer["route"]["plan"] == "aggregated" and answer["route"]["prefill"] is None
         assert answer["route"]["blocks"] == 0 and isinstance(answer["text"], str)
     assert bad.keys() == blank.keys() == {"error"}
@@ -162,7 +163,7 @@ def test_a_killed_decode_worker_is_replaced_and_every_answer_whole(tmp_path: Pat
     job.until_first_answer()  # the others have 200 tokens to go
     decode.kill()
     answers = job.answers()
-    expected = [greedy("llama", tuple(prompt), 200) for prompt in prompts]
+    expected = greedy_each("llama", prompts, 200)
     assert [answer["token_ids"] for answer in answers] == [expected[0][:NUM_TOKENS], *expected]
     assert [answer["route"]["attempts"] for answer in answers] == [1, 2, 2, 2, 2]
     assert not any(answer["route"]["local_prefill"] for answer in answers)

@@ -7,6 +7,7 @@ with std 4 / sqrt(inputs) and every embedding with std 0.1: nearly every token o
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,18 +109,37 @@ def transformers_model(family: str, dtype: str = "float32") -> PreTrainedModel:
     return auto.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
-@torch.inference_mode()
 def greedy(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
     """What transformers says in fp32, one prompt at a time, end tokens ignored."""
+    return _batch(family, [prompt], num_tokens)[0]
+
+
+@torch.inference_mode()
+def _batch(family: str, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> list[list[int]]:
+    """What transformers says to all prompts in one batch, padded at the left: a guess where there are several."""
+    longest = max(map(len, prompts))
     output = transformers_model(family).generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
         do_sample=False,
         max_new_tokens=num_tokens,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return output[0, len(prompt) :].tolist()
+    return output[:, longest:].tolist()
+
+
+@torch.inference_mode()
+def confirmed(family: str, prompt: tuple[int, ...], guess: list[int]) -> list[int]:
+    """`greedy`, by one pass over prompt and guess if each token of the guess is what transformers chooses there."""
+    logits = transformers_model(family)(torch.tensor([[*prompt, *guess[:-1]]])).logits[0, len(prompt) - 1 :]
+    return guess if logits.argmax(-1).tolist() == guess else greedy(family, prompt, len(guess))
+
+
+def greedy_each(family: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """`greedy` of each prompt, several times quicker."""
+    texts = [tuple(prompt) for prompt in prompts]
+    return [confirmed(family, *each) for each in zip(texts, _batch(family, texts, num_tokens), strict=True)]
 
 
 # Measured on "deepseek-v32": fp32 of either program is off by up to 4e-5 in router scores, and in index scores (of
@@ -132,13 +152,14 @@ DECIDED = 1e-4
 def decided(family: str, prompts: tuple[tuple[int, ...], ...], count: int, num_tokens: int) -> list[DecidedRun]:
     """The first `count` of `prompts` on whose way no expert, no index choice and no token was chosen by a nose."""
     runs: list[DecidedRun] = []
-    for prompt in prompts:
-        with Margins() as margins:
-            tokens = greedy(family, prompt, num_tokens)
-        if margins.smallest > DECIDED:
-            runs.append(DecidedRun(list(prompt), tokens, margins.smallest, margins.num_index_choices))
-        if len(runs) == count:
-            return runs
+    for batch in (prompts[start : start + count] for start in range(0, len(prompts), count)):
+        for prompt, guess in zip(batch, _batch(family, batch, num_tokens), strict=True):
+            with Margins() as margins:
+                tokens = confirmed(family, prompt, guess)
+            if margins.smallest > DECIDED:
+                runs.append(DecidedRun(list(prompt), tokens, margins.smallest, margins.num_index_choices))
+            if len(runs) == count:
+                return runs
     raise AssertionError(f"{family}: {len(runs)} of {len(prompts)} prompts are decided, {count} wanted; give more")
 
 

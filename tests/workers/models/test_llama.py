@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.support.checkpoints import checkpoint, greedy, ragged_prompts, transformers_model
+from tests.support.checkpoints import checkpoint, greedy_each, ragged_prompts, transformers_model
 from tests.support.paged_model import PagedModel, Text
 from workers.models.loader import load
 
@@ -16,7 +16,7 @@ PROMPTS = ragged_prompts()
 
 @cache
 def expected(family: str) -> list[list[int]]:
-    return [greedy(family, tuple(prompt), NUM_TOKENS) for prompt in PROMPTS]
+    return greedy_each(family, PROMPTS, NUM_TOKENS)
 
 
 def paged(family: str, *, block_size: int = 8, fill: float = 0.0) -> PagedModel:
@@ -74,7 +74,7 @@ def test_cached_prefix_equals_fresh() -> None:
     prompts = [prefix + tail for tail in ragged_prompts(seed=1)]
     texts = [Text(list(prompt), num_computed=24, blocks=list(first.blocks)) for prompt in prompts]
     tokens = model.generate(texts, NUM_TOKENS)
-    assert tokens == [greedy("llama", tuple(prompt), NUM_TOKENS) for prompt in prompts]
+    assert tokens == greedy_each("llama", prompts, NUM_TOKENS)
     assert len({token for row in tokens for token in row}) >= 100
     assert torch.equal(model.cache.pages("kv")[first.blocks], before)
 
