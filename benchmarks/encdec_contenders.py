@@ -22,7 +22,7 @@ from kvtransfer.pool import KvPool
 from workers.attention.environment import Environment
 from workers.attention.interface import AttentionBatch, EncoderBatch, FixedGroupMetadata, GroupMetadata
 from workers.attention.kv_views import kv_cache
-from workers.attention.padded import PaddedBackend
+from workers.attention.packed import PackedBackend, TorchKernels
 from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.cuda_graph import GraphedModel, default_sizes
 from workers.engine.model_runner import ModelRunner, StepModel
@@ -67,9 +67,9 @@ class Ours:
         geometry = KvGeometry(groups, model.spec.rope_convention)
         self._pool = KvPool.allocate(geometry, RankLayout(0), [self._num_blocks] * 2, device)
         self._caches = [kv_cache(group, regions) for group, regions in zip(groups, self._pool.regions, strict=True)]
-        # What a GPU computes with, but for its kernel, is tried out elsewhere, too.
-        padded = None if on_gpu else PaddedBackend(model.attention_problem(BLOCK_SIZE))
-        progress(str(model.bind_kv(self._caches, environment, backend=padded)))
+        # What a GPU computes with, but for its kernels, is tried out elsewhere, too.
+        packed = None if on_gpu else PackedBackend(model.attention_problem(BLOCK_SIZE), TorchKernels())
+        progress(str(model.bind_kv(self._caches, environment, backend=packed)))
         self._steps: StepModel = model
         if on_gpu:
             start = time.perf_counter()

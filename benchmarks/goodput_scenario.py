@@ -156,7 +156,7 @@ def _tiny() -> Scenario:
 
 
 def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
-    """For two cards of 139 GiB. Three apps of V2-Lite fit on them; only one of them computes."""
+    """For two cards of 139 GiB. Two apps of V2-Lite fit on them; only one of them computes."""
     return Scenario(
         name=name,
         write=SHAPES[name].write,
@@ -186,7 +186,7 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
         largest_step=8192,
         chunk_tokens=2048,
         objectives=Objectives(1.0, 0.010),
-        apps_at_once=3,
+        apps_at_once=2,
         transport="ipc",
     )
 

@@ -28,18 +28,18 @@ from workers.attention.interface import (
 )
 from workers.attention.page_gather import PageGather
 from workers.attention.reference import ReferenceAttention, ReferenceStep
+from workers.attention.relative_bias import windows
 
 
 class EncoderStep:
     """One packed batch of encoder inputs, all layers. Raises ValueError for a bias that is not the longest's."""
 
     def __init__(self, batch: EncoderBatch, scale: float, bias: Tensor | None = None) -> None:
-        """`bias` [H, C, C], added to the scaled scores of query and key."""
-        if bias is not None and bias.shape[1:] != (batch.longest, batch.longest):
-            raise ValueError(f"a bias of {tuple(bias.shape)} for inputs of up to {batch.longest} tokens")
+        """`bias` [H, 2 C - 1]: see `EncoderDecoderBackend`."""
+        check_bias(batch, bias)
         self._scale = scale
         self._batch = batch
-        self._bias = bias
+        self._bias = None if bias is None else windows(bias, batch.longest)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]: every token sees all of its own input and nothing else."""
@@ -55,6 +55,12 @@ class EncoderStep:
             part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=self._scale)
             out[own] = part[0].transpose(0, 1)
         return out.flatten(1)
+
+
+def check_bias(batch: EncoderBatch, bias: Tensor | None) -> None:
+    """Raises ValueError for a bias that is not the longest's."""
+    if bias is not None and bias.shape[1] != 2 * batch.longest - 1:
+        raise ValueError(f"a bias of {tuple(bias.shape)} for inputs of up to {batch.longest} tokens")
 
 
 class CrossWriter:
@@ -207,3 +213,6 @@ class ReferenceBackend:
 
     def cross(self, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str) -> CrossStep:
         return CrossStep(self._problem, batch, fixed, cache, region, in_place=self._in_place)
+
+    def writer(self, batch: EncoderBatch, cache: KvCache, region: str) -> CrossWriter:
+        return CrossWriter(batch, cache, region)

@@ -1,35 +1,45 @@
-"""Attention of encoder–decoder models on SM90: single queries by our paged decode kernel, over their own tokens with a
-bias and over the encoder's; prompts and encoder inputs padded, by torch.
-
-Shapes: B sequences, H heads (each with its own key and value), D head size.
-"""
+"""The kernels of encoder–decoder attention on SM90. Reference: TorchKernels of workers.attention.packed."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from workers.attention.interface import AttentionProblem
-from workers.attention.padded import PaddedBackend
+from workers.attention.packed import Blocks, Spans
+from workers.kernels.head_pages import write_heads
+from workers.kernels.packed_attention import packed_attention, paged_attention
 from workers.kernels.paged_decode import paged_decode
 from workers.kernels.tactics import decode_tactic
 
 
-class PagedQueries:
-    """See `SingleQueriesMaker`. Blocks are read where they lie, up to lengths that are on the device: the launches are
-    the same at every length."""
+class HopperKernels:
+    """See `Kernels`. Launches of single queries are the same at every length."""
 
-    def __init__(self, pages: Tensor, table: Tensor, last: Tensor, scale: float, bias: Tensor | None) -> None:
-        self._pages, self._table, self._last, self._scale, self._bias = pages, table, last, scale, bias
-        self._tactic = decode_tactic(len(table) * pages.shape[3])
+    def write(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
+        write_heads(k, v, pages, slots, layer)
 
-    @property
-    def num_queries(self) -> int:
-        return len(self._table)
+    def attend_singles(
+        self, q: Tensor, blocks: Blocks, last: Tensor, layer: int, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        tactic = decode_tactic(len(blocks.table) * blocks.pages.shape[3])
+        return paged_decode(q, blocks.pages, blocks.table, last, layer, scale, tactic, bias)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        out = paged_decode(q, self._pages, self._table, self._last, layer, self._scale, self._tactic, self._bias)
-        return out.view(q.shape)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, bias: Tensor | None, out: Tensor
+    ) -> None:
+        packed_attention(q, k, v, spans.table, spans.longest, scale, bias, out)
 
-
-def hopper_backend(problem: AttentionProblem) -> PaddedBackend:
-    return PaddedBackend(problem, PagedQueries)
+    def attend_blocks(
+        self,
+        q: Tensor,
+        blocks: Blocks,
+        layer: int,
+        spans: Spans,
+        scale: float,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        causal: bool,
+    ) -> None:
+        paged_attention(
+            q, blocks.pages, blocks.table, layer, spans.table, spans.longest, scale, bias, out, causal=causal
+        )

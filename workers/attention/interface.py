@@ -169,6 +169,14 @@ class CrossAttention(Protocol):
         ...
 
 
+class CrossKeys(Protocol):
+    """Keeps the keys and values that decoder layers make of encoder states, in the blocks of a fixed group."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [T, H, D] of one decoder layer."""
+        ...
+
+
 class EncoderDecoderBackend(Protocol):
     """The three places where an encoder–decoder model attends. Made once per model and rank."""
 
@@ -179,7 +187,8 @@ class EncoderDecoderBackend(Protocol):
         ...
 
     def encoder(self, batch: EncoderBatch, scale: float, bias: Tensor | None) -> EncoderAttention:
-        """`bias` [H, C, C], C the longest input: added to the scaled scores of query and key."""
+        """`bias` [H, 2 C - 1], C the longest input: added to the scaled score of the key that stands so far behind the
+        query, C - 1 being the query's own."""
         ...
 
     def own(self, batch: AttentionBatch, group: int, cache: KvCache, region: str, bias: Tensor | None) -> AttentionStep:
@@ -190,3 +199,5 @@ class EncoderDecoderBackend(Protocol):
     def cross(
         self, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str
     ) -> CrossAttention: ...
+
+    def writer(self, batch: EncoderBatch, cache: KvCache, region: str) -> CrossKeys: ...

@@ -27,10 +27,16 @@ def causal_bias(table: Tensor, longest: int, max_distance: int) -> Tensor:
 
 
 def bidirectional_bias(table: Tensor, longest: int, max_distance: int) -> Tensor:
-    """Table [num_buckets, H] -> [H, longest, longest] by query and key: the second half of the buckets is for keys
-    behind their query. A shorter sequence's bias is the corner of it."""
+    """Table [num_buckets, H] -> [H, 2 longest - 1]: by how far the key stands behind the query, from 1 - longest on.
+    The second half of the buckets is for keys behind their query."""
     half = len(table) // 2
     relative = torch.arange(1 - longest, longest, device=table.device)
     buckets = distance_buckets(relative.abs(), half, max_distance) + (relative > 0) * half
-    # Windows of the values by distance, the last query's first.
-    return table[buckets].t().contiguous().unfold(1, longest, 1).flip(1)
+    return table[buckets].t().contiguous()
+
+
+def windows(bias: Tensor, longest: int) -> Tensor:
+    """[H, 2 C - 1] by how far a key stands behind its query -> [H, longest, longest] by query and key, longest <= C."""
+    zero = bias.shape[1] // 2
+    near = bias[:, zero - longest + 1 : zero + longest]
+    return near.unfold(1, longest, 1).flip(1)  # the last query's comes first

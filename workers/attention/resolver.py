@@ -222,9 +222,10 @@ def build(choice: Choice, problem: AttentionProblem) -> AttentionBackend:
 
 def build_encoder_decoder(choice: Choice, problem: AttentionProblem, device: torch.device) -> EncoderDecoderBackend:
     if choice.chosen == HOPPER:
-        from workers.attention.hopper_encoder_decoder import hopper_backend
+        from workers.attention.hopper_encoder_decoder import HopperKernels
+        from workers.attention.packed import PackedBackend
 
-        return hopper_backend(problem)
+        return PackedBackend(problem, HopperKernels())
     return ReferenceBackend(problem, in_place=device.type == "cpu")
 
 

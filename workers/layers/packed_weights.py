@@ -50,6 +50,11 @@ class PackedLinear:
         y = product(quantize_rows(x) if quantized is None else quantized, self.weight, self.scales)
         return y if self.bias is None else y + self.bias
 
+    def behind(self, x: Tensor, first: int) -> Tensor:
+        """x [T, in] -> [T, the outputs from number `first` on]. Of matrices that are not in fp8."""
+        assert self.scales is None, "in fp8"
+        return F.linear(x, self.weight[first:], None if self.bias is None else self.bias[first:])
+
     def _widened(self, x: Tensor) -> Tensor:
         if len(x) > SKINNY_ROWS or self.bias is not None or x.device.type == "cpu" or not x.is_contiguous():
             return F.linear(x, self.weight, self.bias)

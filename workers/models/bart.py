@@ -14,10 +14,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from workers.attention.encoder_decoder import CrossWriter
 from workers.attention.interface import (
     AttentionStep,
     CrossAttention,
+    CrossKeys,
     EncoderAttention,
     EncoderBatch,
     EncoderDecoderBackend,
@@ -134,7 +134,7 @@ class BartLayer(nn.Module):
         return self._add(x, self.final_layer_norm, self._feed_forward[0])
 
     def _add(self, x: Tensor, norm: LayerNorm, part: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + part(norm(x)) if self._norms_first else norm(x + part(x))
+        return x + part(norm(x)) if self._norms_first else norm.of_sum(x, part(x))[1]
 
 
 class BartStack(nn.Module):
@@ -202,14 +202,14 @@ class BartForConditionalGeneration(EncoderDecoderModel):
 
     def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch, backend: EncoderDecoderBackend) -> Tensor:
         stack = self.model.encoder
-        positions = torch.cat([torch.arange(length, device=input_ids.device) for length in batch.lens])
+        positions = torch.cat([torch.arange(length) for length in batch.lens]).to(input_ids.device, non_blocking=True)
         step = backend.encoder(batch, stack.head_dim**-0.5, None)
         x = stack.embed(self.model.shared(input_ids), positions)
         for layer in stack.stack:
             x = layer.encode(x, step)
         return stack.end(x)
 
-    def _keep(self, states: Tensor, writer: CrossWriter) -> None:
+    def _keep(self, states: Tensor, writer: CrossKeys) -> None:
         for index, layer in enumerate(self.model.decoder.stack):
             layer.encoder_attn.keep(index, states, writer)
 

@@ -19,20 +19,22 @@ from torch import Tensor, nn
 
 from cluster.config import EncoderOutput
 from kvtransfer.layout import GroupSpec, PageFormat, RegionSpec
-from workers.attention.encoder_decoder import CrossWriter, ReferenceBackend
+from workers.attention.encoder_decoder import ReferenceBackend
 from workers.attention.environment import Environment
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
     AttentionStep,
     CrossAttention,
+    CrossKeys,
     EncoderBatch,
     EncoderDecoderBackend,
     KvCache,
 )
 from workers.attention.resolver import HOPPER, Choice, build_encoder_decoder, resolve
 from workers.layers.blocked_linear import block_all
-from workers.layers.norm import RmsNorm
+from workers.layers.encoder_decoder import FeedForward, HeadedAttention
+from workers.layers.norm import LayerNorm, RmsNorm
 from workers.models.fields import ConfigFields
 from workers.models.model import EncoderSpec, ModelSpec
 
@@ -95,7 +97,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         """[S] -> [S, d], after the last norm."""
 
     @abstractmethod
-    def _keep(self, states: Tensor, writer: CrossWriter) -> None:
+    def _keep(self, states: Tensor, writer: CrossKeys) -> None:
         """Writes the keys and values of every decoder layer."""
 
     @abstractmethod
@@ -159,7 +161,7 @@ class EncoderDecoderModel(nn.Module, ABC):
         choice = resolve(problem, environment or Environment.probe(pages.device))
         if choice.chosen == HOPPER and backend is None:
             for module in self.modules():
-                if isinstance(module, RmsNorm):
+                if isinstance(module, (FeedForward, HeadedAttention, LayerNorm, RmsNorm)):
                     module.fuse()
         block_all(self, but="encoder")  # whose rounding every later token sees, and whose batches are long anyhow
         self._backend = backend or build_encoder_decoder(choice, problem, pages.device)
@@ -184,12 +186,16 @@ class EncoderDecoderModel(nn.Module, ABC):
         if STATES in self._caches[1].regions:
             self._kept_states()[batch.slot_mapping] = states
         else:
-            self._keep(states, CrossWriter(batch, self._caches[1], REGION))
+            self._keep(states, self._writer(batch))
 
     @torch.inference_mode()
     def project(self, batch: EncoderBatch) -> None:
         """Keys and values of all decoder layers, from the states that lie in the same slots of group 1."""
-        self._keep(self._kept_states()[batch.slot_mapping], CrossWriter(batch, self._caches[1], REGION))
+        self._keep(self._kept_states()[batch.slot_mapping], self._writer(batch))
+
+    def _writer(self, batch: EncoderBatch) -> CrossKeys:
+        assert self._backend is not None, "bind_kv comes before anything is kept"
+        return self._backend.writer(batch, self._caches[1], REGION)
 
     def _kept_states(self) -> Tensor:
         """[slots, d], sharing memory."""

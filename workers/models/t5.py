@@ -9,16 +9,16 @@ Shapes: T decoder tokens, S packed encoder tokens, N rows with logits, d hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
-from workers.attention.encoder_decoder import CrossWriter
 from workers.attention.interface import (
     AttentionStep,
     CrossAttention,
+    CrossKeys,
     EncoderAttention,
     EncoderBatch,
     EncoderDecoderBackend,
@@ -101,6 +101,13 @@ def _read(fields: ConfigFields) -> T5Config:
     return config
 
 
+class Stream(NamedTuple):
+    """The residual stream between two parts."""
+
+    x: Tensor  # [T, d]
+    delta: Tensor | None = None  # [T, d], not added yet: whoever norms the sum does it
+
+
 class T5Part(nn.Module):
     """One of the two or three parts of a block: a norm, then what is added to the residual stream."""
 
@@ -109,6 +116,14 @@ class T5Part(nn.Module):
         self.add_module(name, part)
         self.part = (part,)  # in a tuple: registered once, under the name of the checkpoints
         self.layer_norm = RmsNorm(config.shape.hidden_size, config.norm_eps, dtype=dtype)
+
+    def enter(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The stream, nothing left to add, and its norm."""
+        return _normed(stream, self.layer_norm)
+
+
+def _normed(stream: Stream, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    return (stream.x, norm(stream.x)) if stream.delta is None else norm.of_sum(stream.x, stream.delta)
 
 
 class T5Attention(T5Part):
@@ -122,16 +137,19 @@ class T5Attention(T5Part):
         super().__init__(name, attention, config, dtype)
         self.attention = (attention,)
 
-    def encode(self, x: Tensor, step: EncoderAttention) -> Tensor:
-        return x + self.attention[0].encode(self.layer_norm(x), step)
+    def encode(self, stream: Stream, step: EncoderAttention) -> Stream:
+        x, normed = self.enter(stream)
+        return Stream(x, self.attention[0].encode(normed, step))
 
-    def decode(self, layer: int, x: Tensor, step: AttentionStep) -> Tensor:
-        return x + self.attention[0].decode(layer, self.layer_norm(x), step)
+    def decode(self, layer: int, stream: Stream, step: AttentionStep) -> Stream:
+        x, normed = self.enter(stream)
+        return Stream(x, self.attention[0].decode(layer, normed, step))
 
-    def read(self, layer: int, x: Tensor, step: CrossAttention) -> Tensor:
-        return x + self.attention[0].read(layer, self.layer_norm(x), step)
+    def read(self, layer: int, stream: Stream, step: CrossAttention) -> Stream:
+        x, normed = self.enter(stream)
+        return Stream(x, self.attention[0].read(layer, normed, step))
 
-    def keep(self, layer: int, states: Tensor, writer: CrossWriter) -> None:
+    def keep(self, layer: int, states: Tensor, writer: CrossKeys) -> None:
         self.attention[0].keep(layer, states, writer)
 
 
@@ -143,8 +161,9 @@ class T5FeedForward(T5Part):
         inner = FeedForward(names, "wo", sizes, activation, bias=False, dtype=dtype)
         super().__init__("DenseReluDense", inner, config, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.part[0](self.layer_norm(x))
+    def forward(self, stream: Stream) -> Stream:
+        x, normed = self.enter(stream)
+        return Stream(x, self.part[0](normed))
 
 
 class T5Block(nn.Module):
@@ -166,6 +185,9 @@ class T5Stack(nn.Module):
         self.blocks = tuple(T5Block(index, config, dtype, is_decoder=is_decoder) for index in range(num_layers))
         self.block = nn.ModuleList(self.blocks)
         self.final_layer_norm = RmsNorm(config.shape.hidden_size, config.norm_eps, dtype=dtype)
+
+    def end(self, stream: Stream) -> Tensor:
+        return _normed(stream, self.final_layer_norm)[1]
 
     @property
     def bias_table(self) -> Tensor:
@@ -214,13 +236,13 @@ class T5ForConditionalGeneration(EncoderDecoderModel):
     def _run_encoder(self, input_ids: Tensor, batch: EncoderBatch, backend: EncoderDecoderBackend) -> Tensor:
         bias = bidirectional_bias(self.encoder.bias_table, batch.longest, self.config.max_distance)
         step = backend.encoder(batch, self.config.shape.scale, bias)
-        x = self.shared(input_ids)
+        stream = Stream(self.shared(input_ids))
         for block in self.encoder.blocks:
-            x = block.own[0].encode(x, step)
-            x = block.feed_forward[0](x)
-        return self.encoder.final_layer_norm(x)
+            stream = block.own[0].encode(stream, step)
+            stream = block.feed_forward[0](stream)
+        return self.encoder.end(stream)
 
-    def _keep(self, states: Tensor, writer: CrossWriter) -> None:
+    def _keep(self, states: Tensor, writer: CrossKeys) -> None:
         for layer, block in enumerate(self.decoder.blocks):
             block.cross[0].keep(layer, states, writer)
 
@@ -228,12 +250,12 @@ class T5ForConditionalGeneration(EncoderDecoderModel):
         return causal_bias(self.decoder.bias_table, longest, self.config.max_distance)
 
     def _run_decoder(self, input_ids: Tensor, positions: Tensor, step: AttentionStep, cross: CrossAttention) -> Tensor:
-        x = self.shared(input_ids)
+        stream = Stream(self.shared(input_ids))
         for layer, block in enumerate(self.decoder.blocks):
-            x = block.own[0].decode(layer, x, step)
-            x = block.cross[0].read(layer, x, cross)
-            x = block.feed_forward[0](x)
-        return self.decoder.final_layer_norm(x)
+            stream = block.own[0].decode(layer, stream, step)
+            stream = block.cross[0].read(layer, stream, cross)
+            stream = block.feed_forward[0](stream)
+        return self.decoder.end(stream)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden * self.config.output_scale)

@@ -15,7 +15,7 @@ from workers.attention.interface import (
     FixedGroupMetadata,
     GroupMetadata,
 )
-from workers.attention.relative_bias import bidirectional_bias, causal_bias, distance_buckets
+from workers.attention.relative_bias import bidirectional_bias, causal_bias, distance_buckets, windows
 
 NUM_BLOCKS = 30
 LENS = [5, 1, 8]
@@ -55,13 +55,13 @@ def decoder_batch(query_lens: list[int], contexts: list[int], groups: tuple[Grou
 
 def test_every_token_of_an_input_sees_all_of_it_and_nothing_else() -> None:
     q, k, v = (draw(sum(LENS), HEADS, SIZE, seed=seed) for seed in range(3))
-    bias = draw(HEADS, 8, 8)
+    bias = draw(HEADS, 15)
     batch = EncoderBatch(LENS, torch.arange(sum(LENS)))
     for given in (None, bias):
         out = EncoderStep(batch, PROBLEM.scale, given).attend(q, k, v)
         for start, length in zip(batch.starts, LENS, strict=True):
             for at in range(length):
-                own = None if given is None else given[:, at, :length]
+                own = None if given is None else given[:, 7 - at : 7 - at + length]
                 wanted = written_out(q[start + at], k[start : start + length], v[start : start + length], own)
                 torch.testing.assert_close(out[start + at], wanted, rtol=1e-5, atol=1e-5)
 
@@ -123,8 +123,8 @@ def test_lengths_are_never_guessed() -> None:
         with pytest.raises(ValueError, match="for 2 sequences; give one of each"):
             CrossStep(PROBLEM, batch, FixedGroupMetadata(table, lens), nan_cache(NUM_BLOCKS), "kv", in_place=True)
     encoder = EncoderBatch([2, 4], torch.arange(6))
-    with pytest.raises(ValueError, match="a bias of \\(3, 6, 6\\) for inputs of up to 4 tokens"):
-        EncoderStep(encoder, 1.0, torch.zeros(HEADS, 6, 6))
+    with pytest.raises(ValueError, match="a bias of \\(3, 11\\) for inputs of up to 4 tokens"):
+        EncoderStep(encoder, 1.0, torch.zeros(HEADS, 11))
     tokens = draw(5, HEADS, SIZE)
     with pytest.raises(ValueError, match="5 packed tokens for encoder inputs of \\[2, 4\\]"):
         EncoderStep(encoder, 1.0).attend(tokens, tokens, tokens)
@@ -136,7 +136,8 @@ def test_buckets_of_distances() -> None:
     assert buckets[:5] == [0, 1, 2, 3, 4] and buckets == sorted(buckets)
     assert [buckets.count(number) for number in range(4, 8)] == [3, 5, 8, 20]
     table = draw(16, HEADS)
-    both = bidirectional_bias(table, 6, 32)
+    both = windows(bidirectional_bias(table, 6, 32), 6)
+    assert torch.equal(windows(bidirectional_bias(table, 9, 32), 6), both)
     for query in range(6):
         for key in range(6):
             number = buckets[abs(key - query)] + (8 if key > query else 0)

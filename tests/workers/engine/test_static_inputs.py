@@ -12,7 +12,7 @@ from tests.support.encoder_decoders import Text, texts
 from tests.support.engines import LoadedEngine, limits
 from tests.support.unreplayed import UnreplayedModel
 from workers.attention.interface import AttentionBatch, FixedGroupMetadata, GroupMetadata
-from workers.attention.padded import PaddedBackend
+from workers.attention.packed import PackedBackend, TorchKernels
 from workers.engine.cuda_graph import StaticInputs
 from workers.engine.engine import Engine
 from workers.engine.model_runner import ModelRunner
@@ -46,7 +46,7 @@ def test_tokens_are_those_of_the_ordinary_path(family: str) -> None:
     plain, padded = engines
     model = padded.runner._model
     assert isinstance(model, EncoderDecoderModel)
-    model.bind_kv(padded.runner._caches, backend=PaddedBackend(model.attention_problem(4)))
+    model.bind_kv(padded.runner._caches, backend=PackedBackend(model.attention_problem(4), TorchKernels()))
     for region in padded.pool.regions[0] + padded.pool.regions[1]:
         region[1:].view(torch.float32).fill_(torch.nan)  # what nobody wrote is not read
     static = UnreplayedModel(model, StaticInputs(8, 16, CPU, [20]), SIZES)

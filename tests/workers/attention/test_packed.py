@@ -1,5 +1,5 @@
-"""Padded attention of encoder–decoder models against the plain reference, at odd sizes: one row, mixed lengths, padding
-rows, the longest, and NaN wherever nobody wrote."""
+"""Packed attention of encoder–decoder models, with kernels in plain torch, against the plain reference, at odd sizes:
+one row, mixed lengths, padding rows, the longest, and NaN wherever nobody wrote."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from workers.attention.interface import (
     GroupMetadata,
     KvCache,
 )
-from workers.attention.padded import PaddedBackend, PaddedEncoderStep
+from workers.attention.packed import PackedBackend, TorchKernels
 
 NUM_BLOCKS = 60
 LONGEST = 45
 PLAIN = ReferenceBackend(PROBLEM, in_place=False)
-PADDED = PaddedBackend(PROBLEM)
+PACKED = PackedBackend(PROBLEM, TorchKernels())
 
 
 def tables(lens: list[int], width: int) -> Tensor:
@@ -53,33 +53,21 @@ def test_encoder_inputs(lens: list[int]) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, sum(lens), HEADS, SIZE)
     batch = EncoderBatch(lens, torch.arange(sum(lens)))
-    for bias in (None, torch.randn(HEADS, max(lens), max(lens))):
+    for bias in (None, torch.randn(HEADS, 2 * max(lens) - 1)):
         wanted = PLAIN.encoder(batch, 0.5, bias).attend(q, k, v)
-        torch.testing.assert_close(PADDED.encoder(batch, 0.5, bias).attend(q, k, v), wanted)
-
-
-def test_masks_of_encoder_inputs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers.attention import padded
-
-    monkeypatch.setattr(padded, "_MOST_SCORES", 2 * 16 * 16)
-    lens = [7, 9, 16, 3, 12, 20]
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, sum(lens), HEADS, SIZE)
-    batch, bias = EncoderBatch(lens, torch.arange(sum(lens))), torch.randn(HEADS, 20, 20)
-    wanted = PLAIN.encoder(batch, 0.5, bias).attend(q, k, v)
-    torch.testing.assert_close(PADDED.encoder(batch, 0.5, bias).attend(q, k, v), wanted)
+        torch.testing.assert_close(PACKED.encoder(batch, 0.5, bias).attend(q, k, v), wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     batch = EncoderBatch([2, 4], torch.arange(6))
-    with pytest.raises(ValueError, match=r"a bias of \(3, 6, 6\) for inputs of up to 4 tokens"):
-        PaddedEncoderStep(batch, 1.0, torch.zeros(HEADS, 6, 6), torch.float32)
+    with pytest.raises(ValueError, match=r"a bias of \(3, 11\) for inputs of up to 4 tokens"):
+        PACKED.encoder(batch, 1.0, torch.zeros(HEADS, 11))
     tokens = torch.zeros(5, HEADS, SIZE)
     with pytest.raises(ValueError, match=r"5 packed tokens for encoder inputs of \[2, 4\]"):
-        PADDED.encoder(batch, 1.0, None).attend(tokens, tokens, tokens)
+        PACKED.encoder(batch, 1.0, None).attend(tokens, tokens, tokens)
     table = torch.ones(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="for 2 sequences; give one of each"):
-        PADDED.cross(batch_of([3, 3], [1, 1], table), FixedGroupMetadata(table, [4]), nan_cache(NUM_BLOCKS), "kv")
+        PACKED.cross(batch_of([3, 3], [1, 1], table), FixedGroupMetadata(table, [4]), nan_cache(NUM_BLOCKS), "kv")
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -99,10 +87,10 @@ def test_own_tokens(steps: list[tuple[list[int], list[int]]], *, with_bias: bool
     for cached, new in steps:
         batch = batch_of(cached, new, table)
         plain = PLAIN.own(batch, 0, caches[0], "kv", None if bias is None else bias[:, : max(batch.context_lens)])
-        padded = PADDED.own(batch, 0, caches[1], "kv", bias)
+        packed = PACKED.own(batch, 0, caches[1], "kv", bias)
         for layer in range(LAYERS):
             q, k, v = torch.randn(3, sum(new), HEADS, SIZE)
-            torch.testing.assert_close(padded.attend(layer, q, k, v), plain.attend(layer, q, k, v))
+            torch.testing.assert_close(packed.attend(layer, q, k, v), plain.attend(layer, q, k, v))
         written = batch.groups[0].slot_mapping
         for layer in range(LAYERS):
             mine, theirs = (
@@ -117,16 +105,19 @@ def test_inputs_of_mixed_lengths(new: list[int]) -> None:
     lens = [LONGEST, 1, 8, 13][: len(new)]
     table, cache = tables(lens, 12), nan_cache(NUM_BLOCKS)
     packed = EncoderBatch(lens, slots(table, [(0, length) for length in lens]))
-    writer = CrossWriter(packed, cache, "kv")
+    writers = CrossWriter(packed, cache, "kv"), PACKED.writer(packed, written := nan_cache(NUM_BLOCKS), "kv")
     for layer in range(LAYERS):
-        writer.write(layer, *torch.randn(2, sum(lens), HEADS, SIZE))
+        k, v = torch.randn(2, sum(lens), HEADS, SIZE)
+        for writer in writers:
+            writer.write(layer, k, v)
+    assert torch.equal(written.pages("kv").nan_to_num(7), cache.pages("kv").nan_to_num(7))
     batch = batch_of([0] * len(new), new, table)
     q = torch.randn(sum(new), HEADS, SIZE)
     fixed = FixedGroupMetadata(table, lens)
     for layer in range(LAYERS):
         wanted = PLAIN.cross(batch, fixed, cache, "kv").attend(layer, q)
         assert not wanted.isnan().any()
-        torch.testing.assert_close(PADDED.cross(batch, fixed, cache, "kv").attend(layer, q), wanted)
+        torch.testing.assert_close(PACKED.cross(batch, fixed, cache, "kv").attend(layer, q), wanted)
 
 
 def test_single_queries_look_at_lengths_of_the_device_alone() -> None:
@@ -145,7 +136,7 @@ def test_single_queries_look_at_lengths_of_the_device_alone() -> None:
     truth = FixedGroupMetadata(table[:3], lens)
     wanted = PLAIN.cross(batch_of([0] * 3, [1] * 3, table[:3]), truth, clean, "kv").attend(1, q[:3])
     fixed = FixedGroupMetadata(table, [1] * rows, device_lens)
-    out = PADDED.cross(batch, fixed, cache, "kv").attend(1, q)
+    out = PACKED.cross(batch, fixed, cache, "kv").attend(1, q)
     torch.testing.assert_close(out[:3], wanted)
     assert (out[3:] == 0).all()
     own = batch_of([length - 1 for length in lens], [1] * 3, table[:3])
@@ -162,4 +153,4 @@ def test_single_queries_look_at_lengths_of_the_device_alone() -> None:
         groups=(GroupMetadata(table, slot_mapping),),
         logits_rows=torch.arange(rows),
     )
-    torch.testing.assert_close(PADDED.own(static, 0, cache, "kv", None).attend(1, q, k, v)[:3], wanted)
+    torch.testing.assert_close(PACKED.own(static, 0, cache, "kv", None).attend(1, q, k, v)[:3], wanted)
