@@ -10,17 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "num_layers"], do_not_specialize_on_alignment=["slots_ptr"])
 def _write(
     k_ptr,
     v_ptr,
-    stride,
     pages_ptr,
     slots_ptr,
     layer,
     num_layers,
+    STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_UP: tl.constexpr,
     DIM: tl.constexpr,
@@ -30,7 +31,7 @@ def _write(
     token = tl.program_id(0).to(tl.int64)
     heads, features = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, DIM)[None, :]
     exists = heads < HEADS
-    given = token * stride + heads * DIM + features
+    given = token * STRIDE + heads * DIM + features
     slot = tl.load(slots_ptr + token).to(tl.int64)
     page: tl.constexpr = HEADS * BLOCK_SIZE * DIM
     at = (
@@ -40,23 +41,19 @@ def _write(
     tl.store(pages_ptr + page + at, tl.load(v_ptr + given, mask=exists), mask=exists)
 
 
+_launch_write = Launcher(_write)
+
+
 def write_heads(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
     """k, v [T, H, D] (heads side by side, rows of any stride, alike), slots [T] -> `layer` of pages
     [blocks, layers, 2, H, S, D]. D is a power of two."""
     assert k.stride() == v.stride(), "keys and values lie alike"
     _, num_layers, _, num_heads, block_size, dim = pages.shape
-    _write[(len(k),)](
-        k,
-        v,
-        k.stride(0),
-        pages,
-        slots,
-        layer,
-        num_layers,
-        HEADS=num_heads,
-        HEADS_UP=triton.next_power_of_2(num_heads),
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        num_warps=4,
-        launch_pdl=True,
-    )
+    constants = {
+        "STRIDE": k.stride(0),
+        "HEADS": num_heads,
+        "HEADS_UP": triton.next_power_of_2(num_heads),
+        "DIM": dim,
+        "BLOCK_SIZE": block_size,
+    }
+    _launch_write((len(k), 1, 1), (k, v, pages, slots, layer, num_layers), constants, num_warps=4)

@@ -16,19 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 LOG2_E = 1.4426950408889634
 _TILE = 64  # keys; blocks hold a multiple
 _LONG = 256  # queries from which larger tiles of them pay
 
 
-@triton.jit(do_not_specialize=["layer", "bias_zero"])
+@triton.jit(
+    do_not_specialize=["table_stride", "bias_stride", "bias_zero", "layer", "num_layers"],
+    do_not_specialize_on_alignment=["table_ptr", "spans_ptr", "bias_ptr"],
+)
 def _attend(
     q_ptr,
-    q_stride,
     keys_ptr,
     values_ptr,
-    key_stride,
     table_ptr,
     table_stride,
     spans_ptr,
@@ -39,6 +41,8 @@ def _attend(
     layer,
     num_layers,
     scale,
+    Q_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     PAGED: tl.constexpr,
@@ -61,7 +65,7 @@ def _attend(
     valid = (rows < num_queries)[:, None]
     at = num_keys - num_queries + rows  # among the keys
     own = head * DIM + features
-    q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + own[None, :], mask=valid, other=0.0)
+    q = tl.load(q_ptr + (start + rows)[:, None] * Q_STRIDE + own[None, :], mask=valid, other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
@@ -85,7 +89,7 @@ def _attend(
             keys_at = (block * num_layers + layer) * 2 * page + inside[:, None] + features[None, :]
             values_at = keys_at + page
         else:
-            keys_at = (start + tile * TILE + tokens)[:, None] * key_stride + own[None, :]
+            keys_at = (start + tile * TILE + tokens)[:, None] * KEY_STRIDE + own[None, :]
             values_at = keys_at
         # What lies behind the end may be anything, NaN included, and a weight of 0 does not silence that in a value.
         keys = tl.load(keys_ptr + keys_at, mask=here[:, None], other=0.0)
@@ -108,6 +112,9 @@ def _attend(
         best = new_best
     at_out = out_ptr + (start + rows)[:, None] * (HEADS * DIM) + own[None, :]
     tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
+
+
+_launch_attend = Launcher(_attend)
 
 
 def packed_attention(
@@ -168,11 +175,9 @@ def _launch(
     table, key_stride, block_size = where
     _, num_heads, dim = q.shape
     rows = 128 if longest >= _LONG else 64
-    _attend[(triton.cdiv(longest, rows), num_heads, len(spans))](
+    arguments = (
         q,
-        q.stride(0),
         *keys_and_values,
-        key_stride,
         spans if table is None else table,
         0 if table is None else table.stride(0),
         spans,
@@ -182,16 +187,19 @@ def _launch(
         out,
         *layer,
         scale * LOG2_E,
-        HAS_BIAS=bias is not None,
-        CAUSAL=causal,
-        PAGED=table is not None,
-        LOG2=LOG2_E,
-        HEADS=num_heads,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        ROWS=rows,
-        TILE=_TILE,
-        num_warps=rows // 16,
-        num_stages=3,
-        launch_pdl=True,
     )
+    constants = {
+        "Q_STRIDE": q.stride(0),
+        "KEY_STRIDE": key_stride,
+        "HAS_BIAS": bias is not None,
+        "CAUSAL": causal,
+        "PAGED": table is not None,
+        "LOG2": LOG2_E,
+        "HEADS": num_heads,
+        "DIM": dim,
+        "BLOCK_SIZE": block_size,
+        "ROWS": rows,
+        "TILE": _TILE,
+    }
+    grid = (triton.cdiv(longest, rows), num_heads, len(spans))
+    _launch_attend(grid, arguments, constants, num_warps=rows // 16)
