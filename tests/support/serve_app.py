@@ -20,7 +20,7 @@ from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.words_thread import WordsThread
 from deploy import life
-from deploy.local_app import LocalApp
+from deploy.local_app import LocalApp, local_app
 from deploy.local_cluster import LocalCluster
 from router.router import Router
 from tests.support.plain_cluster import assert_all_free
@@ -163,14 +163,16 @@ async def until(holds: Callable[[], bool], what: str) -> None:
 @contextmanager
 def served_app(config: SluiceConfig, runner: asyncio.Runner) -> Iterator[ServedApp]:
     """A ready app. What it offers is to be used on the runner's loop."""
-    app = LocalApp(config, lambda _: None)
-    try:
-        app.start()
-        context = _eyes(app)
-        yield runner.run(context.__aenter__())
-        runner.run(context.__aexit__(None, None, None))
-    finally:
-        app.stop()
+    with local_app(config, lambda _: None) as app, seen(app, runner) as served:
+        yield served
+
+
+@contextmanager
+def seen(app: LocalApp, runner: asyncio.Runner) -> Iterator[ServedApp]:
+    """Of an app that is ready; to its workers it looks like one more ingress replica."""
+    context = _eyes(app)
+    yield runner.run(context.__aenter__())
+    runner.run(context.__aexit__(None, None, None))
 
 
 @asynccontextmanager
