@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 # Before torch, Ray or transformers are imported by any test, and inherited by the processes tests start.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -24,7 +26,8 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-PUBLIC = "tests/deploy/public"  # all its files share one cluster
+SHARING = ("tests/cluster", "tests/deploy/public")  # in each folder, files that want a cluster share one
+MAX_CLUSTERS = 2
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 
@@ -78,16 +81,54 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 
 
-class ByFile(LoadScopeScheduling):
-    """Under xdist, tests of one file run one after the other in one process, as they share clusters."""
+class Lanes(LoadScopeScheduling):
+    """Under xdist, tests of one file, or folder, run one after the other in one process, as they share a cluster.
+
+    Files with clusters come first and the slow ones of them before all others, in two processes at most: more clusters
+    at a time want more than 8 GB. Further processes begin with the quick files, which fill the time that clusters wait.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return PUBLIC if nodeid.startswith(PUBLIC) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        folder = file.rpartition("/")[0]
+        return folder if folder in SHARING and self._marked(file, "cluster") else file
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        scope = self._best_for(node)
+        if scope is None:
+            node.shutdown()
+            return
+        self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)
+
+    def _best_for(self, node: WorkerController) -> str | None:
+        may_start = sum(self._has_clusters(other) for other in self.nodes if other is not node) < MAX_CLUSTERS
+        allowed = [scope for scope in self.workqueue if may_start or not self._marked(scope, "cluster")]
+        is_among_the_first = int(node.gateway.id.removeprefix("gw")) < MAX_CLUSTERS
+
+        def rank(scope: str) -> tuple[bool, bool]:
+            return self._marked(scope, "cluster") != is_among_the_first, not self._marked(scope, "slow")
+
+        return min(allowed, key=rank, default=None)
+
+    def _has_clusters(self, node: WorkerController) -> bool:
+        units = self.assigned_work[node].items()
+        return any(self._marked(scope, "cluster") and not all(unit.values()) for scope, unit in units)
+
+    def _marked(self, scope: str, mark: str) -> bool:
+        """Whether a file of it names the mark: of the tests, this process knows no more than where they are."""
+        place = self.config.rootpath / scope
+        return any(f"mark.{mark}" in _text(file) for file in (place.glob("test_*.py") if place.is_dir() else [place]))
+
+
+@cache
+def _text(file: Path) -> str:
+    return file.read_text()
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
-    return ByFile(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    return Lanes(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

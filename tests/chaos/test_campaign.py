@@ -12,7 +12,7 @@ from tests.chaos.judge import Judge
 from tests.chaos.record import Report, read
 from tests.chaos.what import NEEDS_TWO_HOSTS, What
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(240)]
 
 QUICK = {"words.heartbeat_s": 0.1, "words.heartbeat_timeout_s": 0.8, "words.step_timeout_s": 1.5}
 

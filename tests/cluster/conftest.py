@@ -1,3 +1,5 @@
+"""One Ray cluster for the files of this folder that want one: each test uses an app of its own."""
+
 from collections.abc import Iterator
 
 import pytest
@@ -6,8 +8,7 @@ from deploy.local_cluster import LocalCluster
 from tests.support.ray_cluster import ray_cluster
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def local_cluster() -> Iterator[LocalCluster]:
-    """One Ray cluster for the tests of a file: each uses an app of its own."""
     with ray_cluster() as cluster:
         yield cluster
