@@ -20,7 +20,8 @@ CHUNK = 1024  # entries that are counted together
 _TOKENS = 8  # that one program routes
 
 
-@triton.jit
+# What differs from step to step is no reason to compile again, here and in all kernels that prompts go through.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits_ptr,
     bias_ptr,
@@ -149,7 +150,7 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor,
     return experts, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
     follow()
     chunk = tl.program_id(0)
@@ -158,7 +159,7 @@ def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.co
     tl.store(counts_ptr + chunk * SLOTS + tl.arange(0, SLOTS), tl.histogram(slots, SLOTS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_chunks", "max_tiles", "num_slots"])
 def _place(
     slots_ptr,
     counts_ptr,
@@ -240,7 +241,9 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     width = triton.next_power_of_2(num_slots + 1)  # the last one counts what is no entry
     max_tiles = min(num_entries, num_slots + num_entries // tile)
     order = torch.empty(num_entries, dtype=torch.int32, device=slots.device)
-    tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=slots.device)
+    # Each of the three begins at a multiple of 16 bytes, whatever their number.
+    tiles = torch.empty(3, -(-max_tiles // 4) * 4, dtype=torch.int32, device=slots.device)
+    tile_slots, tile_starts, tile_ends = tiles[:, :max_tiles].unbind()
     counts = order
     if chunks > 1:
         counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
@@ -250,9 +253,9 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         slots,
         counts,
         order,
-        tiles[0],
-        tiles[1],
-        tiles[2],
+        tile_slots,
+        tile_starts,
+        tile_ends,
         num_entries,
         chunks,
         max_tiles,
@@ -267,4 +270,4 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         num_warps=4,
         launch_pdl=True,
     )
-    return RowPlan(order, tiles[0], tiles[1], tiles[2], tile)
+    return RowPlan(order, tile_slots, tile_starts, tile_ends, tile)

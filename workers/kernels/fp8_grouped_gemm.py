@@ -33,7 +33,7 @@ class ExpertMatrices(NamedTuple):
     scales: Tensor  # [E, n / 128, m / 128] fp32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scale_stride", "out_scale_stride", "num_tiles"])
 def _product(
     x_ptr,
     x_scales_ptr,

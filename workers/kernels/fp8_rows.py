@@ -40,7 +40,7 @@ def quantize_groups(x, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     return (x / scales[:, None]).to(tl.float8e4nv), scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _quantize(
     x_ptr,
     values_ptr,
@@ -108,7 +108,7 @@ class TiledRows(NamedTuple):
     places: Tensor  # [T * k] int32: the row of each entry
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride", "out_scale_stride"])
 def _tile(
     values_ptr,
     scales_ptr,

@@ -60,7 +60,7 @@ def rows_of_tile(
     return inputs, outs, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _product(
     x_ptr,
     weights,  # pointer, or descriptor with TMA

@@ -21,7 +21,7 @@ from workers.kernels.rotary import RotationTable
 _HEADS = 16  # that one program quantises
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def _write_keys(
     keys_ptr,
     keys_stride,

@@ -48,7 +48,7 @@ def _store_norm(
         tl.store(scales_ptr + row + groups.to(tl.int64) * scale_stride, scales, mask=groups < size // 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _rms_norm(
     x_ptr,
     delta_ptr,
@@ -94,7 +94,7 @@ def _rms_norm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _finalize_norm(
     outs_ptr,
     places_ptr,

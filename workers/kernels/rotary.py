@@ -26,7 +26,7 @@ class RotationTable(NamedTuple):
     sin: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def _rotate_heads(
     qkv_ptr,
     qkv_stride,
@@ -128,7 +128,7 @@ def rotate_heads(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def _rotate_latents(
     q_ptr,
     q_stride,
