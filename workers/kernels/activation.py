@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 _BLOCK = 1024
 
@@ -26,9 +27,13 @@ def _silu_mul(both_ptr, out_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * size + cols, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask)
 
 
+_launch_silu_mul = Launcher(_silu_mul)
+
+
 def silu_mul(both: Tensor) -> Tensor:
     """[T, 2 I], gates first, contiguous -> [T, I]."""
     rows, size = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, size, dtype=both.dtype, device=both.device)
-    _silu_mul[(rows, triton.cdiv(size, _BLOCK))](both, out, size, BLOCK=_BLOCK, num_warps=4, launch_pdl=True)
+    grid = (rows, triton.cdiv(size, _BLOCK), 1)
+    _launch_silu_mul(grid, (both, out, size), {"BLOCK": _BLOCK}, num_warps=4)
     return out

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 CHUNK = 1024  # entries that are counted together
 _TOKENS = 8  # that one program routes
@@ -102,6 +103,9 @@ def _route(
         tl.store(weights_ptr + start + CHOSEN + i, tl.full([TOKENS], 1.0, tl.float32), mask=present)
 
 
+_launch_route = Launcher(_route)
+
+
 class RouteSpec(NamedTuple):
     """The parts of a routing rule that the kernel is compiled for; see workers.moe.routing.RoutingRule."""
 
@@ -126,27 +130,28 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor,
     row = spec.chosen + spec.shared
     experts = torch.empty(num_tokens, row, dtype=torch.int32, device=logits.device)
     weights = torch.empty(num_tokens, row, dtype=torch.float32, device=logits.device)
-    _route[(triton.cdiv(num_tokens, _TOKENS),)](
+    arguments = (
         logits,
         logits if bias is None else bias,
         experts,
         weights,
         num_tokens,
         spec.scale,
-        NUM_EXPERTS=spec.num_experts,
-        CHOSEN=spec.chosen,
-        SHARED=spec.shared,
-        SIGMOID=spec.sigmoid,
-        BALANCED=bias is not None,
-        NORMALIZE=spec.normalize,
-        GROUPS=spec.num_groups,
-        MAX_GROUPS=spec.max_groups,
-        BEST_OF_GROUP=min(spec.best_of_group, spec.num_experts // spec.num_groups),
-        EXPERTS=triton.next_power_of_2(spec.num_experts),
-        TOKENS=_TOKENS,
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {
+        "NUM_EXPERTS": spec.num_experts,
+        "CHOSEN": spec.chosen,
+        "SHARED": spec.shared,
+        "SIGMOID": spec.sigmoid,
+        "BALANCED": bias is not None,
+        "NORMALIZE": spec.normalize,
+        "GROUPS": spec.num_groups,
+        "MAX_GROUPS": spec.max_groups,
+        "BEST_OF_GROUP": min(spec.best_of_group, spec.num_experts // spec.num_groups),
+        "EXPERTS": triton.next_power_of_2(spec.num_experts),
+        "TOKENS": _TOKENS,
+    }
+    _launch_route((triton.cdiv(num_tokens, _TOKENS), 1, 1), arguments, constants, num_warps=4)
     return experts, weights
 
 
@@ -157,6 +162,9 @@ def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.co
     entries = chunk * CHUNK + tl.arange(0, CHUNK)
     slots = tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1)
     tl.store(counts_ptr + chunk * SLOTS + tl.arange(0, SLOTS), tl.histogram(slots, SLOTS))
+
+
+_launch_count = Launcher(_count)
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_chunks", "max_tiles", "num_slots"])
@@ -223,6 +231,9 @@ def _place(
         tl.store(tile_ends_ptr + tiles, until, mask=tiles < max_tiles)
 
 
+_launch_place = Launcher(_place)
+
+
 class RowPlan(NamedTuple):
     """Rows of a grouped product: entry `order[r]` of [T, k] flat is row r; a tile is rows [start, end) of one slot, at
     most `tile` of them."""
@@ -247,9 +258,10 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     counts = order
     if chunks > 1:
         counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
-        _count[(chunks,)](slots, counts, num_entries, SLOTS=width, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
+        constants = {"SLOTS": width, "CHUNK": CHUNK}
+        _launch_count((chunks, 1, 1), (slots, counts, num_entries), constants, num_warps=4)
     piece = 16 if num_entries <= 4 * CHUNK else 64  # entries that one program places
-    _place[(triton.cdiv(num_entries, piece),)](
+    arguments = (
         slots,
         counts,
         order,
@@ -260,14 +272,15 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         chunks,
         max_tiles,
         num_slots,
-        SLOTS=width,
-        CHUNK=CHUNK,
-        PIECE=piece,
-        WIDTH=256,
-        CHUNKS=min(8, triton.next_power_of_2(chunks)),
-        TILE=tile,
-        COUNTED=chunks > 1,
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {
+        "SLOTS": width,
+        "CHUNK": CHUNK,
+        "PIECE": piece,
+        "WIDTH": 256,
+        "CHUNKS": min(8, triton.next_power_of_2(chunks)),
+        "TILE": tile,
+        "COUNTED": chunks > 1,
+    }
+    _launch_place((triton.cdiv(num_entries, piece), 1, 1), arguments, constants, num_warps=4)
     return RowPlan(order, tile_slots, tile_starts, tile_ends, tile)

@@ -19,9 +19,7 @@ _F = TypeVar("_F")
 
 
 class Launcher(Generic[_F]):
-    """Of a kernel whose constants are its last parameters and, with the dtypes of tensors, decide all that Triton
-    compiles for: its numbers are not specialized, and tensors whose alignment is not given up begin at multiples of 16
-    bytes."""
+    """Of one kernel, whose constants are its last parameters."""
 
     def __init__(self, kernel: JITFunction[_F]) -> None:
         self._kernel = kernel
@@ -38,12 +36,22 @@ class Launcher(Generic[_F]):
     ) -> None:
         """`constants` in the order of the kernel's parameters."""
         values = tuple(constants.values())
-        dtypes = tuple(each.dtype for each in arguments if isinstance(each, Tensor))
-        key = (torch.cuda.current_device(), num_warps, num_stages, dtypes, values)
+        kinds = tuple([_kind(each) for each in arguments])
+        key = (torch.cuda.current_device(), num_warps, num_stages, kinds, values)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*arguments, *values)
             return
+        assert [*constants] == self._kernel.arg_names[len(arguments) :], f"{[*constants]} in another order"
         self._compiled[key] = self._kernel[grid](
             *arguments, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=True
         )
+
+
+def _kind(argument: Tensor | float) -> Hashable:
+    """Whatever Triton may compile apart: dtypes, addresses and numbers that are multiples of 16, ones, wide numbers."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return 1 if argument == 1 else (argument % 16 == 0, argument.bit_length() > 31)
+    return None

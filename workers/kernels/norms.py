@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.kernels.following import follow
 from workers.kernels.fp8 import LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows, quantize_groups
+from workers.kernels.launcher import Launcher
 
 
 @triton.jit
@@ -94,6 +95,9 @@ def _rms_norm(
     )
 
 
+_launch_rms_norm = Launcher(_rms_norm)
+
+
 @triton.jit(do_not_specialize=["scale_stride"])
 def _finalize_norm(
     outs_ptr,
@@ -150,6 +154,9 @@ def _finalize_norm(
     )
 
 
+_launch_finalize_norm = Launcher(_finalize_norm)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, d], rows contiguous, weight [d] -> [T, d]."""
     return _launch(x, None, weight, eps, None)[1]
@@ -188,7 +195,7 @@ def finalize_rms_norm(
     quantized = QuantizedRows.empty(len(x), x.shape[1], x.device) if quantize else None
     total, out = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _finalize_norm[(len(x),)](
+    arguments = (
         delta.outs,
         out if delta.places is None else delta.places,
         delta.weights,
@@ -202,16 +209,17 @@ def finalize_rms_norm(
         x.shape[1],
         0 if quantized is None else quantized.scales.stride(1),
         eps,
-        PER_TOKEN=delta.weights.shape[1],
-        PLACED=delta.places is not None,
-        BASE=delta.base is not None,
-        QUANTIZED=quantize,
-        BLOCK=block,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
-        num_warps=min(max(block // 256, 1), 16),
-        launch_pdl=True,
     )
+    constants = {
+        "PER_TOKEN": delta.weights.shape[1],
+        "PLACED": delta.places is not None,
+        "BASE": delta.base is not None,
+        "QUANTIZED": quantize,
+        "BLOCK": block,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    }
+    _launch_finalize_norm((len(x), 1, 1), arguments, constants, num_warps=min(max(block // 256, 1), 16))
     return total, out, quantized
 
 
@@ -221,7 +229,7 @@ def _launch(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if delta is None else torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(x.shape[0],)](
+    arguments = (
         x,
         x if delta is None else delta,
         weight,
@@ -233,12 +241,13 @@ def _launch(
         x.stride(0),
         0 if quantized is None else quantized.scales.stride(1),
         eps,
-        HAS_DELTA=delta is not None,
-        QUANTIZED=quantized is not None,
-        BLOCK=block,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
-        num_warps=min(max(block // 512, 1), 16),
-        launch_pdl=True,
     )
+    constants = {
+        "HAS_DELTA": delta is not None,
+        "QUANTIZED": quantized is not None,
+        "BLOCK": block,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    }
+    _launch_rms_norm((x.shape[0], 1, 1), arguments, constants, num_warps=min(max(block // 512, 1), 16))
     return total, out

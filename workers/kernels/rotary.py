@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 _HEADS = 8  # that one program rotates
 
@@ -87,6 +88,9 @@ def _rotate_heads(
     tl.store(at + half, new_right, mask=exists & (cached >= 0)[:, None])
 
 
+_launch_rotate_heads = Launcher(_rotate_heads)
+
+
 def rotate_heads(
     qkv: Tensor,
     rotation: RotationTable,
@@ -104,7 +108,7 @@ def rotate_heads(
     """
     _, num_layers, _, num_kv, block_size, dim = pages.shape
     q_weight, k_weight, eps = norms or (rotation.cos, rotation.cos, 0.0)
-    _rotate_heads[(qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
+    arguments = (
         qkv,
         qkv.stride(0),
         rotation.cos,
@@ -117,14 +121,17 @@ def rotate_heads(
         layer,
         num_layers,
         eps,
-        NUM_HEADS=num_heads,
-        NUM_KV=num_kv,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        NORM=norms is not None,
-        HEADS=_HEADS,
-        num_warps=4,
-        launch_pdl=True,
+    )
+    constants = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV": num_kv,
+        "DIM": dim,
+        "BLOCK_SIZE": block_size,
+        "NORM": norms is not None,
+        "HEADS": _HEADS,
+    }
+    _launch_rotate_heads(
+        (qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv, _HEADS), 1), arguments, constants, num_warps=4
     )
 
 
@@ -188,6 +195,9 @@ def _rotate_latents(
         tl.store(at, rotated, mask=exists)
 
 
+_launch_rotate_latents = Launcher(_rotate_latents)
+
+
 @triton.jit
 def _join_keys(
     both_ptr,
@@ -213,23 +223,27 @@ def _join_keys(
     tl.store(at + NOPE + turned[None, :], tl.broadcast_to(rope[None, :], (HEADS, ROPE)), mask=exists)
 
 
+_launch_join_keys = Launcher(_join_keys)
+
+
 def join_keys(both: Tensor, rope: Tensor, nope: int) -> Tensor:
     """both [C, H, N + V], contiguous, rope [C, R] of any stride -> keys [C, H, N + R]. N and R are powers of two."""
     tokens, heads, width = both.shape
     keys = both.new_empty(tokens, heads, nope + rope.shape[1])
-    _join_keys[(tokens, triton.cdiv(heads, 2 * _HEADS))](
+    arguments = (
         both,
         rope,
         rope.stride(0),
         keys,
-        NUM_HEADS=heads,
-        NOPE=nope,
-        VALUE=width - nope,
-        ROPE=rope.shape[1],
-        HEADS=2 * _HEADS,
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {
+        "NUM_HEADS": heads,
+        "NOPE": nope,
+        "VALUE": width - nope,
+        "ROPE": rope.shape[1],
+        "HEADS": 2 * _HEADS,
+    }
+    _launch_join_keys((tokens, triton.cdiv(heads, 2 * _HEADS), 1), arguments, constants, num_warps=4)
     return keys
 
 
@@ -252,7 +266,7 @@ def rotate_latents(
     num_tokens, num_heads, query = q.shape
     rope, latent = 2 * rotation.cos.shape[-1], row - 2 * rotation.cos.shape[-1]
     assert q.stride(1) == query and q.stride(2) == 1 and kv.stride(1) == 1, "heads lie side by side"
-    _rotate_latents[(num_tokens, 1 + triton.cdiv(num_heads, 2 * _HEADS))](
+    arguments = (
         q,
         q.stride(0),
         kv,
@@ -266,12 +280,13 @@ def rotate_latents(
         layer,
         num_layers,
         eps,
-        NUM_HEADS=num_heads,
-        NOPE=query - rope,
-        ROPE=rope,
-        LATENT=latent,
-        BLOCK_SIZE=block_size,
-        HEADS=2 * _HEADS,
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {
+        "NUM_HEADS": num_heads,
+        "NOPE": query - rope,
+        "ROPE": rope,
+        "LATENT": latent,
+        "BLOCK_SIZE": block_size,
+        "HEADS": 2 * _HEADS,
+    }
+    _launch_rotate_latents((num_tokens, 1 + triton.cdiv(num_heads, 2 * _HEADS), 1), arguments, constants, num_warps=4)
