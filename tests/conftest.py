@@ -84,8 +84,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Lanes(LoadScopeScheduling):
     """Under xdist, tests of one file, or folder, run one after the other in one process, as they share a cluster.
 
-    Files with clusters come first and the slow ones of them before all others, in two processes at most: more clusters
-    at a time want more than 8 GB. Further processes begin with the quick files, which fill the time that clusters wait.
+    The first process begins with the files that start clusters, the slow ones first; all others with the quick ones,
+    which fill the time that clusters wait. More clusters than two at a time want more than 8 GB.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -104,10 +104,10 @@ class Lanes(LoadScopeScheduling):
     def _best_for(self, node: WorkerController) -> str | None:
         may_start = sum(self._has_clusters(other) for other in self.nodes if other is not node) < MAX_CLUSTERS
         allowed = [scope for scope in self.workqueue if may_start or not self._marked(scope, "cluster")]
-        is_among_the_first = int(node.gateway.id.removeprefix("gw")) < MAX_CLUSTERS
+        is_first = node.gateway.id == "gw0"
 
         def rank(scope: str) -> tuple[bool, bool]:
-            return self._marked(scope, "cluster") != is_among_the_first, not self._marked(scope, "slow")
+            return self._marked(scope, "cluster") != is_first, not self._marked(scope, "slow")
 
         return min(allowed, key=rank, default=None)
 
