@@ -58,9 +58,15 @@ def trees() -> Mapping[str, ast.Module]:
     return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(), str(path)) for path in ALL}
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    """The first name of everything imported absolutely, at any depth."""
-    for node in ast.walk(tree):
+@cache
+def nodes() -> Mapping[str, list[ast.AST]]:
+    """Of all trees, at any depth; by path."""
+    return {path: list(ast.walk(tree)) for path, tree in trees().items()}
+
+
+def imports(nodes: list[ast.AST]) -> Iterator[str]:
+    """The first name of everything imported absolutely."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -68,11 +74,11 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def importers(*names: str) -> list[str]:
-    return [path for path, tree in trees().items() if not set(names).isdisjoint(imports(tree))]
+    return [path for path, inside in nodes().items() if not set(names).isdisjoint(imports(inside))]
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
+def calls(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func)
 
@@ -103,8 +109,8 @@ def test_names_of_transformers_come_from_their_own_modules() -> None:
     """Its root names everything: whoever imports from there has the type checker read all of it, for 10 seconds."""
     found = [
         f"{path}:{node.lineno}"
-        for path, tree in trees().items()
-        for node in ast.walk(tree)
+        for path, inside in nodes().items()
+        for node in inside
         if isinstance(node, ast.ImportFrom) and node.module == "transformers"
     ]
     assert found == []
@@ -114,8 +120,8 @@ def test_nothing_is_pickled() -> None:
     assert importers("pickle", "cloudpickle", "dill", "marshal", "shelve") == []
     loads = [
         f"{path}:{line}"
-        for path, tree in trees().items()
-        for line, name in calls(tree)
+        for path, inside in nodes().items()
+        for line, name in calls(inside)
         if name in ("torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load")
     ]
     assert loads == []
@@ -124,9 +130,9 @@ def test_nothing_is_pickled() -> None:
 def test_tests_never_sleep() -> None:
     sleeps = [
         f"{path}:{line}"
-        for path, tree in trees().items()
+        for path, inside in nodes().items()
         if path.startswith("tests/")
-        for line, name in calls(tree)
+        for line, name in calls(inside)
         if name in ("time.sleep", "sleep")
     ]
     assert sleeps == []
@@ -135,8 +141,8 @@ def test_tests_never_sleep() -> None:
 def test_no_bare_except() -> None:
     bare = [
         f"{path}:{node.lineno}"
-        for path, tree in trees().items()
-        for node in ast.walk(tree)
+        for path, inside in nodes().items()
+        for node in inside
         if isinstance(node, ast.ExceptHandler) and node.type is None
     ]
     assert bare == []
@@ -154,9 +160,9 @@ def test_the_environment_is_read_at_the_edges_only() -> None:
     )
     readers = [
         f"{path}:{node.lineno}"
-        for path, tree in trees().items()
+        for path, inside in nodes().items()
         if not path.startswith(allowed)
-        for node in ast.walk(tree)
+        for node in inside
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
     ]
     assert readers == []

@@ -308,6 +308,7 @@ def test_killed_ingress_replicas_take_their_own_requests_and_no_more(
             num_healthy = len([replica for replica in await app.healthy() if replica.process not in dead])
             up = await app.servers()
             num_up = len(up - servers) if len(up) == NUM_REPLICAS else 0
+            await asyncio.sleep(0.05)
         return len(broken)
 
     num_broken = [runner.run(scene(seed)) for seed in range(num_kills // NUM_VICTIMS)]
@@ -323,6 +324,7 @@ def test_a_killed_controller_is_no_business_of_streams(app: ServedApp, runner: a
 
     async def successor(of: int) -> Status:
         while True:
+            await asyncio.sleep(0.05)
             try:
                 status = await asyncio.to_thread(life.status, APP)
             except (RayError, ValueError):

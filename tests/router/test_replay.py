@@ -56,7 +56,7 @@ def test_whatever_the_workers_do_each_index_comes_once(
     workers = [ScriptedWorker(f"decode-{i}", script=[*script, end]) for i, (script, end) in enumerate(scripts)]
 
     async def scene() -> None:
-        async with desk(words, local_prefill="always", max_attempts=4, worker_wait_s=1.0) as at:
+        async with desk(words, local_prefill="always", max_attempts=4, worker_wait_s=0.4) as at:
             await at.connect(*workers)
             ids: list[int] = []
             finish = None
