@@ -152,7 +152,8 @@ DECIDED = 1e-4
 def decided(family: str, prompts: tuple[tuple[int, ...], ...], count: int, num_tokens: int) -> list[DecidedRun]:
     """The first `count` of `prompts` on whose way no expert, no index choice and no token was chosen by a nose."""
     runs: list[DecidedRun] = []
-    for batch in (prompts[start : start + count] for start in range(0, len(prompts), count)):
+    for start in range(0, len(prompts), 2 * count):  # of many, half are decided
+        batch = prompts[start : start + 2 * count]
         for prompt, guess in zip(batch, _batch(family, batch, num_tokens), strict=True):
             with Margins() as margins:
                 tokens = confirmed(family, prompt, guess)
