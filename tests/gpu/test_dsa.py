@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensor_errors import error
 from workers.attention.index_keys import gather_pages, quantize_rows, write_pages
 from workers.attention.index_tools import (
     PAGE,
@@ -32,11 +33,6 @@ ROTARY = RotaryEmbedding(ROPE, 1e4)
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, device=CUDA).to(BF16)
-
-
-def error(out: Tensor, want: Tensor) -> float:
-    """Relative, in the norm; NaN is infinitely wrong."""
-    return torch.nan_to_num((out.float() - want.float()).norm() / want.float().norm(), nan=float("inf")).item()
 
 
 def rotation_table():

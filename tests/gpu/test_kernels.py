@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.tensor_errors import error
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     DecodeTactic,
@@ -31,11 +32,6 @@ BLOCK = 64
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, device=CUDA).to(BF16)
-
-
-def error(out: Tensor, want: Tensor) -> float:
-    """Relative, in the norm; NaN is infinitely wrong."""
-    return torch.nan_to_num((out.float() - want.float()).norm() / want.float().norm(), nan=float("inf")).item()
 
 
 def norm_of(size: int) -> RmsNorm:
