@@ -6,9 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -124,14 +123,22 @@ def plain_answer(compiler: GrammarCompiler, prompt: tuple[int, ...], params: Sam
         state.fill(mask)
         return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
-    tokens = generate(lambda tokens: _logits(tuple(tokens)), prompt, params, ending=(EOS,), allowed=allowed)
-    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+    return generate(_logits(), prompt, params, ending=(EOS,), allowed=allowed, until=EOS)
 
 
-@cache
-@torch.inference_mode()
-def _logits(tokens: tuple[int, ...]) -> Tensor:
-    return transformers_model("llama")(torch.tensor([tokens])).logits[0, -1]
+def _logits() -> Callable[[Sequence[int]], Tensor]:
+    """Of one text, which each call has one more token of."""
+    model, past = transformers_model("llama"), None
+
+    @torch.inference_mode()
+    def after(tokens: Sequence[int]) -> Tensor:
+        nonlocal past
+        fresh = tokens if past is None else tokens[-1:]
+        output = model(torch.tensor([fresh]), past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        return output.logits[0, -1]
+
+    return after
 
 
 async def together(cluster: PlainCluster, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[Answer]:

@@ -89,10 +89,11 @@ def generate(
     *,
     ending: Sequence[int] = (),
     allowed: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    until: int | None = None,
 ) -> list[int]:
-    """`max_tokens` tokens, as if nothing ended them. `allowed`: of the emitted tokens, what may follow them."""
+    """`max_tokens` tokens, as if nothing but `until` ended them. `allowed`: of the emitted tokens, what may follow."""
     emitted: list[int] = []
-    while len(emitted) < params.max_tokens:
+    while len(emitted) < params.max_tokens and (until is None or emitted[-1:] != [until]):
         tokens = [*prompt, *emitted]
         scores = adjusted(
             next_token_logits(tokens).reshape(-1),
