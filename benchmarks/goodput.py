@@ -100,7 +100,8 @@ class Sweep:
 
     async def _measure(self, app: App, endpoint: Endpoint) -> Found:
         scenario, found = self._scenario, Found(app)
-        await send(endpoint, scenario.workload(scenario.rates[0], series=1))
+        # At the highest rate: steps of all sizes, so that no app compiles for those behind it.
+        await send(endpoint, scenario.workload(scenario.rates[-1], series=1))
         found.alone, _ = await send(endpoint, scenario.alone())
         _check(app, found.alone)
         hopeless = False
