@@ -3,8 +3,6 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,11 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.errors import NotRegistered, TransferError
-
-log = logging.getLogger(__name__)
-
-# While processes beside it make contexts or die, the driver may refuse for a moment what it opens the next time.
-_PAUSES_S = (0.01, 0.03, 0.1, 0.3)
 
 
 class Exported(NamedTuple):
@@ -78,14 +71,7 @@ def opened(handle: bytes, theirs: int, num_bytes: int, device: torch.device) -> 
     wanted.reserved = handle
     flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
     with _context(device):
-        answer = driver.cuIpcOpenMemHandle(wanted, flags)
-        for pause in _PAUSES_S:
-            if answer[0] == driver.CUresult.CUDA_SUCCESS:
-                break
-            log.info("opening a peer's device memory: %s; again in %g s", answer[0].name, pause)
-            time.sleep(pause)
-            answer = driver.cuIpcOpenMemHandle(wanted, flags)
-        (here,) = _checked(answer, "opening a peer's device memory")
+        (here,) = _checked(driver.cuIpcOpenMemHandle(wanted, flags), "opening a peer's device memory")
     return Opened(theirs, int(here), num_bytes)
 
 
