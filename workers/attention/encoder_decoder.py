@@ -63,6 +63,15 @@ def check_bias(batch: EncoderBatch, bias: Tensor | None) -> None:
         raise ValueError(f"a bias of {tuple(bias.shape)} for inputs of up to {batch.longest} tokens")
 
 
+def clear_ends(batch: EncoderBatch, pages: Tensor) -> None:
+    """Zeroes the last blocks of inputs that do not fill them. What an earlier owner left behind an input's end is
+    gathered under the mask, and a NaN survives every mask."""
+    size = pages.shape[-2]
+    ends = torch.tensor([start + n - 1 for start, n in zip(batch.starts, batch.lens, strict=True) if n % size])
+    if len(ends):
+        pages.index_fill_(0, batch.slot_mapping[ends.to(pages.device, non_blocking=True)] // size, 0)
+
+
 class CrossWriter:
     """Keeps the keys and values that decoder layers make of encoder states, in the blocks of a fixed group."""
 
@@ -70,10 +79,7 @@ class CrossWriter:
         self._pages = cache.pages(region)  # [blocks, layers, 2, H, S, D]
         size = self._pages.shape[-2]
         self._blocks, self._offsets = batch.slot_mapping // size, batch.slot_mapping % size
-        # What an earlier owner left behind an input's end is gathered under the mask, and a NaN survives every mask.
-        ends = torch.tensor([start + n - 1 for start, n in zip(batch.starts, batch.lens, strict=True) if n % size])
-        if len(ends):
-            self._pages.index_fill_(0, self._blocks[ends.to(self._blocks.device, non_blocking=True)], 0)
+        clear_ends(batch, self._pages)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [T, H, D] of one decoder layer."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.attention.bucketing import additive_mask
-from workers.attention.encoder_decoder import CrossWriter, check_bias
+from workers.attention.encoder_decoder import check_bias, clear_ends
 from workers.attention.interface import (
     AttentionBatch,
     AttentionProblem,
@@ -225,10 +225,12 @@ class PackedSelfStep:
         return self._queries.attend(layer, q)
 
 
-class PackedWriter(CrossWriter):
-    def __init__(self, kernels: Kernels, batch: EncoderBatch, cache: KvCache, region: str) -> None:
-        super().__init__(batch, cache, region)
-        self._kernels, self._slots = kernels, batch.slot_mapping
+class PackedWriter:
+    """See `CrossKeys`."""
+
+    def __init__(self, kernels: Kernels, batch: EncoderBatch, pages: Tensor) -> None:
+        self._kernels, self._pages, self._slots = kernels, pages, batch.slot_mapping
+        clear_ends(batch, pages)  # for those that pull the blocks, too
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._kernels.write(k, v, self._pages, self._slots, layer)
@@ -266,4 +268,4 @@ class PackedBackend:
         return _Queries(self._kernels, self._problem, batch, blocks, last, fixed.lens, None, causal=False)
 
     def writer(self, batch: EncoderBatch, cache: KvCache, region: str) -> PackedWriter:
-        return PackedWriter(self._kernels, batch, cache, region)
+        return PackedWriter(self._kernels, batch, cache.pages(region))
