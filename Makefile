@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV = .venv/bin
 
-.PHONY: demo test test-gpu chaos soak lint rules types collected setup setup-test setup-dev proto
+.PHONY: demo test test-gpu chaos soak lint rules types setup setup-test setup-dev proto
 
 demo: setup
 	@exec $(VENV)/python -m deploy demo $(ARGS)
@@ -31,7 +31,7 @@ soak: setup-test
 
 # Types take longer than all the rest together: side by side with it.
 lint: setup-dev
-	@$(MAKE) --no-print-directory -j2 --output-sync=target rules types collected
+	@$(MAKE) --no-print-directory -j2 --output-sync=target rules types
 
 rules:
 	$(VENV)/ruff format --check
@@ -43,11 +43,6 @@ rules:
 
 types:
 	$(VENV)/basedpyright
-
-# Every file of tests can be imported; and what pytest compiles of them is kept, which in a fresh checkout saves
-# `make test` 7 s of two cores, while types leave one idle.
-collected:
-	@found=$$($(VENV)/python -m pytest --collect-only -qq 2>&1) || { echo "$$found"; exit 1; }
 
 proto: setup-dev
 	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto cluster/protos/ipc.proto

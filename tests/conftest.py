@@ -22,6 +22,10 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
 SHARING = ("tests/cluster", "tests/deploy/public")  # in each folder, files that want a cluster share one
 MAX_CLUSTERS = 2
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
@@ -74,9 +78,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    num_examples = 100 if config.getoption("full") else 50  # of properties that do not say it themselves
-    settings.register_profile("ours", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=num_examples)
-    settings.load_profile("ours")
     config.pluginmanager.register(SkipGuard(read_allowed_skips(ALLOWED_SKIPS.read_text())), "skip-guard")
 
 

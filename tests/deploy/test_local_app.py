@@ -132,9 +132,7 @@ def test_an_app_serves_drains_and_leaves_nothing() -> None:
         assert app.ended(family) == 0
 
 
-@pytest.mark.full
 def test_sigterm_while_starting_leaves_nothing() -> None:
-    """As Ctrl-C (test_signals.py), which ends a demo that starts (test_demo.py)."""
     with served(checkpoint("llama"), "kv.num_blocks=64") as command:
         command.wait_for_error("starting the front door")
         family = command.family()
