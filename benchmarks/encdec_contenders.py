@@ -24,7 +24,7 @@ from workers.attention.interface import AttentionBatch, EncoderBatch, FixedGroup
 from workers.attention.kv_views import kv_cache
 from workers.attention.packed import PackedBackend, TorchKernels
 from workers.engine.block_manager import BlockManager, GroupCapacity
-from workers.engine.cuda_graph import GraphedModel, default_sizes
+from workers.engine.cuda_graph import GraphedModel, default_prompt_sizes, default_sizes
 from workers.engine.model_runner import ModelRunner, StepModel
 from workers.engine.overlap import OverlappedEngine
 from workers.engine.scheduler import Scheduler, SchedulerLimits
@@ -74,10 +74,17 @@ class Ours:
         if on_gpu:
             start = time.perf_counter()
             sizes = default_sizes(max_sequences)
-            graphed = GraphedModel(model, sizes, self._widths[0], device, max_fixed_blocks=self._widths[1:])
+            graphed = GraphedModel(
+                model,
+                sizes,
+                self._widths[0],
+                device,
+                max_fixed_blocks=self._widths[1:],
+                prompt_sizes=(prompt_sizes := default_prompt_sizes(8192)),
+            )
             graphed.capture()
             self._steps = graphed
-            progress(f"{shape.name}: {len(sizes)} graphs in {time.perf_counter() - start:.1f} s")
+            progress(f"{shape.name}: {len(sizes) + len(prompt_sizes)} graphs in {time.perf_counter() - start:.1f} s")
 
     def encoder(self, sources: list[list[int]]) -> Callable[[], object]:
         ids, batch = self._inputs(sources)
@@ -92,8 +99,8 @@ class Ours:
         @torch.inference_mode()
         def work() -> Tensor:
             self._model.keep(states, inputs)
-            hidden = self._model.forward(prompts, batch)
-            return self._model.logits(hidden[batch.logits_rows]).argmax(-1)
+            hidden = self._steps.forward(prompts, batch)
+            return self._steps.logits(hidden[batch.logits_rows]).argmax(-1)
 
         return work
 

@@ -16,7 +16,7 @@ from kvtransfer.pool import KvPool
 from workers.attention.environment import Environment
 from workers.attention.interface import KvCache
 from workers.attention.kv_views import kv_cache
-from workers.engine.cuda_graph import GraphedModel, default_sizes, static_bytes
+from workers.engine.cuda_graph import GraphedModel, default_prompt_sizes, default_sizes, static_bytes
 from workers.engine.largest_step import run_largest_steps
 from workers.engine.model_runner import StepModel
 from workers.engine.scheduler_limits import SchedulerLimits
@@ -26,7 +26,7 @@ from workers.models.model import CausalModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundModel:
-    """`steps` is the model itself, or what replays its decode steps."""
+    """`steps` is the model itself, or what replays its steps."""
 
     steps: StepModel
     caches: list[KvCache]
@@ -45,7 +45,7 @@ def bind_model(
     resources: PoolConfig,
 ) -> BoundModel:
     """Chooses how attention is computed, sizes the pool and allocates it. On a GPU the largest steps run first, and
-    decode steps are captured. Raises ConfigError."""
+    those that can be replayed are captured. Raises ConfigError."""
     environment = Environment.probe(device, disabled=engine.disabled, strict=engine.strict)
     max_lens = [limits.max_model_len, *([] if limits.max_source_tokens is None else [limits.max_source_tokens])]
     free = FreeMemory.of_host()
@@ -74,6 +74,7 @@ def bind_model(
             device,
             dense_context=choice.dense_context,
             max_fixed_blocks=max_fixed_blocks,
+            prompt_sizes=default_prompt_sizes(limits.max_batched_tokens) if choice.reads_spans else [],
         )
         graphed.capture()
         steps = graphed

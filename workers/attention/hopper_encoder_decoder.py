@@ -12,7 +12,7 @@ from workers.kernels.tactics import decode_tactic
 
 
 class HopperKernels:
-    """See `Kernels`. Launches of single queries are the same at every length."""
+    """See `Kernels`. Launches are the same at every length, but for the number of tiles."""
 
     def write(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
         write_heads(k, v, pages, slots, layer)
@@ -26,7 +26,7 @@ class HopperKernels:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, bias: Tensor | None, out: Tensor
     ) -> None:
-        packed_attention(q, k, v, spans.table, spans.longest, scale, bias, out)
+        packed_attention(q, k, v, *spans, scale, bias, out)
 
     def attend_blocks(
         self,
@@ -40,6 +40,4 @@ class HopperKernels:
         *,
         causal: bool,
     ) -> None:
-        paged_attention(
-            q, blocks.pages, blocks.table, layer, spans.table, spans.longest, scale, bias, out, causal=causal
-        )
+        paged_attention(q, blocks.pages, blocks.table, layer, *spans, scale, bias, out, causal=causal)

@@ -78,6 +78,9 @@ class AttentionBatch:
     groups: tuple[GroupMetadata, ...]  # that grow with their sequences
     logits_rows: Tensor  # [N] int64: rows of T
     fixed: tuple[FixedGroupMetadata, ...] = ()  # groups behind the growing ones
+    # [B, 2] int64 on the device: first row and number of queries, 0 where no sequence is. If it is there, the lists do
+    # not count, and num_decodes is 0.
+    spans: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -182,8 +185,8 @@ class EncoderDecoderBackend(Protocol):
 
     @property
     def reads_device_lens(self) -> bool:
-        """Steps of single queries alone look at no length on the host, so that they can be replayed; the bias of `own`
-        is then that of all distances that there may be."""
+        """Steps of single queries alone, and those with `spans`, look at no length on the host, so that they can be
+        replayed; the bias of `own` is then that of all distances that there may be."""
         ...
 
     def encoder(self, batch: EncoderBatch, scale: float, bias: Tensor | None) -> EncoderAttention:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,17 +32,40 @@ from workers.attention.interface import (
 from workers.attention.page_gather import PageGather
 from workers.attention.relative_bias import windows
 
+_TILE, _LONG_TILE = 64, 128
+_LONG = 256  # queries from which long tiles pay
+
 
 class Spans(NamedTuple):
-    """Sequences with queries side by side."""
+    """Sequences with queries side by side, and the tiles of their queries, each of which a kernel takes at once."""
 
     table: Tensor  # int32 [B, 3] on the device: first row, queries, keys; packed keys begin where the queries do
-    longest: int  # queries
+    tiles: Tensor  # int32 [N, 2] there: sequence, and which of its queries is the first; behind its last: an empty tile
+    tile: int  # queries
 
     @classmethod
     def of(cls, starts: Sequence[int], queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Spans:
-        table = torch.tensor([starts, queries, keys], dtype=torch.int32).t().contiguous()
-        return cls(table.to(device, non_blocking=True), max(queries))
+        tile = _LONG_TILE if max(queries) >= _LONG else _TILE
+        counts = -(-np.array(queries) // tile)
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        firsts = tile * (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts))
+        both = np.concatenate([np.stack([starts, queries, keys], 1).ravel(), np.stack([sequences, firsts], 1).ravel()])
+        on_device = torch.from_numpy(both.astype(np.int32)).to(device, non_blocking=True)
+        table, tiles = on_device.split([3 * len(counts), 2 * len(sequences)])
+        return cls(table.view(-1, 3), tiles.view(-1, 2), tile)
+
+    @classmethod
+    def on_device(cls, spans: Tensor, keys: Tensor, num_tokens: int) -> Spans:
+        """spans [B, 2] and keys [B]: those of no sequence have no queries; `num_tokens` of all, or more. Waits for
+        nothing, and launches the same whatever the lengths are."""
+        starts, queries = spans.unbind(1)
+        counts = (queries + _TILE - 1) // _TILE
+        ends = counts.cumsum(0)
+        most = min(num_tokens, num_tokens // _TILE + len(spans))
+        at = torch.arange(most, device=spans.device)
+        sequences = torch.searchsorted(ends, at, right=True).clamp_(max=len(spans) - 1)
+        tiles = torch.stack([sequences, _TILE * (at - (ends - counts)[sequences])], 1)
+        return cls(torch.stack([starts, queries, keys], 1).int(), tiles.int(), _TILE)
 
 
 class Blocks(NamedTuple):
@@ -112,6 +136,8 @@ class TorchKernels:
         self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, bias: Tensor | None, out: Tensor
     ) -> None:
         for start, count, _ in spans.table.tolist():
+            if not count:
+                continue
             own = slice(start, start + count)
             mask = None if bias is None else windows(bias, count)
             out[own] = _attended(q[own], k[own].transpose(0, 1), v[own].transpose(0, 1), mask, scale)
@@ -130,6 +156,8 @@ class TorchKernels:
     ) -> None:
         keys, values = _gathered(blocks, layer)
         for sequence, (start, count, num_keys) in enumerate(spans.table.tolist()):
+            if not count:
+                continue
             own = slice(start, start + count)
             mask = None
             if causal:
@@ -188,12 +216,15 @@ class _Queries:
         *,
         causal: bool,
     ) -> None:
-        """last [singles or more] on the device; `num_keys` [B]."""
+        """last [B] on the device: index of the last key that the last query of each sees, and `num_keys` [B] the same
+        on the host, plus one."""
         self._kernels, self._scale, self._bias, self._causal = kernels, problem.scale, bias, causal
         self._num_singles = singles = batch.num_decodes
         self._singles, self._last = Blocks(blocks.pages, blocks.table[:singles]), last[:singles]
         self._chunks, self._spans = Blocks(blocks.pages, blocks.table[singles:]), None
-        if singles < batch.num_sequences:
+        if batch.spans is not None:
+            self._spans = Spans.on_device(batch.spans, last + 1, batch.num_tokens)
+        elif singles < batch.num_sequences:
             starts, lens = batch.query_starts[singles:-1], batch.query_lens[singles:]
             self._spans = Spans.of(starts, lens, num_keys[singles:], last.device)
 
@@ -253,9 +284,8 @@ class PackedBackend:
     ) -> PackedSelfStep:
         pages, metadata = cache.pages(region), batch.groups[group]
         blocks = Blocks(pages, metadata.block_table)
-        queries = _Queries(
-            self._kernels, self._problem, batch, blocks, batch.positions, batch.context_lens, bias, causal=True
-        )
+        last = batch.positions if batch.spans is None else batch.positions[_last_rows(batch.spans)]
+        queries = _Queries(self._kernels, self._problem, batch, blocks, last, batch.context_lens, bias, causal=True)
         return PackedSelfStep(self._kernels, pages, metadata.slot_mapping, queries)
 
     def cross(self, batch: AttentionBatch, fixed: FixedGroupMetadata, cache: KvCache, region: str) -> _Queries:
@@ -269,3 +299,8 @@ class PackedBackend:
 
     def writer(self, batch: EncoderBatch, cache: KvCache, region: str) -> PackedWriter:
         return PackedWriter(self._kernels, batch, cache.pages(region))
+
+
+def _last_rows(spans: Tensor) -> Tensor:
+    """[B]; any row where there are no queries."""
+    return (spans.sum(1) - 1).clamp(min=0)

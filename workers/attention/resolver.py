@@ -37,6 +37,7 @@ class Choice:
     chosen: str
     rejected: tuple[tuple[str, str], ...]
     dense_context: int | None = None  # a decode step of a longer context launches other kernels; None: never
+    reads_spans: bool = False  # steps with prompts can be CUDA graphs, too
 
     @property
     def replays(self) -> bool:
@@ -175,7 +176,8 @@ def resolve(problem: AttentionProblem | MlaProblem, environment: Environment, wa
             return choice
         missing = _lacking_tools(problem, environment)
         return replace(choice, rejected=choice.rejected + missing, dense_context=problem.index_topk)
-    return _resolve(problem, environment, wanted, _CANDIDATES)
+    choice = _resolve(problem, environment, wanted, _CANDIDATES)
+    return replace(choice, reads_spans=choice.replays and problem.kind == "encoder_decoder")
 
 
 def _resolve(

@@ -1,10 +1,10 @@
-"""Decode steps as CUDA graphs: one launch for a whole step of single tokens, at a few batch sizes.
+"""Steps as CUDA graphs, one launch for a whole step: of single tokens at a few numbers of sequences, and, where
+attention reads all lengths on the device, with prompts at a few numbers of tokens.
 
-A step is padded to the next captured size. Padding rows are token 0 at position 0 and write to the null block; of a
-fixed group they read its first slot. All graphs share one memory pool and the inputs, which are allocated once; what a
+A step is padded to the next captured size (static_inputs.py). All graphs share one memory pool and the inputs; what a
 replay returns is valid until the next.
 
-Shapes: B sequences with one token each, P the size they are padded to, d hidden size, V vocabulary.
+Shapes: T tokens, P the size that a step is padded to, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from workers.attention.interface import AttentionBatch, FixedGroupMetadata, GroupMetadata
+from workers.attention.interface import AttentionBatch
 from workers.engine.model_runner import StepModel
+from workers.engine.static_inputs import StaticInputs
+
+_MOST_PROMPT_TOKENS = 4096  # a step of more keeps the device busy for longer than its launches take
 
 
 def default_sizes(max_sequences: int) -> list[int]:
@@ -28,62 +31,17 @@ def default_sizes(max_sequences: int) -> list[int]:
     return [size for size in sizes if size < max_sequences] + [next(s for s in sizes if s >= max_sequences)]
 
 
+def default_prompt_sizes(max_tokens: int) -> list[int]:
+    """Every 64 up to 1024, every 128 up to 2048, every 256 beyond; the last one at least `max_tokens`, or 4096."""
+    sizes = [64]
+    while sizes[-1] < min(max_tokens, _MOST_PROMPT_TOKENS):
+        sizes.append(sizes[-1] + max(64, 1 << (sizes[-1].bit_length() - 4)))
+    return sizes
+
+
 def static_bytes(sizes: Sequence[int], hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """What the results of all graphs hold for good, about."""
+    """What the results of all graphs of single tokens hold for good, about."""
     return sum(sizes) * (hidden_size + vocab_size) * dtype.itemsize
-
-
-class StaticInputs:
-    """Where decode steps of up to `largest` sequences are read from, whatever they are: tensors that are allocated once
-    and filled for each step. One growing group, and any number of fixed ones.
-
-    max_blocks, max_fixed_blocks: of the longest sequence, and of the longest extent in each fixed group.
-    """
-
-    def __init__(
-        self, largest: int, max_blocks: int, device: torch.device, max_fixed_blocks: Sequence[int] = ()
-    ) -> None:
-        ints = {"dtype": torch.int64, "device": device}
-        self._input_ids = torch.zeros(largest, **ints)
-        self._positions = torch.zeros(largest, **ints)
-        self._slots = torch.zeros(largest, **ints)
-        self._table = torch.zeros(largest, max_blocks, **ints)
-        self._fixed_tables = [torch.zeros(largest, width, **ints) for width in max_fixed_blocks]
-        self._fixed_lens = [torch.ones(largest, **ints) for _ in max_fixed_blocks]
-
-    def fill(self, input_ids: Tensor, batch: AttentionBatch, size: int) -> None:
-        """A step of single tokens, padded to `size` rows. Waits for nothing."""
-        count, (group,) = batch.num_sequences, batch.groups
-        rows = [
-            (self._input_ids, input_ids, 0),
-            (self._positions, batch.positions, 0),
-            (self._slots, group.slot_mapping, 0),
-            (self._table, group.block_table, 0),
-        ]
-        for table, lens, fixed in zip(self._fixed_tables, self._fixed_lens, batch.fixed, strict=True):
-            rows += [(table, fixed.block_table, 0), (lens, fixed.lens_on_device(), 1)]
-        for static, given, padding in rows:
-            filled = static[:count] if given.dim() == 1 else static[:count, : given.shape[1]]
-            filled.copy_(given)
-            if count < size:
-                static[count:size].fill_(padding)
-
-    def batch(self, size: int, context: int = 1) -> tuple[Tensor, AttentionBatch]:
-        """Token ids [size], and the step over them. What its host lists say of lengths is true of no step."""
-        return self._input_ids[:size], AttentionBatch(
-            num_sequences=size,
-            num_decodes=size,
-            query_lens=[1] * size,
-            query_starts=list(range(size + 1)),
-            context_lens=[context] * size,
-            positions=self._positions[:size],
-            groups=(GroupMetadata(self._table[:size], self._slots[:size]),),
-            logits_rows=torch.arange(size, device=self._positions.device),
-            fixed=tuple(
-                FixedGroupMetadata(table[:size], [1] * size, lens[:size])
-                for table, lens in zip(self._fixed_tables, self._fixed_lens, strict=True)
-            ),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +52,12 @@ class _Captured:
 
 
 class GraphedModel:
-    """A `StepModel` whose decode steps are replayed. One growing group, one thread, one stream.
+    """A `StepModel` whose steps are replayed. One growing group, one thread, one stream.
 
-    max_blocks, max_fixed_blocks: see StaticInputs. dense_context: steps whose contexts are no longer have graphs of
-    their own, of another form than the others'. Capturing runs every graph twice before; do it before the pool is in
-    use.
+    sizes, prompt_sizes: numbers of sequences of one token each, and of tokens of steps with prompts, of as many
+    sequences at most; the model reads `AttentionBatch.spans` for these. max_blocks, max_fixed_blocks: see StaticInputs.
+    dense_context: steps whose contexts are no longer have graphs of their own, of another form than the others'.
+    Capturing runs every graph twice before; do it before the pool is in use.
     """
 
     def __init__(
@@ -110,12 +69,16 @@ class GraphedModel:
         *,
         dense_context: int | None = None,
         max_fixed_blocks: Sequence[int] = (),
+        prompt_sizes: Sequence[int] = (),
     ) -> None:
         self._model = model
-        self._sizes = sorted(sizes)
-        self._static = StaticInputs(self._sizes[-1], max_blocks, device, max_fixed_blocks)
+        self._sizes, self._prompt_sizes = sorted(sizes), sorted(prompt_sizes)
+        most = max(prompt_sizes, default=0)
+        self._static = StaticInputs(self._sizes[-1], max_blocks, device, max_fixed_blocks, max_tokens=most)
         self._dense_context = dense_context
         self._captured: dict[tuple[int, bool], _Captured] = {}  # by size, and whether a context is beyond dense_context
+        self._prompts: dict[int, torch.cuda.CUDAGraph] = {}
+        self._hidden: Tensor | None = None  # [most tokens, d]: where steps with prompts leave theirs
         self._last: tuple[Tensor, Tensor] | None = None  # hidden states of the last replay, and their logits
 
     @torch.inference_mode()
@@ -133,12 +96,24 @@ class GraphedModel:
                 hidden = self._model.forward(input_ids, batch)
                 logits = self._model.logits(hidden)
             self._captured[size, beyond] = _Captured(graph, hidden, logits)
+        for size in reversed(self._prompt_sizes):
+            input_ids, batch = self._static.prompts_batch(size)
+            first = self._model.forward(input_ids, batch)
+            self._model.forward(input_ids, batch)
+            left = self._hidden = first if self._hidden is None else self._hidden
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                left[:size].copy_(self._model.forward(input_ids, batch))
+            self._prompts[size] = graph
 
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
         self._last = None
         size = self.padded_size(batch)
-        if size is None or capture_layers:
+        if capture_layers or (size is None and not self._replays_prompts(batch)):
             return self._model.forward(input_ids, batch, capture_layers)
+        if size is None:
+            return self._forward_prompts(input_ids, batch)
         self._static.fill(input_ids, batch, size)
         beyond = self._dense_context is not None and max(batch.context_lens) > self._dense_context
         captured = self._captured[size, beyond]
@@ -147,6 +122,17 @@ class GraphedModel:
         hidden = captured.hidden[:count]
         self._last = (hidden, captured.logits[:count])
         return hidden
+
+    def _replays_prompts(self, batch: AttentionBatch) -> bool:
+        most = self._prompt_sizes[-1] if self._prompt_sizes else 0
+        return batch.num_tokens <= most and batch.num_sequences <= self._sizes[-1]
+
+    def _forward_prompts(self, input_ids: Tensor, batch: AttentionBatch) -> Tensor:
+        size = next(size for size in self._prompt_sizes if size >= batch.num_tokens)
+        self._static.fill_prompts(input_ids, batch, size)
+        self._prompts[size].replay()
+        assert self._hidden is not None
+        return self._hidden[: batch.num_tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Those of a replay are there already."""

@@ -1,7 +1,8 @@
 """Attention of several queries per sequence, in Triton: over keys packed beside the queries, or over K/V pages where
 they lie. Reference: TorchKernels of workers.attention.packed.
 
-One pass over the keys with a running maximum, a tile of queries and a head per program. A bias depends on how far a key
+One pass over the keys with a running maximum, a tile of queries and a head per program. Which queries a tile has is
+read on the device. A bias depends on how far a key
 stands from its query and is read from a table of distances: nothing of the size of all scores is ever made.
 
 Source: Dao, "FlashAttention-2" (2023). Shapes: T packed rows, B sequences, H heads (each with its own key and value),
@@ -20,12 +21,11 @@ from workers.kernels.launcher import Launcher
 
 LOG2_E = 1.4426950408889634
 _TILE = 64  # keys; blocks hold a multiple
-_LONG = 256  # queries from which larger tiles of them pay
 
 
 @triton.jit(
     do_not_specialize=["table_stride", "bias_stride", "bias_zero", "layer", "num_layers"],
-    do_not_specialize_on_alignment=["table_ptr", "spans_ptr", "bias_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "spans_ptr", "tiles_ptr", "bias_ptr"],
 )
 def _attend(
     q_ptr,
@@ -34,6 +34,7 @@ def _attend(
     table_ptr,
     table_stride,
     spans_ptr,
+    tiles_ptr,
     bias_ptr,
     bias_stride,
     bias_zero,
@@ -54,11 +55,12 @@ def _attend(
     TILE: tl.constexpr,
 ):
     follow()
-    head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    sequence = tl.load(tiles_ptr + tl.program_id(0) * 2).to(tl.int64)
+    begin = tl.load(tiles_ptr + tl.program_id(0) * 2 + 1)
     start = tl.load(spans_ptr + sequence * 3).to(tl.int64)
     num_queries = tl.load(spans_ptr + sequence * 3 + 1)
     num_keys = tl.load(spans_ptr + sequence * 3 + 2)
-    begin = tl.program_id(0) * ROWS
     if begin >= num_queries:
         return
     rows, features, tokens = begin + tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
@@ -118,17 +120,27 @@ _launch_attend = Launcher(_attend)
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, longest: int, scale: float, bias: Tensor | None, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    tiles: Tensor,
+    tile: int,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     """q, k, v [T, H, D] (heads side by side, rows of any stride, k and v of one), spans int32 [B, 3]: first row, and
-    rows twice, of each sequence, `longest` of them at most -> out [T, H, D], contiguous. Each sees all of its sequence.
+    rows twice, of each sequence, tiles int32 [N, 2]: the sequence and the first query of each, a multiple of `tile`
+    -> out [T, H, D], contiguous. Each sees all of its sequence.
 
-    bias [H, 2 C - 1], C >= longest, last dim contiguous: added to the scaled score of the key that stands so far behind
-    the query, C - 1 standing for itself.
+    bias [H, 2 C - 1], C >= the longest, last dim contiguous: added to the scaled score of the key that stands so far
+    behind the query, C - 1 standing for itself.
     """
     assert k.stride() == v.stride(), "keys and values lie alike"
     zero = 0 if bias is None else (bias.shape[1] - 1) // 2
-    _launch(q, (k, v), (None, k.stride(0), 64), spans, longest, (0, 1), scale, bias, zero, out, causal=False)
+    where = (None, k.stride(0), _TILE)
+    _launch(q, (k, v), where, spans, tiles, tile, (0, 1), scale, bias, zero, out, causal=False)
 
 
 def paged_attention(
@@ -137,7 +149,8 @@ def paged_attention(
     table: Tensor,
     layer: int,
     spans: Tensor,
-    longest: int,
+    tiles: Tensor,
+    tile: int,
     scale: float,
     bias: Tensor | None,
     out: Tensor,
@@ -145,8 +158,8 @@ def paged_attention(
     causal: bool,
 ) -> None:
     """q [T, H, D] (heads side by side, rows of any stride), pages [blocks, layers, 2, H, S, D], table [B, M], spans
-    int32 [B, 3]: first row, queries and keys of each sequence, `longest` queries at most -> out [T, H, D], contiguous,
-    in the rows of these queries.
+    int32 [B, 3]: first row, queries and keys of each sequence, tiles as above -> out [T, H, D], contiguous, in the rows
+    of these queries.
 
     Causal: the last query sees all keys, the one before it one less; else each sees all of them. bias [H, most keys],
     of causal attention alone: added to the scaled score of the key that stands so far before the query.
@@ -154,7 +167,7 @@ def paged_attention(
     assert bias is None or causal, "a bias by distance before the query"
     layers, block_size = pages.shape[1], pages.shape[4]
     where = (table, 0, block_size)
-    _launch(q, (pages, pages), where, spans, longest, (layer, layers), scale, bias, 0, out, causal=causal)
+    _launch(q, (pages, pages), where, spans, tiles, tile, (layer, layers), scale, bias, 0, out, causal=causal)
 
 
 def _launch(
@@ -162,7 +175,8 @@ def _launch(
     keys_and_values: tuple[Tensor, Tensor],
     where: tuple[Tensor | None, int, int],
     spans: Tensor,
-    longest: int,
+    tiles: Tensor,
+    tile: int,
     layer: tuple[int, int],
     scale: float,
     bias: Tensor | None,
@@ -174,13 +188,13 @@ def _launch(
     """`where`: the block table, the stride of packed keys, the block size; `layer`: and of how many."""
     table, key_stride, block_size = where
     _, num_heads, dim = q.shape
-    rows = 128 if longest >= _LONG else 64
     arguments = (
         q,
         *keys_and_values,
         spans if table is None else table,
         0 if table is None else table.stride(0),
         spans,
+        tiles,
         q if bias is None else bias,
         0 if bias is None else bias.stride(0),
         bias_zero,
@@ -198,8 +212,7 @@ def _launch(
         "HEADS": num_heads,
         "DIM": dim,
         "BLOCK_SIZE": block_size,
-        "ROWS": rows,
+        "ROWS": tile,
         "TILE": _TILE,
     }
-    grid = (triton.cdiv(longest, rows), num_heads, len(spans))
-    _launch_attend(grid, arguments, constants, num_warps=rows // 16)
+    _launch_attend((len(tiles), num_heads, 1), arguments, constants, num_warps=tile // 16)

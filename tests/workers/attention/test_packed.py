@@ -3,6 +3,8 @@ one row, mixed lengths, padding rows, the longest, and NaN wherever nobody wrote
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.headed_cache import BLOCK, HEADS, LAYERS, PROBLEM, SIZE, nan_cache
@@ -14,7 +16,7 @@ from workers.attention.interface import (
     GroupMetadata,
     KvCache,
 )
-from workers.attention.packed import PackedBackend, TorchKernels
+from workers.attention.packed import PackedBackend, Spans, TorchKernels
 
 NUM_BLOCKS = 60
 LONGEST = 45
@@ -154,3 +156,28 @@ def test_single_queries_look_at_lengths_of_the_device_alone() -> None:
         logits_rows=torch.arange(rows),
     )
     torch.testing.assert_close(PACKED.own(static, 0, cache, "kv", None).attend(1, q, k, v)[:3], wanted)
+
+
+def covered(spans: Spans) -> list[tuple[int, int]]:
+    """(sequence, query) of every query that a tile has."""
+    lens = spans.table[:, 1].tolist()
+    return sorted(
+        (sequence, query)
+        for sequence, first in spans.tiles.tolist()
+        for query in range(first, min(first + spans.tile, lens[sequence]))
+    )
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 200))
+def test_tiles_have_every_query_once(lens: list[int], num_padding: int, more_tokens: int) -> None:
+    starts = [sum(lens[:i]) for i in range(len(lens))]
+    keys = [length + 3 for length in lens]
+    of_host = Spans.of(starts, lens, keys, torch.device("cpu"))
+    padded = torch.tensor([*zip(starts, lens, strict=True), *[(0, 0)] * num_padding])
+    seen = torch.tensor(keys + [7] * num_padding)
+    of_device = Spans.on_device(padded, seen, sum(lens) + more_tokens)
+    wanted = [(sequence, query) for sequence, length in enumerate(lens) for query in range(length)]
+    assert covered(of_host) == covered(of_device) == wanted
+    assert of_host.table.tolist() == of_device.table[: len(lens)].tolist()
+    assert of_host.table.dtype == of_device.table.dtype == of_host.tiles.dtype == of_device.tiles.dtype == torch.int32
+    assert of_device.tiles[:, 0].min() >= 0 and of_device.tiles[:, 1].min() >= 0
