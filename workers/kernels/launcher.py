@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _F = TypeVar("_F")
 
 
 class Launcher(Generic[_F]):
-    """Of one kernel, whose constants are its last parameters."""
+    """Of one kernel, whose constants are its last parameters. Triton's launch hooks hear of first launches alone."""
 
     def __init__(self, kernel: JITFunction[_F]) -> None:
         self._kernel = kernel
@@ -28,30 +30,41 @@ class Launcher(Generic[_F]):
     def __call__(
         self,
         grid: tuple[int, int, int],
-        arguments: tuple[Tensor | float, ...],
+        arguments: tuple[Tensor | TensorDescriptor | float, ...],
         constants: Mapping[str, Hashable],
         *,
         num_warps: int,
         num_stages: int = 3,
     ) -> None:
         """`constants` in the order of the kernel's parameters."""
+        # Whatever Triton may compile apart: dtypes, addresses and numbers that are multiples of 16, ones, wide numbers.
+        kinds: list[Hashable] = []
+        # Addresses instead of tensors: the driver is not asked again where each lies.
+        passed: list[TensorDescriptor | float] = []
+        for argument in arguments:
+            if type(argument) is int:
+                wide = (argument + (1 << 31)) >> 32  # 0: it has 32 bits
+                kinds.append("one" if argument == 1 else (argument % 16 == 0, wide) if wide else argument % 16 == 0)
+                passed.append(argument)
+            elif isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                kinds.append((argument.dtype, "odd") if address % 16 else argument.dtype)
+                passed.append(address)
+            elif isinstance(argument, (int, float)):
+                kinds.append(type(argument))
+                passed.append(argument)
+            else:
+                kinds.append((argument.base.dtype, *argument.block_shape))
+                passed.append(argument)
         values = tuple(constants.values())
-        kinds = tuple([_kind(each) for each in arguments])
-        key = (torch.cuda.current_device(), num_warps, num_stages, kinds, values)
+        device = torch.cuda.current_device()
+        key = (device, num_warps, num_stages, *kinds, values)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*arguments, *values)
+            stream = driver.active.get_current_stream(device)
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *passed, *values)
             return
         assert [*constants] == self._kernel.arg_names[len(arguments) :], f"{[*constants]} in another order"
         self._compiled[key] = self._kernel[grid](
             *arguments, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=True
         )
-
-
-def _kind(argument: Tensor | float) -> Hashable:
-    """Whatever Triton may compile apart: dtypes, addresses and numbers that are multiples of 16, ones, wide numbers."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return 1 if argument == 1 else (argument % 16 == 0, argument.bit_length() > 31)
-    return None
