@@ -45,7 +45,7 @@ types:
 	$(VENV)/basedpyright
 
 proto: setup-dev
-	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto cluster/protos/ipc.proto
+	$(VENV)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. cluster/protos/worker.proto
 
 setup:
 	@$(PYTHON) deploy/preflight.py

@@ -138,8 +138,9 @@ class RouterConfig(Section):
 
 class TransferConfig(Section):
     transport: Literal["auto", "nixl", "ipc"] = "auto"
-    """nixl: over whatever UCX finds; ipc: between the GPUs of one host by a kernel that reads memory opened by CUDA
-    IPC, everything else by NIXL; auto: nixl."""
+    """auto: between the GPUs of one host by a kernel that reads memory opened by CUDA IPC, where that is measured to be
+    faster than NIXL, and everything else by NIXL, over whatever UCX finds; nixl: everything; ipc: as auto without
+    measuring, and a worker that cannot does not start."""
     late_read_s: Seconds = 5.0
     """T: a read that took longer is thrown away; abandoned blocks stay in quarantine for 2 T."""
     stuck_read_s: Seconds = 15.0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+ALIGNMENT = 16  # bytes, of the addresses and lengths that the kernel copies
 _LEAST_ROWS = 1024
 
 
@@ -59,3 +60,8 @@ class AddressTables:
     def lend(self, table: AddressTable, until: Event) -> None:
         """Nobody else gets it before `until`, which is later than those of the tables before it."""
         self._running.append((until, table))
+
+
+def common_length(lengths: NDArray[np.uint64]) -> int | None:
+    """Of all of them; None: they differ, or there is none."""
+    return int(lengths[0]) if len(lengths) and bool((lengths == lengths[0]).all()) else None

@@ -3,7 +3,7 @@ joined by the values Pull and Done, also where there is one rank.
 """
 
 from kvtransfer.executor import Connected, Executor, ReadLimits
-from kvtransfer.pull import BlockPair, BlockRaise, BlockRun, BlockSpan, Done, Outcome, Pull
+from kvtransfer.pull import BlockPair, BlockRaise, BlockRun, BlockSpan, Done, Outcome, Pull, names_together
 from kvtransfer.sink import PullResult, Sink
 from kvtransfer.source import Source
 
@@ -21,4 +21,5 @@ __all__ = [
     "ReadLimits",
     "Sink",
     "Source",
+    "names_together",
 ]

@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from cluster.errors import PeerLost, TransferError
@@ -26,13 +26,13 @@ from kvtransfer.link import Landing, Link, ReadOrder, rank_offer, span_of
 from kvtransfer.pool import KvPool
 from kvtransfer.pull import BlockPair, Done, Outcome, Pull
 from kvtransfer.transport import ReadId, ReadState, Transport
+from kvtransfer.ways import Trial
 
 log = logging.getLogger(__name__)
 
 WARM_UP_BYTES = 32 << 20
 WARM_UP_PAIRS = 64
-WARM_UP_READS = 3  # timed; one more goes before them and pays for the connection
-POLL_S = 50e-6  # between polls of reads in flight, growing to the next
+POLL_S = 50e-6  # between polls of reads in flight, growing to the next until another one is posted
 MAX_POLL_S = 1e-3
 STUCK_POLL_S = 0.25  # reads given up may still complete; their handles are freed then
 
@@ -51,9 +51,10 @@ class Connected:
 
     peer: str
     rank: int
-    transport: str
+    transport: str  # what moves the data: of several ways the fastest
     bytes_per_s: float = 0.0  # measured, best of several warm-up reads
     error: TransferError | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)  # bytes/s, by way; without those that failed
 
 
 class _Reads:
@@ -89,6 +90,7 @@ class _Reads:
 class _PullJob:
     pull: Pull
     link: Link
+    transport: str
     num_bytes: int
     started: float
     reads: _Reads
@@ -100,10 +102,9 @@ class _WarmUp:
     link: Link
     callback: Callable[[Connected], None]
     pairs: list[BlockPair]
+    trial: Trial
     started: float
     reads: _Reads
-    reads_left: int = WARM_UP_READS
-    best_s: float | None = None  # None until the untimed read is over
 
 
 class Executor:
@@ -135,6 +136,7 @@ class Executor:
         self._closing: dict[str, Link] = {}  # disconnected, with reads in flight
         self._jobs: list[_PullJob | _WarmUp] = []
         self._stuck: list[_PullJob | _WarmUp] = []
+        self._num_posted = 0  # reads
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
@@ -156,8 +158,8 @@ class Executor:
     ) -> None:
         """Reaches shard `shard` of a source, named `peer` in pulls (its incarnation), and warms the pair up.
 
-        Checks the geometry, prepares all descriptors, reads the null block a few times and reports the rate. A peer
-        that is connected already is only measured again.
+        Checks the geometry, prepares all descriptors, reads the null block a few times by each way that there is,
+        keeps to the fastest and reports its rate. A peer that is connected already is only measured again.
         """
         self._post(lambda: self._connect(peer, offer, shard, callback))
 
@@ -218,7 +220,9 @@ class Executor:
             self._wake.clear()
             if self._stopping:  # after the clear, which may have swallowed the call for it
                 return
+            num_posted = self._num_posted
             if self.run_once():
+                pause = pause if num_posted == self._num_posted else POLL_S
                 self._wake.wait(pause)
                 pause = min(2 * pause, MAX_POLL_S)
             else:
@@ -238,15 +242,17 @@ class Executor:
                 link = Link(peer, offer, shard, self._pool, self._landing, self._transport)
             self._links[peer] = link
             pairs = link.warm_up_pairs(WARM_UP_BYTES, WARM_UP_PAIRS)
-            reads = self._warm_up_reads(link, pairs)
+            trial = Trial(link.ways, link.bytes_of(pairs))
+            reads = self._post_reads(link.data_orders(pairs))
         except TransferError as error:
             callback(Connected(peer, self._rank, self._transport.name, error=error))
             return
         link.num_in_flight += 1
-        self._jobs.append(_WarmUp(link, callback, pairs, self._clock(), reads))
+        self._jobs.append(_WarmUp(link, callback, pairs, trial, self._clock(), reads))
 
-    def _warm_up_reads(self, link: Link, pairs: Sequence[BlockPair]) -> _Reads:
-        return _Reads(self._transport, link.data_orders(pairs))
+    def _post_reads(self, orders: Sequence[ReadOrder]) -> _Reads:
+        self._num_posted += 1
+        return _Reads(self._transport, orders)
 
     def _disconnect(self, peer: str) -> None:
         link = self._links.pop(peer, None)
@@ -265,12 +271,12 @@ class Executor:
                 raise PeerLost(f"{pull.peer} is not connected")
             orders = link.data_orders(pull.pairs)
         except TransferError as error:
-            self._on_done(Done(pull.id, self._rank, Outcome.LOST, error=str(error)))
+            self._on_done(Done(pull.id, self._rank, Outcome.LOST, error=str(error), transport=self._transport.name))
             return
         self._apply_raises(pull)
         link.num_in_flight += 1
-        reads = _Reads(self._transport, orders)
-        self._jobs.append(_PullJob(pull, link, link.bytes_of(pull.pairs), started, reads))
+        reads = self._post_reads(orders)
+        self._jobs.append(_PullJob(pull, link, link.transport, link.bytes_of(pull.pairs), started, reads))
 
     def _apply_raises(self, pull: Pull) -> None:
         for group, table in enumerate(self._pool.generations):
@@ -293,7 +299,7 @@ class Executor:
     def _pull_moved(self, job: _PullJob) -> bool:
         if job.reads.error is None and not job.checking:
             job.checking = True
-            job.reads = _Reads(self._transport, job.link.generation_orders(job.pull.pairs))
+            job.reads = self._post_reads(job.link.generation_orders(job.pull.pairs))
             if not job.reads.over():
                 return False
         seconds = self._clock() - job.started
@@ -308,38 +314,42 @@ class Executor:
             outcome = Outcome.STALE if stale else Outcome.OK
         error = str(job.reads.error or "")
         self._land(job.link)
-        self._on_done(Done(job.pull.id, self._rank, outcome, job.num_bytes, seconds, stale, error))
+        self._report(job, outcome, job.num_bytes, seconds, stale, error)
         return True
 
     def _warm_up_moved(self, job: _WarmUp) -> bool:
-        now = self._clock()
-        error = job.reads.error
+        link, trial, error = job.link, job.trial, job.reads.error
         if error is None:
-            if job.best_s is None:
-                job.best_s = float("inf")
-            else:
-                job.best_s = min(job.best_s, now - job.started)
-                job.reads_left -= 1
-            if job.reads_left:
-                job.started = self._clock()
-                job.reads = self._warm_up_reads(job.link, job.pairs)
-                return False
-        rate = 0.0 if job.best_s is None else job.link.bytes_of(job.pairs) / max(job.best_s, 1e-9)
-        self._land(job.link)
-        if error is not None:
-            self._disconnect(job.link.peer)
-        job.callback(Connected(job.link.peer, self._rank, self._transport.name, 0.0 if error else rate, error))
+            trial.took(self._clock() - job.started)
+        else:
+            log.info("%s cannot be read by %s: %s", link.peer, trial.way, error)
+            trial.failed(error)
+        if not trial.over:
+            link.choose(trial.way)
+            job.started = self._clock()
+            job.reads = self._post_reads(link.data_orders(job.pairs))
+            return False
+        best = trial.best
+        if best is None:
+            self._land(link)
+            self._disconnect(link.peer)
+            job.callback(Connected(link.peer, self._rank, self._transport.name, error=trial.error))
+            return True
+        link.choose(best)
+        connected = Connected(link.peer, self._rank, link.transport, trial.rates[best], rates=trial.rates)
+        self._land(link)
+        job.callback(connected)
         return True
 
     def _give_up(self, job: _PullJob | _WarmUp, now: float) -> None:
         seconds = now - job.started
-        message = f"a read from {job.link.peer} has not completed after {seconds:.1f} s"
+        message = f"a read from {job.link.peer} by {job.link.transport} has not completed after {seconds:.1f} s"
         log.warning("%s; given up", message)
         if isinstance(job, _WarmUp):
             self._disconnect(job.link.peer)
             job.callback(Connected(job.link.peer, self._rank, self._transport.name, error=TransferError(message)))
         else:
-            self._on_done(Done(job.pull.id, self._rank, Outcome.STUCK, 0, seconds, error=message))
+            self._report(job, Outcome.STUCK, 0, seconds, error=message)
 
     def _unstuck(self, job: _PullJob | _WarmUp) -> bool:
         if not job.reads.over():
@@ -348,8 +358,19 @@ class Executor:
         if isinstance(job, _PullJob):
             seconds = self._clock() - job.started
             error = f"given up before; over after {seconds:.1f} s"
-            self._on_done(Done(job.pull.id, self._rank, Outcome.LOST, 0, seconds, error=error))
+            self._report(job, Outcome.LOST, 0, seconds, error=error)
         return True
+
+    def _report(
+        self,
+        job: _PullJob,
+        outcome: Outcome,
+        num_bytes: int,
+        seconds: float,
+        stale: tuple[int, ...] = (),
+        error: str = "",
+    ) -> None:
+        self._on_done(Done(job.pull.id, self._rank, outcome, num_bytes, seconds, stale, error, job.transport))
 
     def _land(self, link: Link) -> None:
         link.num_in_flight -= 1

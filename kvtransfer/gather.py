@@ -16,9 +16,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.compiler import CompiledKernel
 
-from kvtransfer.address_tables import AddressTable, AddressTables
+from kvtransfer.address_tables import AddressTable, AddressTables, common_length
 
-ALIGNMENT = 16  # bytes, of addresses and lengths
 _WORD = 8
 
 
@@ -101,11 +100,6 @@ class Gather:
                 table.storage, num_rows, num_words, WORDS=tactic.words, num_warps=tactic.num_warps
             )
         return table
-
-
-def common_length(lengths: NDArray[np.uint64]) -> int | None:
-    """Of all of them; None: they differ, or there is none."""
-    return int(lengths[0]) if len(lengths) and bool((lengths == lengths[0]).all()) else None
 
 
 def _by_length(lengths: NDArray[np.uint64]) -> Iterator[tuple[int, slice | NDArray[np.bool_]]]:

@@ -19,7 +19,7 @@ from cluster.errors import TransferError
 from cluster.protos import worker_pb2 as pb
 from kvtransfer.layout import KvGeometry, RankLayout, RegionSpec, Slice, reshard_plan
 from kvtransfer.pool import NULL_BLOCK, KvPool
-from kvtransfer.pull import BlockPair, Pull
+from kvtransfer.pull import BlockPair, Pull, names_together
 from kvtransfer.transport import HOST, AgentOffer, Indices, MemorySpan, PreparedId, Transport
 
 GENERATION_BYTES = 8
@@ -42,12 +42,17 @@ def rank_offer(pool: KvPool, shard: int, agent: AgentOffer) -> pb.RankOffer:
         tp_size=pool.layout.tp_size,
         agent=agent.agent,
         metadata=agent.metadata,
+        ipc=agent.ipc,
     )
     for group in range(len(pool.regions)):
         for region, storage in pool.travelling(group):
             offer.regions.append(_region_offer(group, region.name, storage))
         offer.generations.append(_region_offer(group, "generations", pool.generations[group].entries))
     return offer
+
+
+def _agent_offer(rank: pb.RankOffer) -> AgentOffer:
+    return AgentOffer(rank.agent, rank.metadata, rank.ipc if rank.HasField("ipc") else None)
 
 
 def _region_offer(group: int, name: str, storage: torch.Tensor) -> pb.RegionOffer:
@@ -133,6 +138,13 @@ class _RowPairs:
             )
         )
 
+    def ways(self, transport: Transport) -> tuple[str, ...]:
+        return transport.ways(self._remote)
+
+    def choose(self, transport: Transport, way: str) -> None:
+        if way in self.ways(transport):
+            transport.choose(self._remote, way)
+
     def prepare(self, transport: Transport, agent: str) -> None:
         self._local = transport.prepare(None, self._local_rows.all())
         self._remote = transport.prepare(agent, self._remote_rows.all())
@@ -206,12 +218,27 @@ class Link:
         self._sources = [source for source in self._sources if any(source.data.bases)]
         try:
             for source in self._sources:
-                source.agent = transport.connect(AgentOffer(source.offer.agent, source.offer.metadata))
+                source.agent = transport.connect(_agent_offer(source.offer))
                 source.data.prepare(transport, source.agent)
                 source.generations.prepare(transport, source.agent)
         except TransferError:
             self.close()
             raise
+
+    @property
+    def transport(self) -> str:
+        """What moves the data."""
+        return names_together(source.data.ways(self._transport)[0] for source in self._sources)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What can move the data of some source rank: in use first, then others to choose from."""
+        return tuple(dict.fromkeys(way for source in self._sources for way in source.data.ways(self._transport)))
+
+    def choose(self, way: str) -> None:
+        """For the source ranks that can be read so; the others stay as they are."""
+        for source in self._sources:
+            source.data.choose(self._transport, way)
 
     def bytes_of(self, pairs: Sequence[BlockPair]) -> int:
         return sum(source.bytes_per_block[pair.group] for source in self._sources for pair in pairs)

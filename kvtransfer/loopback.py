@@ -27,7 +27,7 @@ class LoopbackFabric:
     killed: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
-    delays: dict[str, int] = field(default_factory=dict)
+    delays: dict[tuple[str, str], int] = field(default_factory=dict)  # by agent and way
 
     def kill(self, agent: str) -> None:
         """For good: a restarted agent has another name."""
@@ -42,9 +42,9 @@ class LoopbackFabric:
     def fail(self, agent: str) -> None:
         self.failing.add(agent)
 
-    def slow(self, agent: str, num_polls: int) -> None:
+    def slow(self, agent: str, num_polls: int, way: str = "loopback") -> None:
         """Of reads posted from now on; 0 ends it."""
-        self.delays[agent] = num_polls
+        self.delays[agent, way] = num_polls
 
 
 @dataclass(slots=True)
@@ -87,22 +87,25 @@ class LoopbackRead:
         return ReadState.COMPLETE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prepared:
     agent: str
     descriptors: list[tuple[int, int]]  # address, bytes
+    ways: tuple[str, ...]
 
 
 class LoopbackTransport:
-    """Implements Transport. Copies happen on the thread that polls; `reads` are those posted and not yet released."""
+    """Implements Transport. Copies happen on the thread that polls; `reads` are those posted and not yet released.
+    All `ways` are alike until the fabric slows one down."""
 
-    def __init__(self, fabric: LoopbackFabric, agent: str) -> None:
+    def __init__(self, fabric: LoopbackFabric, agent: str, ways: tuple[str, ...] = ("loopback",)) -> None:
         if agent in fabric.agents:
             raise TransferError(f"agent {agent!r} exists already: a restarted process needs another name")
         fabric.agents[agent] = self
         self.reads: dict[ReadId, LoopbackRead] = {}
         self._fabric = fabric
         self._agent = agent
+        self._ways = ways
         self._spans: list[MemorySpan] = []
         self._prepared: dict[PreparedId, _Prepared] = {}
         self._peers: dict[str, list[MemorySpan]] = {}
@@ -138,11 +141,19 @@ class LoopbackTransport:
             if not any(s.address <= address and address + num_bytes <= s.address + s.num_bytes for s in spans):
                 raise NotRegistered(f"{num_bytes} bytes at {address:#x} of {peer or self._agent} are not registered")
         prepared = PreparedId(next(self._ids))
-        self._prepared[prepared] = _Prepared(peer or self._agent, rows)
+        self._prepared[prepared] = _Prepared(peer or self._agent, rows, self._ways)
         return prepared
 
     def discard(self, prepared: PreparedId) -> None:
         self._prepared.pop(prepared, None)
+
+    def ways(self, remote: PreparedId) -> tuple[str, ...]:
+        return self._prepared[remote].ways
+
+    def choose(self, remote: PreparedId, way: str) -> None:
+        entry = self._prepared[remote]
+        assert way in entry.ways
+        entry.ways = (way, *(each for each in entry.ways if each != way))
 
     def read(self, local: PreparedId, local_rows: Indices, remote: PreparedId, remote_rows: Indices) -> ReadId:
         here, there = self._prepared[local], self._prepared[remote]
@@ -156,7 +167,8 @@ class LoopbackTransport:
             assert num_bytes == remote_bytes, "rows pair up in size"
             copies.append((destination, address, num_bytes))
         read = ReadId(next(self._ids))
-        self.reads[read] = LoopbackRead(self._fabric, there.agent, copies, self._fabric.delays.get(there.agent, 0))
+        polls = self._fabric.delays.get((there.agent, there.ways[0]), 0)
+        self.reads[read] = LoopbackRead(self._fabric, there.agent, copies, polls)
         return read
 
     def poll(self, read: ReadId) -> ReadState:

@@ -161,6 +161,12 @@ class NixlTransport:
             with _translated("discarding descriptors"):
                 entry.handle.release()
 
+    def ways(self, remote: PreparedId) -> tuple[str, ...]:
+        return (self.name,)
+
+    def choose(self, remote: PreparedId, way: str) -> None:
+        assert way == self.name
+
     def read(self, local: PreparedId, local_rows: Indices, remote: PreparedId, remote_rows: Indices) -> ReadId:
         here, there = self._prepared[local], self._prepared[remote]
         with _translated(f"reading from {there.peer}"):

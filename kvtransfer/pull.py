@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -103,3 +103,9 @@ class Done:
     seconds: float = 0.0  # with a read in flight, the generation check included
     stale: tuple[int, ...] = ()  # indices of Pull.pairs whose generation differed
     error: str = ""  # LOST: what the transport said
+    transport: str = ""  # what moved the data; "" where nothing could
+
+
+def names_together(transports: Iterable[str]) -> str:
+    """Of several ranks: mostly one name, "ipc+nixl" where ranks differ, "" of none."""
+    return "+".join(sorted({each for each in transports if each}))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from cluster.errors import TransferError
 from cluster.request import RequestKey
 from kvtransfer.ledger import BlockRef, Ledger
-from kvtransfer.pull import BlockPair, BlockRaise, BlockRun, BlockSpan, Done, Outcome, Pull
+from kvtransfer.pull import BlockPair, BlockRaise, BlockRun, BlockSpan, Done, Outcome, Pull, names_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class PullResult:
     num_bytes: int  # over all ranks
     seconds: float  # of the slowest rank
     errors: tuple[str, ...]
+    transport: str  # what moved the data; "" where nothing could
 
     @property
     def valid_pairs(self) -> tuple[BlockPair, ...]:
@@ -153,6 +154,7 @@ class Sink:
             num_bytes=sum(each.num_bytes for each in dones),
             seconds=max(each.seconds for each in dones),
             errors=tuple(each.error for each in dones if each.error),
+            transport=names_together(each.transport for each in dones),
         )
 
     def num_pulls_of(self, key: RequestKey) -> int:

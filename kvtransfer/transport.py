@@ -3,6 +3,7 @@
 Life of a transport, all on one thread (the bytes thread) except where a method says otherwise:
 
     register each region once -> offer -> connect(peer's offer) -> prepare both sides, for the whole pool
+        -> choose one of several ways, by what each is seen to do
         -> per pull: read -> poll until COMPLETE -> release            -> disconnect -> close
 
 Nothing here knows blocks, requests or generations. A transport reads whatever lies at a registered address and says
@@ -17,6 +18,8 @@ from typing import Literal, NewType, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cluster.protos import worker_pb2 as pb
 
 HOST = 0  # device code of host memory; CUDA device i has code i + 1
 
@@ -41,10 +44,12 @@ class MemorySpan:
 @dataclass(frozen=True, slots=True)
 class AgentOffer:
     """What a peer needs to read from here; travels inside pb.RankOffer. `metadata` is opaque: from an
-    authenticated peer only, since libraries parse it without care."""
+    authenticated peer only, since libraries parse it without care. `ipc` is for peers of the same host; who knows
+    nothing of it reads all the same."""
 
     agent: str
     metadata: bytes
+    ipc: pb.IpcOffer | None = None
 
 
 class ReadState(Enum):
@@ -57,7 +62,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """ "nixl", "ipc", "loopback": what reports and offers call it."""
+        """ "nixl", "loopback": what two workers must have in common."""
         ...
 
     @property
@@ -86,6 +91,15 @@ class Transport(Protocol):
 
     def discard(self, prepared: PreparedId) -> None:
         """Frees a prepared list that no read in flight uses. Idempotent."""
+        ...
+
+    def ways(self, remote: PreparedId) -> tuple[str, ...]:
+        """What can move the rows of a peer's list: "nixl", "ipc", "loopback"; the one in use comes first. Of several,
+        whoever prepared it measures each and chooses."""
+        ...
+
+    def choose(self, remote: PreparedId, way: str) -> None:
+        """One of `ways`, for the reads from now on."""
         ...
 
     def read(self, local: PreparedId, local_rows: Indices, remote: PreparedId, remote_rows: Indices) -> ReadId:

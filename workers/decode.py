@@ -55,7 +55,6 @@ class DecodeStage:
         me: pb.WorkerRef,
     ) -> None:
         self._scheduler = parts.scheduler
-        self._transport = parts.executors[0].transport_name
         self._next_id = parts.next_id
         self._shares_prefixes = parts.blocks.enable_prefix_cache
         self._constraints = parts.constraints
@@ -349,8 +348,6 @@ class DecodeStage:
         request.tell_skipped(self._block_size)
         self._scheduler.abort(request.sequence)
         self._followers.gone(request, now)
-        if request.route.blocks:
-            request.route.transport = self._transport
         request.stages.close(now, "" if error is None else str(error))
         if error is not None:
             emitted = request.sequence.num_emitted

@@ -20,7 +20,7 @@ from cluster.membership import Member, MemberState
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
-from kvtransfer.connector import Connected, Executor, PullResult
+from kvtransfer.connector import Connected, Executor, PullResult, names_together
 from workers.rate import Rate
 
 FIRST_PAUSE_S = 0.5  # before a source that could not be read is tried again, doubling
@@ -49,7 +49,7 @@ def offered_to(
     """What a sink needs to read the blocks of this worker."""
     transport = executors[0].transport_name
     if transport not in query.transports:
-        text = f"{name} has {transport}, the sink {', '.join(query.transports)}; set transfer.transport"
+        text = f"{name} has {transport}, the sink {', '.join(query.transports)}; start both with one version"
         return pb.TransportOffer(failure=pb.Failure(code=pb.INCOMPATIBLE, message=text))
     ranks = [executor.offer() for executor in executors]
     return pb.TransportOffer(transport=transport, ranks=ranks, late_read_ms=int(late_read_s * 1000))
@@ -66,6 +66,11 @@ class _Pair:
     pause_s: float = FIRST_PAUSE_S
     retry_at: float | None = None
 
+    @property
+    def transport(self) -> str:
+        """What moves the blocks; "" before any rank is connected."""
+        return names_together(each.transport for each in self.connected.values())
+
 
 class Pairs:
     """`post` hands a Connected, made on a bytes thread, to `connected` on the engine thread."""
@@ -78,6 +83,7 @@ class Pairs:
         self._metrics = metrics
         self._log = log
         self._pairs: dict[str, _Pair] = {}  # by the source's incarnation
+        self._rated: dict[str, str] = {}  # by name: under which transport its rate is shown
         self.changed = False  # since the last report
         self.closed: set[str] = set()  # sources, by incarnation, that take no new prompts
 
@@ -125,8 +131,17 @@ class Pairs:
         pair.warm = len(pair.connected) == len(self._executors)
         self.changed = True
         rate = min(each.bytes_per_s for each in pair.connected.values())
-        self._metrics.transfer_rate.labels(result.transport, session.peer.name).set(rate)
-        self._log.info("source is warm", peer=session.peer.name, transport=result.transport, rate_bytes_per_s=rate)
+        name, transport = session.peer.name, pair.transport
+        shown = self._rated.setdefault(name, transport)
+        if shown != transport:
+            self._metrics.transfer_rate.remove(shown, name)
+            self._rated[name] = transport
+        self._metrics.transfer_rate.labels(transport, name).set(rate)
+        slower = {way: found for way, found in result.rates.items() if way != result.transport}
+        log = self._log
+        if slower:
+            log = log.bind(rejected=", ".join(f"{way} at {found:.3g} bytes/s" for way, found in slower.items()))
+        log.info("source is warm", peer=name, transport=transport, rate_bytes_per_s=rate)
 
     def broken(self, session: Session) -> None:
         pair = self._pairs.get(session.peer.incarnation)
@@ -150,8 +165,9 @@ class Pairs:
         return next((session for each in candidates if (session := self.warm(each)) is not None), None)
 
     def transport(self, session: Session) -> str:
+        """What moves blocks from there; "" of a source that cannot be read."""
         pair = self._pairs.get(session.peer.incarnation)
-        return next((each.transport for each in pair.connected.values()), "") if pair else ""
+        return pair.transport if pair else ""
 
     def read(self, result: PullResult) -> None:
         """Of a source, whatever became of its pair: how fast its bytes come counts from the first read on."""
@@ -165,7 +181,7 @@ class Pairs:
             pb.PairReport(
                 source_incarnation=incarnation,
                 warm=pair.warm and pair.session.open,
-                transport=next((each.transport for each in pair.connected.values()), ""),
+                transport=pair.transport,
                 bytes_per_s=pair.rate.per_s or min((c.bytes_per_s for c in pair.connected.values()), default=0.0),
             )
             for incarnation, pair in self._pairs.items()

@@ -49,7 +49,7 @@ class Reads:
         if result is None:
             return None
         self._pairs.read(result)
-        metrics, labels = self._metrics, (self._executors[0].transport_name, self._sources.pop(result.pull.id))
+        metrics, labels = self._metrics, (result.transport, self._sources.pop(result.pull.id))
         metrics.pulls.labels(PullOutcome(result.outcome)).inc()
         metrics.pulled_blocks.inc(len(result.valid_pairs))
         metrics.transfer_bytes.labels(*labels).inc(result.num_bytes)

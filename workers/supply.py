@@ -44,7 +44,6 @@ class Supply:
         """`resume` takes up a request whose encoder input has been read elsewhere, or ends it with the error."""
         self._scheduler = parts.scheduler
         self._block_size = parts.block_size
-        self._transport = parts.executors[0].transport_name
         self._pairs = pairs
         self._reads = reads
         self._borrower = borrower
@@ -155,7 +154,7 @@ class Supply:
     def read(self, request: Request, fetch: Fetch, session: Session, ticket: pb.Ticket, now: float) -> bool:
         """Reads the blocks of a ticket; False: they are not what was asked for, and the source is given up."""
         if ticket.runs:
-            request.stages.reading(session.peer, self._transport, now)
+            request.stages.reading(session.peer, self._pairs.transport(session), now)
         return self._reads.begin(request.key, fetch, session, ticket, now)
 
     def pulled(self, request: Request | None, result: PullResult, now: float) -> bool:
@@ -166,6 +165,8 @@ class Supply:
             return False
         fetch.landed(result.valid_pairs)
         request.route.blocks += len(result.valid_pairs)
+        if result.valid_pairs:
+            request.route.transport = result.transport
         request.route.bytes += result.num_bytes
         read_s = fetch.end_read(result.pull.id, now)
         request.route.transfer_s += read_s

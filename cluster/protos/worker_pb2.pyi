@@ -720,7 +720,7 @@ class RegionOffer(_message.Message):
     def __init__(self, group: _Optional[int] = ..., name: _Optional[str] = ..., address: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device: _Optional[int] = ...) -> None: ...
 
 class RankOffer(_message.Message):
-    __slots__ = ("rank", "shard", "tp_rank", "tp_size", "agent", "metadata", "regions", "generations")
+    __slots__ = ("rank", "shard", "tp_rank", "tp_size", "agent", "metadata", "regions", "generations", "ipc")
     RANK_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -729,6 +729,7 @@ class RankOffer(_message.Message):
     METADATA_FIELD_NUMBER: _ClassVar[int]
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    IPC_FIELD_NUMBER: _ClassVar[int]
     rank: int
     shard: int
     tp_rank: int
@@ -737,7 +738,26 @@ class RankOffer(_message.Message):
     metadata: bytes
     regions: _containers.RepeatedCompositeFieldContainer[RegionOffer]
     generations: _containers.RepeatedCompositeFieldContainer[RegionOffer]
-    def __init__(self, rank: _Optional[int] = ..., shard: _Optional[int] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., agent: _Optional[str] = ..., metadata: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[RegionOffer, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[RegionOffer, _Mapping]]] = ...) -> None: ...
+    ipc: IpcOffer
+    def __init__(self, rank: _Optional[int] = ..., shard: _Optional[int] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., agent: _Optional[str] = ..., metadata: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[RegionOffer, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[RegionOffer, _Mapping]]] = ..., ipc: _Optional[_Union[IpcOffer, _Mapping]] = ...) -> None: ...
+
+class IpcOffer(_message.Message):
+    __slots__ = ("host", "spans")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    host: bytes
+    spans: _containers.RepeatedCompositeFieldContainer[IpcSpan]
+    def __init__(self, host: _Optional[bytes] = ..., spans: _Optional[_Iterable[_Union[IpcSpan, _Mapping]]] = ...) -> None: ...
+
+class IpcSpan(_message.Message):
+    __slots__ = ("address", "num_bytes", "handle")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    address: int
+    num_bytes: int
+    handle: bytes
+    def __init__(self, address: _Optional[int] = ..., num_bytes: _Optional[int] = ..., handle: _Optional[bytes] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("transport", "ranks", "late_read_ms", "failure")

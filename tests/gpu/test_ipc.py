@@ -10,6 +10,7 @@ import torch
 
 from kvtransfer.connector import Outcome
 from kvtransfer.layout import GroupSpec, KvGeometry, PageFormat, RegionSpec
+from kvtransfer.transport import TransportKind
 from tests.support.exact_pulls import check_pulls
 from tests.support.kv_builders import latent_geometry
 from tests.support.kv_process import RankProcess
@@ -40,6 +41,53 @@ def test_pulls_are_bit_equal_and_checked_by_generation(devices: tuple[str, str])
         assert (sink.stop(), source.stop()) == (0, 0)
 
 
+@pytest.mark.parametrize("devices", DEVICES)
+def test_both_ways_are_measured_and_the_faster_is_kept(devices: tuple[str, str]) -> None:
+    needs(devices)
+    source, sink = (
+        RankProcess(name, GEOMETRY, NUM_BLOCKS, device=device, transport="auto")
+        for name, device in zip(("source", "sink"), devices, strict=True)
+    )
+    with source, sink:
+        connected = sink.connect(source)
+        assert connected.error is None and set(connected.rates) == {"ipc", "nixl"}
+        assert connected.bytes_per_s == connected.rates[connected.transport] == max(connected.rates.values())
+        print({way: f"{rate / 1e9:.2f} GB/s" for way, rate in connected.rates.items()})
+        check_pulls(source, sink, GEOMETRY)
+        assert (sink.stop(), source.stop()) == (0, 0)
+
+
+@pytest.mark.parametrize("transport", ["ipc", "auto"])
+@pytest.mark.parametrize("devices", DEVICES)
+def test_one_with_nixl_alone_reads_and_is_read(devices: tuple[str, str], transport: TransportKind) -> None:
+    needs(devices)
+    alone = RankProcess("alone", GEOMETRY, NUM_BLOCKS, device=devices[0], transport="nixl")
+    other = RankProcess("other", GEOMETRY, NUM_BLOCKS, device=devices[1], transport=transport)
+    with alone, other:
+        for source, sink, blocks, contents in ((alone, other, [1, 5, 6], [1, 2, 3]), (other, alone, [9, 7], [4, 5])):
+            connected = sink.connect(source)
+            assert (connected.error, connected.transport) == (None, "nixl")
+            source.write(blocks, contents, generation=1)
+            into = [block + 16 for block in blocks]
+            done = sink.pull(source, blocks, into, [1] * len(blocks))
+            assert (done.outcome, done.transport) == (Outcome.OK, "nixl")
+            assert all(sink.read(into, contents))
+        assert (other.stop(), alone.stop()) == (0, 0)
+
+
+def test_a_peer_whose_handle_is_refused_is_read_the_other_way() -> None:
+    source, sink, gone = (
+        RankProcess(name, GEOMETRY, NUM_BLOCKS, device="cuda", transport="ipc") for name in ("source", "sink", "gone")
+    )
+    with source, sink:
+        with gone:
+            assert gone.stop() == 0
+        source.offer.ranks[0].ipc.CopyFrom(gone.offer.ranks[0].ipc)
+        connected = sink.connect(source)
+        assert (connected.error, connected.transport) == (None, "nixl")
+        check_pulls(source, sink, GEOMETRY)
+
+
 def test_rows_that_the_kernel_cannot_copy_go_the_other_way() -> None:
     geometry = KvGeometry(
         (
@@ -57,7 +105,8 @@ def test_rows_that_the_kernel_cannot_copy_go_the_other_way() -> None:
     )
     source, sink = (RankProcess(name, geometry, 8, device="cuda", transport="ipc") for name in ("source", "sink"))
     with source, sink:
-        assert sink.connect(source).error is None
+        connected = sink.connect(source)
+        assert (connected.error, connected.transport) == (None, "nixl")
         source.write([1, 2], [5, 6], generation=1)
         assert sink.pull(source, [1, 2], [4, 3], [1, 1]).outcome is Outcome.OK
         assert sink.read([4, 3], [5, 6]) == [True, True]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import ConfigError, NotRegistered
+from cluster.errors import NotRegistered
 from kvtransfer.device_memory import AddressMap, Opened
-from kvtransfer.transports import open_transport
 
 RANGES = [Opened(theirs=1 << 40, here=5000, num_bytes=4096), Opened(theirs=2 << 20, here=1 << 50, num_bytes=64)]
 
@@ -33,8 +31,3 @@ def test_a_row_outside_is_named(address: int, num_bytes: int) -> None:
     rows = np.array([2 << 20, address], np.uint64), np.array([64, num_bytes], np.uint64)
     with pytest.raises(NotRegistered, match=f"{num_bytes} bytes at {address:#x}"):
         AddressMap(RANGES)(*rows)
-
-
-def test_without_a_gpu_there_is_no_ipc() -> None:
-    with pytest.raises(ConfigError, match=r"transfer\.transport.*cpu; set nixl"):
-        open_transport("ipc", "worker-0", torch.device("cpu"))

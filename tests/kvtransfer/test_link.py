@@ -9,10 +9,10 @@ import torch
 
 from cluster.errors import TransferError
 from cluster.protos import worker_pb2 as pb
-from kvtransfer.connector import BlockPair, Outcome, Pull
+from kvtransfer.connector import BlockPair, Connected, Outcome, Pull
 from kvtransfer.layout import KvGeometry
 from kvtransfer.loopback import LoopbackFabric
-from tests.support.kv_builders import STUCK_S, Clock, KvPair, KvWorker, heads_geometry, latent_geometry
+from tests.support.kv_builders import KEY, STUCK_S, Clock, KvPair, KvWorker, heads_geometry, latent_geometry
 
 
 def test_geometry_mismatch_is_found_at_connect_with_both_geometries() -> None:
@@ -72,6 +72,55 @@ def test_a_warm_up_that_never_completes_is_an_error() -> None:
     clock.now += STUCK_S + 1
     assert not sink.run_once()
     assert "has not completed" in str(sink.connected[0].error)
+
+
+def test_of_several_ways_the_fastest_is_kept() -> None:
+    fabric, clock = LoopbackFabric(), Clock()
+    source, sink = (KvWorker.build(name, fabric, clock, ways=("near", "far", "farther")) for name in ("source", "sink"))
+    for way, polls in (("near", 2), ("farther", 9)):
+        fabric.slow("source/0", polls, way)
+    (connected,) = connected_in_time(source, sink)
+    assert (connected.error, connected.transport) == (None, "far")
+    num_bytes = 64 * sink.ranks[0].pool.geometry.groups[0].block_bytes()
+    assert connected.rates == {
+        "near": pytest.approx(num_bytes / 0.003),
+        "far": pytest.approx(num_bytes / 0.001),
+        "farther": pytest.approx(num_bytes / 0.010),
+    }
+    assert connected.bytes_per_s == connected.rates["far"]
+    theirs, ours = source.filled([7]), sink.reserve(1)
+    sink.pull(KEY, "source", source.publish(KEY, "session", theirs), ours)
+    while sink.run_once():
+        pass
+    (result,) = sink.settle()
+    assert (result.outcome, result.transport) == (Outcome.OK, "far") and sink.holds(0, ours[0], 7)
+
+    fabric.slow("source/0", 0, "farther")
+    fabric.slow("source/0", 3, "far")
+    (connected,) = connected_in_time(source, sink)
+    assert connected.transport == "farther", "measured again"
+
+
+def test_a_way_that_fails_is_out() -> None:
+    fabric, clock = LoopbackFabric(), Clock()
+    source, sink = (KvWorker.build(name, fabric, clock, ways=("near", "far")) for name in ("source", "sink"))
+    fabric.slow("source/0", 5, "far")
+    fabric.fail("source/0")
+    (connected,) = connected_in_time(source, sink)
+    assert (connected.error, connected.transport, list(connected.rates)) == (None, "far", ["far"])
+    fabric.kill("source/0")
+    (connected,) = connected_in_time(source, sink)
+    assert "source/0 is gone" in str(connected.error) and not connected.rates
+
+
+def connected_in_time(source: KvWorker, sink: KvWorker) -> list[Connected]:
+    """A millisecond passes with each poll."""
+    sink.connected.clear()
+    for rank in sink.ranks:
+        rank.executor.connect(source.name, source.offer(), sink.connected.append)
+    while sink.run_once():
+        sink.clock.now += 0.001
+    return sink.connected
 
 
 def test_pulls_after_a_disconnect_are_lost_and_those_before_complete() -> None:

@@ -41,6 +41,18 @@ def test_pulls_are_bit_equal_checked_by_generation_and_processes_end_well(
     assert source.stop() == 0
 
 
+def test_handles_for_peers_of_its_host_are_ignored(pair: tuple[RankProcess, RankProcess]) -> None:
+    source, sink = pair
+    sink.disconnect(source)
+    source.offer.ranks[0].ipc.host = b"a host"
+    source.offer.ranks[0].ipc.spans.add(address=1 << 40, num_bytes=1 << 30, handle=b"handle")
+    connected = sink.connect(source)
+    assert (connected.error, connected.transport) == (None, "nixl")
+    source.write([3], [11], generation=1)
+    assert sink.pull(source, [3], [4], [1]).outcome is Outcome.OK
+    assert sink.read([4], [11]) == [True]
+
+
 def test_a_killed_source_is_lost(pair: tuple[RankProcess, RankProcess]) -> None:
     source, sink = pair
     source.process.kill()

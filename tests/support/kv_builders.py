@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvtransfer.layout import GroupSpec, KvGeometry, PageFormat, RankLayout, Reg
 from kvtransfer.ledger import Ledger
 from kvtransfer.loopback import LoopbackFabric, LoopbackRead, LoopbackTransport
 from kvtransfer.pool import KvPool
+from kvtransfer.transport import Transport
 from workers.engine.block_manager import BlockManager, GroupCapacity
 
 T_S = 5.0
@@ -143,7 +144,10 @@ class KvWorker:
         num_blocks: int = 8,
         prefix_cache: bool = True,
         late_read_s: float = T_S,
+        ways: tuple[str, ...] = ("loopback",),
+        over: Callable[[LoopbackTransport], Transport] | None = None,
     ) -> KvWorker:
+        """`over`: makes the executors' transport of the loopback below it."""
         geometry = geometry or latent_geometry()
         blocks = BlockManager(
             [GroupCapacity(group.name, num_blocks, group.block_size) for group in geometry.groups],
@@ -154,8 +158,9 @@ class KvWorker:
         ranks: list[KvRank] = []
         for rank in range(tp_size):
             pool = KvPool.allocate(geometry, RankLayout(rank, rank, tp_size), [num_blocks] * len(geometry.groups))
-            transport = LoopbackTransport(fabric, f"{name}/{rank}")
-            executor = Executor(pool, transport, ReadLimits(late_read_s, STUCK_S), dones.append, clock=clock)
+            transport = LoopbackTransport(fabric, f"{name}/{rank}", ways)
+            used = transport if over is None else over(transport)
+            executor = Executor(pool, used, ReadLimits(late_read_s, STUCK_S), dones.append, clock=clock)
             ranks.append(KvRank(pool, transport, executor))
         sink = Sink(ledger, range(tp_size))
         return cls(name, clock, blocks, ledger, Source(ledger), sink, ranks, dones, late_read_s)

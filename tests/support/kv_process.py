@@ -45,7 +45,7 @@ class RankProcess:
         self.process: BaseProcess = context.Process(target=_main, args=arguments, name=name, daemon=True)
         self.process.start()
         theirs.close()
-        self.offer = pb.TransportOffer(transport=transport)
+        self.offer = pb.TransportOffer(transport="nixl")
 
     def __enter__(self) -> RankProcess:
         """Waits until it is up; make several before entering any, and they start side by side."""
