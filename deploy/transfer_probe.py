@@ -1,12 +1,16 @@
-"""What the transport really moves between two processes of this machine, measured through the connector."""
+"""What the transport really moves between two processes of this machine, or two of its GPUs, measured through the
+connector."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+
+import torch
 
 from cluster.config import TransferConfig
 from cluster.errors import TransferError
@@ -26,22 +30,25 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Best of several pulls of the same blocks, and a copy of the same bytes inside one process."""
+    """Best of several pulls of the same blocks, and a copy of the same bytes inside one process. `others`: bytes/s by
+    what was not chosen, as it was when the two met."""
 
     transport: str
     num_bytes: int
     bytes_per_s: float
     memcpy_bytes_per_s: float
+    others: Mapping[str, float]
 
 
-def measure(config: TransferConfig) -> Rate:
-    """Takes some seconds and two processes, which end with it. Raises TransferError with the reason."""
+def measure(config: TransferConfig, source: str = "cpu", sink: str = "cpu") -> Rate:
+    """From device `source` to device `sink`. Takes some seconds and two processes, which end with it. Raises
+    TransferError with the reason."""
     context = multiprocessing.get_context("spawn")  # an agent leaves marks on its process: not on ours
     source_end, source_pipe = context.Pipe()
     sink_end, sink_pipe = context.Pipe()
     processes = [
-        context.Process(target=_source, args=(source_pipe, config), daemon=True),
-        context.Process(target=_sink, args=(sink_pipe, config), daemon=True),
+        context.Process(target=_source, args=(source_pipe, config, source), daemon=True),
+        context.Process(target=_sink, args=(sink_pipe, config, sink), daemon=True),
     ]
     for process in processes:
         process.start()
@@ -73,21 +80,31 @@ def _receive(pipe: Connection) -> object:
         raise TransferError("the other process died; see what it wrote above") from None
 
 
-def _executor(name: str, config: TransferConfig, answers: SimpleQueue[Done | Connected]) -> tuple[Executor, KvPool]:
-    from kvtransfer.nixl_transport import NixlTransport, prepare_environment
+def _executor(
+    name: str, config: TransferConfig, device: str, answers: SimpleQueue[Done | Connected]
+) -> tuple[Executor, KvPool]:
+    from kvtransfer.nixl_transport import prepare_environment
+    from kvtransfer.transports import open_transport
 
     prepare_environment(config.ucx_tls)
-    pool = KvPool.allocate(GEOMETRY, RankLayout(0), [NUM_BLOCKS])
+    pool = KvPool.allocate(GEOMETRY, RankLayout(0), [NUM_BLOCKS], device)
     for storage in pool.regions[0]:
         storage.fill_(1)
+    _settle(pool)
     limits = ReadLimits(config.late_read_s, config.stuck_read_s)
-    executor = Executor(pool, NixlTransport(name), limits, answers.put)
+    transport = open_transport("nixl" if device == "cpu" else config.transport, name, pool.device)
+    executor = Executor(pool, transport, limits, answers.put)
     executor.start()
     return executor, pool
 
 
-def _source(pipe: Connection, config: TransferConfig) -> None:
-    executor, _ = _executor("probe-source", config, SimpleQueue())
+def _settle(pool: KvPool) -> None:
+    if pool.device.type == "cuda":
+        torch.cuda.synchronize(pool.device)
+
+
+def _source(pipe: Connection, config: TransferConfig, device: str) -> None:
+    executor, _ = _executor("probe-source", config, device, SimpleQueue())
     offer = pb.TransportOffer(transport=executor.transport_name, ranks=[executor.offer()])
     pipe.send(offer.SerializeToString())
     try:
@@ -96,9 +113,9 @@ def _source(pipe: Connection, config: TransferConfig) -> None:
         executor.stop()
 
 
-def _sink(pipe: Connection, config: TransferConfig) -> None:
+def _sink(pipe: Connection, config: TransferConfig, device: str) -> None:
     answers: SimpleQueue[Done | Connected] = SimpleQueue()
-    executor, pool = _executor("probe-sink", config, answers)
+    executor, pool = _executor("probe-sink", config, device, answers)
     try:
         offer = pb.TransportOffer.FromString(pipe.recv())
     except EOFError:
@@ -107,26 +124,31 @@ def _sink(pipe: Connection, config: TransferConfig) -> None:
     executor.connect("probe-source", offer, answers.put)
     connected = answers.get(timeout=_PATIENCE_S)
     if isinstance(connected, Connected) and connected.error is None:
-        pipe.send(_pull(executor, pool, answers))
+        others = {way: rate for way, rate in connected.rates.items() if way != connected.transport}
+        pipe.send(_pull(executor, pool, answers, others))
     else:
         pipe.send(f"no connection: {connected}")
     executor.stop()
 
 
-def _pull(executor: Executor, pool: KvPool, answers: SimpleQueue[Done | Connected]) -> Rate | str:
+def _pull(
+    executor: Executor, pool: KvPool, answers: SimpleQueue[Done | Connected], others: Mapping[str, float]
+) -> Rate | str:
     blocks = range(1, NUM_BLOCKS + 1)
     pairs = tuple(BlockPair(0, block, block) for block in blocks)
-    best_s, best_copy_s, num_bytes = float("inf"), float("inf"), 0
+    best_s, best_copy_s, num_bytes, transport = float("inf"), float("inf"), 0, ""
     for number in range(_ROUNDS):
         executor.submit(Pull(number, "probe-source", pairs, (0,) * NUM_BLOCKS))
         done = answers.get(timeout=_PATIENCE_S)
         if not isinstance(done, Done) or done.outcome is not Outcome.OK:
             return f"a pull failed: {done}"
-        best_s, num_bytes = min(best_s, done.seconds), done.num_bytes
+        best_s, num_bytes, transport = min(best_s, done.seconds), done.num_bytes, done.transport
         storage = pool.regions[0][0]
         target = storage.clone()
+        _settle(pool)
         started = time.perf_counter()
         target.copy_(storage)
+        _settle(pool)
         best_copy_s = min(best_copy_s, time.perf_counter() - started)
     copy_bytes = pool.regions[0][0].numel()
-    return Rate(executor.transport_name, num_bytes, num_bytes / best_s, copy_bytes / best_copy_s)
+    return Rate(transport, num_bytes, num_bytes / best_s, copy_bytes / best_copy_s, others)

@@ -21,6 +21,8 @@ from deploy import preflight
 from deploy.commands.options import add_config, add_model, config_of
 
 if TYPE_CHECKING:
+    import torch
+
     from workers.attention.interface import AttentionProblem
     from workers.attention.mla_interface import MlaProblem
 
@@ -45,10 +47,14 @@ def run(options: argparse.Namespace) -> int:
         f"{problem.reason}: {problem.remedy}" for problem in preflight.problems(preflight.probe(), installed=True)
     ]
     config = _config(options, table, problems)
-    _show_choices(table, config, problems)
-    _show_transport(table)
+    transfer = TransferConfig() if config is None else config.transfer
+    device = _show_choices(table, config, problems)
+    if device is not None:
+        _show_transport(table, transfer, device, problems)
     if not options.no_transfer:
-        _show_rate(table, TransferConfig() if config is None else config.transfer, problems)
+        _show_rate(table, transfer, "cpu", "cpu", problems)
+        for source, sink in _gpu_pairs(device):
+            _show_rate(table, transfer, source, sink, problems)
     console.print(table)
     for problem in problems:
         console.print(f"[red]problem[/red]  {problem}", highlight=False)
@@ -75,8 +81,9 @@ def _show_versions(table: Table) -> None:
     table.add_row("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
 
 
-def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]) -> None:
-    """What this machine computes with, and why: for the config's model, else for shapes that are often served."""
+def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]) -> torch.device | None:
+    """What this machine computes with, and why: for the config's model, else for shapes that are often served. The
+    device; None: there is none to the config's liking."""
     import torch
 
     from workers.attention.environment import Environment, choose_device
@@ -93,7 +100,7 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
         choice = choose_device(engine.device, num_gpus=num_gpus, strict=engine.strict)
     except ConfigError as error:
         problems.append(str(error))
-        return
+        return None
     environment = Environment.probe(choice.device, disabled=engine.disabled, strict=engine.strict)
     reason = choice.reason if config is None or engine == config.engine else "no pool has gpus"
     table.add_row("computes on", f"{choice.device}: {reason}")
@@ -112,6 +119,7 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
             table.add_row(name, f"{chosen}{graphs}")
     blocks = resolve_gemm(GemmProblem((BLOCK, BLOCK), torch.bfloat16), replace(environment, strict=False))
     table.add_row("matrices in fp8", str(blocks))
+    return choice.device
 
 
 def _problems(config: SluiceConfig | None, problems: list[str]) -> Iterator[tuple[str, AttentionProblem | MlaProblem]]:
@@ -152,10 +160,26 @@ def _problems(config: SluiceConfig | None, problems: list[str]) -> Iterator[tupl
     yield outlined.spec.architecture, outlined.attention_problem(config.kv.block_size)
 
 
-def _show_transport(table: Table) -> None:
+def _show_transport(table: Table, config: TransferConfig, device: torch.device, problems: list[str]) -> None:
+    from kvtransfer.transports import choose_transport
+
+    try:
+        table.add_row("transport", str(choose_transport(config.transport, device)))
+    except ConfigError as error:
+        problems.append(str(error))
     infiniband = Path("/sys/class/infiniband")
     rdma = infiniband.is_dir() and any(infiniband.iterdir())
-    table.add_row("transport", "nixl over UCX; " + ("RDMA found" if rdma else "no RDMA: shared memory, CMA or TCP"))
+    table.add_row("nixl over UCX", "RDMA found" if rdma else "no RDMA: shared memory, CMA or TCP")
+
+
+def _gpu_pairs(device: torch.device | None) -> list[tuple[str, str]]:
+    """The first GPU with each other one, or with itself, where workers would compute on GPUs."""
+    if device is None or device.type != "cuda":
+        return []
+    import torch
+
+    others = range(1, torch.cuda.device_count()) or range(1)
+    return [(f"cuda:{other}", "cuda:0") for other in others]
 
 
 def _config(options: argparse.Namespace, table: Table, problems: list[str]) -> SluiceConfig | None:
@@ -171,19 +195,21 @@ def _config(options: argparse.Namespace, table: Table, problems: list[str]) -> S
     return config
 
 
-def _show_rate(table: Table, config: TransferConfig, problems: list[str]) -> None:
+def _show_rate(table: Table, config: TransferConfig, source: str, sink: str, problems: list[str]) -> None:
     from deploy.transfer_probe import measure
 
+    between = "between two processes" if source == sink == "cpu" else f"from {source} to {sink}"
     try:
-        rate = measure(config)
+        rate = measure(config, source, sink)
     except SluiceError as error:
-        problems.append(f"no blocks move between two processes: {error}; try --set transfer.ucx_tls=tcp,self")
+        problems.append(f"no blocks move {between}: {error}; try --set transfer.ucx_tls=tcp,self")
         return
+    others = "".join(f"; {way}: {other / 1e9:.2f} GB/s" for way, other in rate.others.items())
     share = rate.bytes_per_s / rate.memcpy_bytes_per_s
     table.add_row(
         "measured",
-        f"{rate.transport}: {rate.bytes_per_s / 1e9:.2f} GB/s for {rate.num_bytes / 1e6:.0f} MB between two processes, "
-        f"{share:.0%} of a copy inside one ({rate.memcpy_bytes_per_s / 1e9:.1f} GB/s)",
+        f"{rate.transport}: {rate.bytes_per_s / 1e9:.2f} GB/s for {rate.num_bytes / 1e6:.0f} MB {between}, "
+        f"{share:.0%} of a copy inside one ({rate.memcpy_bytes_per_s / 1e9:.1f} GB/s){others}",
     )
 
 
