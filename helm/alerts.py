@@ -81,13 +81,13 @@ ALERTS: Final = (
     Alert(
         name="SluiceTransferSlow",
         expr=(
-            "sluice_transfer_warm_rate_bytes_per_second < on (app, model) group_left ()"
-            " 0.25 * max by (app, model) (sluice_transfer_warm_rate_bytes_per_second)"
+            "sluice_transfer_warm_rate_bytes_per_second < on (app, model, transport) group_left ()"
+            " 0.25 * max by (app, model, transport) (sluice_transfer_warm_rate_bytes_per_second)"
         ),
         wait="10m",
         severity="warning",
         summary=f"{_WHO} reads from {{{{ $labels.peer }}}} at {{{{ $value | humanize }}}}B/s, under a quarter of the "
-        "best pair: as when UCX fell back to TCP",
+        "best pair over {{ $labels.transport }}: as when UCX fell back to TCP",
     ),
     Alert(
         name="SluiceQuarantineGrows",

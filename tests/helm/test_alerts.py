@@ -31,6 +31,7 @@ READY = f'sluice_cluster_workers{{{CONTROLLER},pool="decode",state="ready"}}'
 STARTING = f'sluice_cluster_workers{{{CONTROLLER},pool="decode",state="starting"}}'
 FAST = f'sluice_transfer_warm_rate_bytes_per_second{{{WORKER},peer="prefill-0",transport="nixl"}}'
 SLOW = f'sluice_transfer_warm_rate_bytes_per_second{{{WORKER},peer="prefill-1",transport="nixl"}}'
+OTHER = f'sluice_transfer_warm_rate_bytes_per_second{{{WORKER},peer="prefill-2",transport="ipc"}}'
 ACCEPTED = f"sluice_engine_accepted_draft_tokens_total{{{WORKER}}}"
 GUESSED = f"sluice_engine_drafted_rows_total{{{WORKER}}}"
 QUARANTINED = f'sluice_kv_blocks{{{WORKER},group="self",state="quarantined"}}'
@@ -43,7 +44,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "SluiceRequestsFail": ({OK: "0+50x40", FAILED: "0+10x40"}, {OK: "0+9999x40", FAILED: "0+1x40"}),
     "SluiceRequestsRefused": ({OK: "0+50x40", BUSY: "0+10x40"}, {OK: "0+50x40", BUSY: "0+1x40"}),
     "SluiceEventStreamDead": ({ALIVE: "0x40"}, {ALIVE: "1x40"}),
-    "SluiceTransferSlow": ({FAST: "50e9x40", SLOW: "2e9x40"}, {FAST: "50e9x40", SLOW: "30e9x40"}),
+    "SluiceTransferSlow": (
+        {FAST: "50e9x40", SLOW: "2e9x40"},
+        {FAST: "50e9x40", SLOW: "30e9x40", OTHER: "300e9x40"},
+    ),
     "SluiceQuarantineGrows": ({QUARANTINED: "0+2x40"}, {QUARANTINED: "0 8 8 8 8 8 8 8 0x32"}),
     "SluiceGuessesFail": ({ACCEPTED: "0+5x40", GUESSED: "0+60x40"}, {ACCEPTED: "0+90x40", GUESSED: "0+60x40"}),
 }
