@@ -187,7 +187,6 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
         chunk_tokens=2048,
         objectives=Objectives(1.0, 0.010),
         apps_at_once=2,
-        transport="ipc",
     )
 
 
