@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
 
@@ -99,6 +100,9 @@ def _decode(
             tl.store(lse_ptr + row, tl.full([ROWS], float("-inf"), tl.float32), mask=rows < GROUP)
 
 
+_launch_decode = Launcher(_decode)
+
+
 def paged_decode(
     q: Tensor,
     pages: Tensor,
@@ -122,7 +126,7 @@ def paged_decode(
     if splits > 1:
         parts = torch.empty(num_sequences, num_heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode[(num_sequences, num_kv, splits)](
+    arguments = (
         q,
         q.stride(0),
         pages,
@@ -138,18 +142,20 @@ def paged_decode(
         layer,
         num_layers,
         scale * LOG2_E,
-        HAS_BIAS=bias is not None,
-        LOG2=LOG2_E,
-        NUM_KV=num_kv,
-        GROUP=group,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        TILE=tactic.tile,
-        SPLITS=splits,
-        ROWS=max(16, triton.next_power_of_2(group)),
-        num_warps=tactic.warps,
-        launch_pdl=True,
-        num_stages=tactic.stages,
+    )
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "LOG2": LOG2_E,
+        "NUM_KV": num_kv,
+        "GROUP": group,
+        "DIM": dim,
+        "BLOCK_SIZE": block_size,
+        "TILE": tactic.tile,
+        "SPLITS": splits,
+        "ROWS": max(16, triton.next_power_of_2(group)),
+    }
+    _launch_decode(
+        (num_sequences, num_kv, splits), arguments, constants, num_warps=tactic.warps, num_stages=tactic.stages
     )
     if splits > 1:
         merge_splits(parts, lse, out)
