@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -113,6 +114,9 @@ def _decode(
         store_part(parts_ptr, lse_ptr, part, valid, first < last, best, total, acc, LATENT, ROWS)
 
 
+_launch_decode = Launcher(_decode)
+
+
 def latent_decode(
     q: Tensor,
     q_rope: Tensor,
@@ -134,7 +138,7 @@ def latent_decode(
     if splits > 1:
         parts = torch.empty(num_sequences, num_heads, splits, latent, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode[(num_sequences, triton.cdiv(num_heads, rows), splits)](
+    arguments = (
         q,
         q.stride(0),
         q.stride(1),
@@ -152,15 +156,21 @@ def latent_decode(
         layer,
         num_layers,
         scale * LOG2_E,
-        NUM_HEADS=num_heads,
-        LATENT=latent,
-        ROPE=row - latent,
-        BLOCK_SIZE=block_size,
-        TILE=tactic.tile,
-        SPLITS=splits,
-        ROWS=rows,
+    )
+    constants = {
+        "NUM_HEADS": num_heads,
+        "LATENT": latent,
+        "ROPE": row - latent,
+        "BLOCK_SIZE": block_size,
+        "TILE": tactic.tile,
+        "SPLITS": splits,
+        "ROWS": rows,
+    }
+    _launch_decode(
+        (num_sequences, triton.cdiv(num_heads, rows), splits),
+        arguments,
+        constants,
         num_warps=tactic.warps,
-        launch_pdl=True,
         num_stages=tactic.stages,
     )
     if splits > 1:
