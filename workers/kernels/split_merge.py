@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 
 @triton.jit
@@ -44,6 +45,9 @@ def _merge(
         tl.store(out_ptr + sequence * out_stride + head * SIZE + features, out.to(out_ptr.dtype.element_ty))
 
 
+_launch_merge = Launcher(_merge)
+
+
 def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None = None, below: int = 0) -> None:
     """parts fp32 [B, H, splits, V], lse fp32 [B, H, splits] (-inf: saw nothing, at least one did not) -> out [B, H, V].
 
@@ -52,18 +56,17 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
     num_sequences, heads, splits, size = parts.shape
     # Most programs have nothing to merge where few sequences are short, and starting them is what costs.
     per_program = 1 if lengths is None else 16
-    _merge[(num_sequences, triton.cdiv(heads, per_program))](
-        parts,
-        lse,
-        out,
-        out.stride(0),
-        lse if lengths is None else lengths,
-        below,
-        SPLITS=splits,
-        HEADS=heads,
-        SIZE=size,
-        PER_PROGRAM=per_program,
-        ONLY_SHORT=lengths is not None,
+    arguments = (parts, lse, out, out.stride(0), lse if lengths is None else lengths, below)
+    constants = {
+        "SPLITS": splits,
+        "HEADS": heads,
+        "SIZE": size,
+        "PER_PROGRAM": per_program,
+        "ONLY_SHORT": lengths is not None,
+    }
+    _launch_merge(
+        (num_sequences, triton.cdiv(heads, per_program), 1),
+        arguments,
+        constants,
         num_warps=4 if splits * size > 512 else 1,
-        launch_pdl=True,
     )
