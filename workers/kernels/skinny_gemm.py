@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import SKINNY_ROWS, SkinnyTactic
 
 _PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
@@ -79,29 +80,31 @@ def _product(
     tl.store(out_at, acc.to(dtype), mask=(rows < num_rows)[None, :] & (cols < outputs)[:, None])
 
 
+_launch_product = Launcher(_product)
+
+
 def _launch(
     x: Tensor, weight: Tensor, outputs: int, tactic: SkinnyTactic, *, gated: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
     assert len(x) <= SKINNY_ROWS and x.is_contiguous() and weight.is_contiguous(), "few rows, one after the other"
     features = x.shape[1]
     out = torch.empty(len(x), outputs, dtype=dtype or x.dtype, device=x.device)
-    _product[(triton.cdiv(outputs, tactic.cols),)](
-        x,
-        weight,
-        out,
-        len(x),
-        features,
-        outputs,
-        GATED=gated,
-        ROWS=SKINNY_ROWS,
-        COLS=tactic.cols,
-        DEPTH=tactic.depth,
-        AHEAD=tactic.ahead if tactic.ahead <= features else 0,
-        EVEN=features % tactic.depth == 0,
-        LINE=_LINE,
+    arguments = (x, weight, out, len(x), features, outputs)
+    constants = {
+        "GATED": gated,
+        "ROWS": SKINNY_ROWS,
+        "COLS": tactic.cols,
+        "DEPTH": tactic.depth,
+        "AHEAD": tactic.ahead if tactic.ahead <= features else 0,
+        "EVEN": features % tactic.depth == 0,
+        "LINE": _LINE,
+    }
+    _launch_product(
+        (triton.cdiv(outputs, tactic.cols), 1, 1),
+        arguments,
+        constants,
         num_warps=tactic.warps,
         num_stages=tactic.stages,
-        launch_pdl=True,
     )
     return out
 
