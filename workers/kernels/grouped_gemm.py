@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.expert_routing import RowPlan
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import ExpertTactic
 
 
@@ -144,6 +145,9 @@ def _product(
         tl.store(out_at, acc.to(dtype), mask=valid[:, None] & (cols < outputs)[None, :])
 
 
+_launch_product = Launcher(_product)
+
+
 def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: ExpertTactic, per_token: int) -> None:
     """`per_token` 0: the second product."""
     slots, height, features = weights.shape
@@ -154,7 +158,7 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
     source = weights
     if tma:
         source = TensorDescriptor.from_tensor(weights.view(slots * height, features), [tactic.cols, tactic.depth])
-    _product[(num_tiles * triton.cdiv(outputs, tactic.cols),)](
+    arguments = (
         x,
         source,
         out,
@@ -165,18 +169,24 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
         num_tiles,
         features,
         outputs,
-        GATED=per_token > 0,
-        PER_TOKEN=max(per_token, 1),
-        SORTED=plan.tile > 1,
-        ROWS=tactic.rows,
-        COLS=tactic.cols,
-        DEPTH=tactic.depth,
-        GROUP=tactic.group,
-        EVEN=even,
-        SWAP=tactic.swap,
-        TMA=tma,
+    )
+    constants = {
+        "GATED": per_token > 0,
+        "PER_TOKEN": max(per_token, 1),
+        "SORTED": plan.tile > 1,
+        "ROWS": tactic.rows,
+        "COLS": tactic.cols,
+        "DEPTH": tactic.depth,
+        "GROUP": tactic.group,
+        "EVEN": even,
+        "SWAP": tactic.swap,
+        "TMA": tma,
+    }
+    _launch_product(
+        (num_tiles * triton.cdiv(outputs, tactic.cols), 1, 1),
+        arguments,
+        constants,
         num_warps=tactic.warps,
-        launch_pdl=True,
         num_stages=tactic.stages,
     )
 
