@@ -23,6 +23,7 @@ from workers.kernels.following import follow
 from workers.kernels.fp8 import BLOCK, LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.grouped_gemm import rows_of_tile, tile_and_column
+from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import ExpertTactic
 
 
@@ -99,6 +100,9 @@ def _product(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :])
 
 
+_launch_product = Launcher(_product)
+
+
 def _launch(
     x: QuantizedRows,
     weights: ExpertMatrices,
@@ -114,7 +118,7 @@ def _launch(
     assert outputs % tactic.cols == 0 and BLOCK % tactic.cols == 0, f"tiles of {tactic.cols} of {outputs} outputs"
     num_tiles = plan.tile_slots.numel()
     source = TensorDescriptor.from_tensor(weights.values.view(slots * height, features), [tactic.cols, BLOCK])
-    _product[(num_tiles * (outputs // tactic.cols),)](
+    arguments = (
         x.values,
         x.scales,
         source,
@@ -130,17 +134,23 @@ def _launch(
         num_tiles,
         features,
         outputs,
-        GATED=per_token > 0,
-        PER_TOKEN=max(per_token, 1),
-        SORTED=plan.tile > 1,
-        ROWS=tactic.rows,
-        COLS=tactic.cols,
-        GROUP=tactic.group,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
+    )
+    constants = {
+        "GATED": per_token > 0,
+        "PER_TOKEN": max(per_token, 1),
+        "SORTED": plan.tile > 1,
+        "ROWS": tactic.rows,
+        "COLS": tactic.cols,
+        "GROUP": tactic.group,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    }
+    _launch_product(
+        (num_tiles * (outputs // tactic.cols), 1, 1),
+        arguments,
+        constants,
         num_warps=tactic.warps,
         num_stages=tactic.stages,
-        launch_pdl=True,
     )
 
 
