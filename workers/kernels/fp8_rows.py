@@ -17,6 +17,7 @@ from torch import Tensor
 from workers.kernels.expert_routing import RowPlan
 from workers.kernels.following import follow
 from workers.kernels.fp8 import BLOCK, LARGEST, SMALLEST
+from workers.kernels.launcher import Launcher
 
 _GROUPS = 8  # of 128 features, that one program takes
 
@@ -69,24 +70,16 @@ def _quantize(
     tl.store(scales_ptr + row + groups.to(tl.int64) * scale_stride, scales, mask=mask)
 
 
+_launch_quantize = Launcher(_quantize)
+
+
 def _launch(x: Tensor, features: int, *, gated: bool) -> QuantizedRows:
     assert features % BLOCK == 0, f"{features} features are no multiple of {BLOCK}"
     out = QuantizedRows.empty(len(x), features, x.device)
     groups = min(triton.next_power_of_2(features // BLOCK), _GROUPS)
-    _quantize[(len(x), triton.cdiv(features // BLOCK, groups))](
-        x,
-        out.values,
-        out.scales,
-        x.stride(0),
-        out.scales.stride(1),
-        features,
-        GATED=gated,
-        GROUPS=groups,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
-        num_warps=4,
-        launch_pdl=True,
-    )
+    arguments = (x, out.values, out.scales, x.stride(0), out.scales.stride(1), features)
+    constants = {"GATED": gated, "GROUPS": groups, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
+    _launch_quantize((len(x), triton.cdiv(features // BLOCK, groups), 1), arguments, constants, num_warps=4)
     return out
 
 
@@ -151,6 +144,9 @@ def _tile(
         tl.store(out_ptr + out[:, None] * features + cols[None, :], x, mask=mask)
 
 
+_launch_tile = Launcher(_tile)
+
+
 def tile_rows(rows: QuantizedRows, plan: RowPlan, per_token: int) -> TiledRows:
     """rows [T, m]; the plan's tiles hold 128."""
     assert plan.tile == BLOCK, f"tiles of {plan.tile} rows"
@@ -160,7 +156,7 @@ def tile_rows(rows: QuantizedRows, plan: RowPlan, per_token: int) -> TiledRows:
     experts = torch.empty(num_tiles * BLOCK, dtype=torch.int32, device=device)
     places = torch.empty(plan.order.numel(), dtype=torch.int32, device=device)
     piece = 16
-    _tile[(num_tiles, BLOCK // piece)](
+    arguments = (
         rows.values.view(torch.uint8),
         rows.scales,
         out.values.view(torch.uint8),
@@ -174,10 +170,7 @@ def tile_rows(rows: QuantizedRows, plan: RowPlan, per_token: int) -> TiledRows:
         rows.scales.stride(1),
         out.scales.stride(1),
         features,
-        PER_TOKEN=per_token,
-        ROWS=piece,
-        GROUPS=triton.next_power_of_2(features // BLOCK),
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {"PER_TOKEN": per_token, "ROWS": piece, "GROUPS": triton.next_power_of_2(features // BLOCK)}
+    _launch_tile((num_tiles, BLOCK // piece, 1), arguments, constants, num_warps=4)
     return TiledRows(out, experts, places)
