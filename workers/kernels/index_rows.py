@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.fp8 import LARGEST, SMALLEST
+from workers.kernels.launcher import Launcher
 from workers.kernels.rotary import RotationTable
 
 _HEADS = 16  # that one program quantises
@@ -72,6 +73,9 @@ def _write_keys(
     tl.store(scales_ptr + (page + BLOCK_SIZE * SIZE) // 4 + slot % BLOCK_SIZE, scale)
 
 
+_launch_write_keys = Launcher(_write_keys)
+
+
 @triton.jit
 def _quantize_queries(
     queries_ptr,
@@ -115,6 +119,9 @@ def _quantize_queries(
     tl.store(out_ptr + token * NUM_HEADS + heads, weights * factor * scale, mask=heads < NUM_HEADS)
 
 
+_launch_quantize_queries = Launcher(_quantize_queries)
+
+
 def write_index_keys(
     keys: Tensor,
     rotation: RotationTable,
@@ -134,7 +141,7 @@ def write_index_keys(
     """
     num_tokens, size = keys.shape
     assert keys.stride(1) == 1 and pages.shape[2] == block_size * (size + 4), "pages of other rows"
-    _write_keys[(num_tokens,)](
+    arguments = (
         keys,
         keys.stride(0),
         rotation.cos,
@@ -148,14 +155,15 @@ def write_index_keys(
         layer,
         pages.shape[1],
         eps,
-        SIZE=size,
-        ROPE=2 * rotation.cos.shape[-1],
-        BLOCK_SIZE=block_size,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
-        num_warps=1,
-        launch_pdl=True,
     )
+    constants = {
+        "SIZE": size,
+        "ROPE": 2 * rotation.cos.shape[-1],
+        "BLOCK_SIZE": block_size,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    }
+    _launch_write_keys((num_tokens, 1, 1), arguments, constants, num_warps=1)
 
 
 def quantize_queries(
@@ -170,7 +178,7 @@ def quantize_queries(
     assert queries.stride(1) == size and queries.stride(2) == 1 and weights.stride(1) == 1, "heads lie side by side"
     values = torch.empty(num_rows, num_heads, size, dtype=torch.float8_e4m3fn, device=queries.device)
     out = torch.empty(num_rows, num_heads, dtype=torch.float32, device=queries.device)
-    _quantize_queries[(num_rows, triton.cdiv(num_heads, _HEADS))](
+    arguments = (
         queries,
         queries.stride(0),
         weights,
@@ -181,13 +189,14 @@ def quantize_queries(
         values,
         out,
         factor,
-        NUM_HEADS=num_heads,
-        SIZE=size,
-        ROPE=2 * rotation.cos.shape[-1],
-        HEADS=_HEADS,
-        LARGEST=LARGEST,
-        SMALLEST=SMALLEST,
-        num_warps=4,
-        launch_pdl=True,
     )
+    constants = {
+        "NUM_HEADS": num_heads,
+        "SIZE": size,
+        "ROPE": 2 * rotation.cos.shape[-1],
+        "HEADS": _HEADS,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    }
+    _launch_quantize_queries((num_rows, triton.cdiv(num_heads, _HEADS), 1), arguments, constants, num_warps=4)
     return values, out
