@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.latent_decode import MAX_HEADS, attend_tile, store_part
+from workers.kernels.launcher import Launcher
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -89,6 +90,9 @@ def _attend(
         store_part(parts_ptr, lse_ptr, part, valid, first < last, best, total, acc, LATENT, ROWS)
 
 
+_launch_attend = Launcher(_attend)
+
+
 def sparse_latents(
     q: Tensor,
     q_rope: Tensor,
@@ -118,7 +122,7 @@ def sparse_latents(
     if splits > 1:
         parts = torch.empty(num_queries, num_heads, splits, latent, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_queries, num_heads, splits, dtype=torch.float32, device=q.device)
-    _attend[(num_queries * triton.cdiv(num_heads, rows), splits)](
+    arguments = (
         q,
         q.stride(0),
         q.stride(1),
@@ -132,17 +136,23 @@ def sparse_latents(
         lse,
         out,
         scale * LOG2_E,
-        NUM_HEADS=num_heads,
-        CHOSEN=chosen.shape[1],
-        LATENT=latent,
-        ROPE=row - latent,
-        TILE=tactic.tile,
-        SPLITS=splits,
-        ROWS=rows,
-        ONLY_SHORT=only_short,
+    )
+    constants = {
+        "NUM_HEADS": num_heads,
+        "CHOSEN": chosen.shape[1],
+        "LATENT": latent,
+        "ROPE": row - latent,
+        "TILE": tactic.tile,
+        "SPLITS": splits,
+        "ROWS": rows,
+        "ONLY_SHORT": only_short,
+    }
+    _launch_attend(
+        (num_queries * triton.cdiv(num_heads, rows), splits, 1),
+        arguments,
+        constants,
         num_warps=tactic.warps,
         num_stages=tactic.stages,
-        launch_pdl=True,
     )
     if splits > 1:
         merge_splits(parts, lse, out, lengths if only_short else None, chosen.shape[1])
