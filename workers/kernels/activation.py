@@ -34,6 +34,6 @@ def silu_mul(both: Tensor) -> Tensor:
     """[T, 2 I], gates first, contiguous -> [T, I]."""
     rows, size = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, size, dtype=both.dtype, device=both.device)
-    grid = (rows, triton.cdiv(size, _BLOCK), 1)
+    grid = (rows, -(-size // _BLOCK), 1)
     _launch_silu_mul(grid, (both, out, size), {"BLOCK": _BLOCK}, num_warps=4)
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 
 CHUNK = 1024  # entries that are counted together
 _TOKENS = 8  # that one program routes
@@ -148,10 +148,10 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor,
         "GROUPS": spec.num_groups,
         "MAX_GROUPS": spec.max_groups,
         "BEST_OF_GROUP": min(spec.best_of_group, spec.num_experts // spec.num_groups),
-        "EXPERTS": triton.next_power_of_2(spec.num_experts),
+        "EXPERTS": power_of_two(spec.num_experts),
         "TOKENS": _TOKENS,
     }
-    _launch_route((triton.cdiv(num_tokens, _TOKENS), 1, 1), arguments, constants, num_warps=4)
+    _launch_route((-(-num_tokens // _TOKENS), 1, 1), arguments, constants, num_warps=4)
     return experts, weights
 
 
@@ -248,8 +248,8 @@ class RowPlan(NamedTuple):
 def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     """slots [T, k] int32, each in [0, num_slots). Stable: rows of a slot are in the order of their entries."""
     num_entries = slots.numel()
-    chunks = triton.cdiv(num_entries, CHUNK)
-    width = triton.next_power_of_2(num_slots + 1)  # the last one counts what is no entry
+    chunks = -(-num_entries // CHUNK)
+    width = power_of_two(num_slots + 1)  # the last one counts what is no entry
     max_tiles = min(num_entries, num_slots + num_entries // tile)
     order = torch.empty(num_entries, dtype=torch.int32, device=slots.device)
     # Each of the three begins at a multiple of 16 bytes, whatever their number.
@@ -278,9 +278,9 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         "CHUNK": CHUNK,
         "PIECE": piece,
         "WIDTH": 256,
-        "CHUNKS": min(8, triton.next_power_of_2(chunks)),
+        "CHUNKS": min(8, power_of_two(chunks)),
         "TILE": tile,
         "COUNTED": chunks > 1,
     }
-    _launch_place((triton.cdiv(num_entries, piece), 1, 1), arguments, constants, num_warps=4)
+    _launch_place((-(-num_entries // piece), 1, 1), arguments, constants, num_warps=4)
     return RowPlan(order, tile_slots, tile_starts, tile_ends, tile)

@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.kernels.expert_routing import RowPlan
 from workers.kernels.following import follow
 from workers.kernels.fp8 import BLOCK, LARGEST, SMALLEST
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 
 _GROUPS = 8  # of 128 features, that one program takes
 
@@ -76,10 +76,10 @@ _launch_quantize = Launcher(_quantize)
 def _launch(x: Tensor, features: int, *, gated: bool) -> QuantizedRows:
     assert features % BLOCK == 0, f"{features} features are no multiple of {BLOCK}"
     out = QuantizedRows.empty(len(x), features, x.device)
-    groups = min(triton.next_power_of_2(features // BLOCK), _GROUPS)
+    groups = min(power_of_two(features // BLOCK), _GROUPS)
     arguments = (x, out.values, out.scales, x.stride(0), out.scales.stride(1), features)
     constants = {"GATED": gated, "GROUPS": groups, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
-    _launch_quantize((len(x), triton.cdiv(features // BLOCK, groups), 1), arguments, constants, num_warps=4)
+    _launch_quantize((len(x), -(-(features // BLOCK) // groups), 1), arguments, constants, num_warps=4)
     return out
 
 
@@ -171,6 +171,6 @@ def tile_rows(rows: QuantizedRows, plan: RowPlan, per_token: int) -> TiledRows:
         out.scales.stride(1),
         features,
     )
-    constants = {"PER_TOKEN": per_token, "ROWS": piece, "GROUPS": triton.next_power_of_2(features // BLOCK)}
+    constants = {"PER_TOKEN": per_token, "ROWS": piece, "GROUPS": power_of_two(features // BLOCK)}
     _launch_tile((num_tiles, BLOCK // piece, 1), arguments, constants, num_warps=4)
     return TiledRows(out, experts, places)

@@ -183,7 +183,7 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
         "TMA": tma,
     }
     _launch_product(
-        (num_tiles * triton.cdiv(outputs, tactic.cols), 1, 1),
+        (num_tiles * -(-outputs // tactic.cols), 1, 1),
         arguments,
         constants,
         num_warps=tactic.warps,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 
 
 @triton.jit(do_not_specialize=["layer", "num_layers"], do_not_specialize_on_alignment=["slots_ptr"])
@@ -52,7 +52,7 @@ def write_heads(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, layer: int) 
     constants = {
         "STRIDE": k.stride(0),
         "HEADS": num_heads,
-        "HEADS_UP": triton.next_power_of_2(num_heads),
+        "HEADS_UP": power_of_two(num_heads),
         "DIM": dim,
         "BLOCK_SIZE": block_size,
     }

@@ -198,5 +198,5 @@ def quantize_queries(
         "LARGEST": LARGEST,
         "SMALLEST": SMALLEST,
     }
-    _launch_quantize_queries((num_rows, triton.cdiv(num_heads, _HEADS), 1), arguments, constants, num_warps=4)
+    _launch_quantize_queries((num_rows, -(-num_heads // _HEADS), 1), arguments, constants, num_warps=4)
     return values, out

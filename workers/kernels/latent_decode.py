@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -132,7 +132,7 @@ def latent_decode(
     """
     num_sequences, num_heads, latent = q.shape
     _, num_layers, block_size, row = pages.shape
-    splits, rows = tactic.splits, min(max(16, triton.next_power_of_2(num_heads)), MAX_HEADS)
+    splits, rows = tactic.splits, min(max(16, power_of_two(num_heads)), MAX_HEADS)
     out = torch.empty(num_sequences, num_heads, latent, dtype=q.dtype, device=q.device)
     parts = lse = out
     if splits > 1:
@@ -167,7 +167,7 @@ def latent_decode(
         "ROWS": rows,
     }
     _launch_decode(
-        (num_sequences, triton.cdiv(num_heads, rows), splits),
+        (num_sequences, -(-num_heads // rows), splits),
         arguments,
         constants,
         num_warps=tactic.warps,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: 
     """x, delta [T, d], contiguous, weight, bias [d] -> (x + delta, its norm), both new."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[1]
-    block = triton.next_power_of_2(size)
+    block = power_of_two(size)
     arguments = (x, delta, weight, bias, total, out, eps)
     warps = min(max(block // 256, 1), 16)
     _launch((len(x), 1, 1), arguments, {"SIZE": size, "BLOCK": block}, num_warps=warps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.kernels.following import follow
 from workers.kernels.fp8 import LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows, quantize_groups
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def finalize_rms_norm(
     """x [T, d], contiguous -> x + the sum, which is rounded first; its norm; and that in fp8, if asked."""
     quantized = QuantizedRows.empty(len(x), x.shape[1], x.device) if quantize else None
     total, out = torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_two(x.shape[1])
     arguments = (
         delta.outs,
         out if delta.places is None else delta.places,
@@ -228,7 +228,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if delta is None else torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_two(x.shape[1])
     arguments = (
         x,
         x if delta is None else delta,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
 
@@ -152,7 +152,7 @@ def paged_decode(
         "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
         "SPLITS": splits,
-        "ROWS": max(16, triton.next_power_of_2(group)),
+        "ROWS": max(16, power_of_two(group)),
     }
     _launch_decode(
         (num_sequences, num_kv, splits), arguments, constants, num_warps=tactic.warps, num_stages=tactic.stages

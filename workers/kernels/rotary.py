@@ -130,9 +130,7 @@ def rotate_heads(
         "NORM": norms is not None,
         "HEADS": _HEADS,
     }
-    _launch_rotate_heads(
-        (qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv, _HEADS), 1), arguments, constants, num_warps=4
-    )
+    _launch_rotate_heads((qkv.shape[0], -(-(num_heads + 2 * num_kv) // _HEADS), 1), arguments, constants, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["layer", "num_layers"])
@@ -243,7 +241,7 @@ def join_keys(both: Tensor, rope: Tensor, nope: int) -> Tensor:
         "ROPE": rope.shape[1],
         "HEADS": 2 * _HEADS,
     }
-    _launch_join_keys((tokens, triton.cdiv(heads, 2 * _HEADS), 1), arguments, constants, num_warps=4)
+    _launch_join_keys((tokens, -(-heads // (2 * _HEADS)), 1), arguments, constants, num_warps=4)
     return keys
 
 
@@ -289,4 +287,4 @@ def rotate_latents(
         "BLOCK_SIZE": block_size,
         "HEADS": 2 * _HEADS,
     }
-    _launch_rotate_latents((num_tokens, 1 + triton.cdiv(num_heads, 2 * _HEADS), 1), arguments, constants, num_warps=4)
+    _launch_rotate_latents((num_tokens, 1 + -(-num_heads // (2 * _HEADS)), 1), arguments, constants, num_warps=4)

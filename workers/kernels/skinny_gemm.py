@@ -100,7 +100,7 @@ def _launch(
         "LINE": _LINE,
     }
     _launch_product(
-        (triton.cdiv(outputs, tactic.cols), 1, 1),
+        (-(-outputs // tactic.cols), 1, 1),
         arguments,
         constants,
         num_warps=tactic.warps,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.latent_decode import MAX_HEADS, attend_tile, store_part
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -114,7 +114,7 @@ def sparse_latents(
     """
     num_queries, num_heads, latent = q.shape
     _, _, block_size, row = pages.shape
-    splits, rows = tactic.splits, min(max(16, triton.next_power_of_2(num_heads)), MAX_HEADS)
+    splits, rows = tactic.splits, min(max(16, power_of_two(num_heads)), MAX_HEADS)
     if out is None:
         out = torch.empty(num_queries, num_heads, latent, dtype=q.dtype, device=q.device)
     assert out.is_contiguous(), "queries lie side by side"
@@ -148,7 +148,7 @@ def sparse_latents(
         "ONLY_SHORT": only_short,
     }
     _launch_attend(
-        (num_queries * triton.cdiv(num_heads, rows), splits, 1),
+        (num_queries * -(-num_heads // rows), splits, 1),
         arguments,
         constants,
         num_warps=tactic.warps,

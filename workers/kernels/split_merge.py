@@ -65,7 +65,7 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
         "ONLY_SHORT": lengths is not None,
     }
     _launch_merge(
-        (num_sequences, triton.cdiv(heads, per_program), 1),
+        (num_sequences, -(-heads // per_program), 1),
         arguments,
         constants,
         num_warps=4 if splits * size > 512 else 1,
