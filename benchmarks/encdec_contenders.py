@@ -27,6 +27,7 @@ from workers.engine.block_manager import BlockManager, GroupCapacity
 from workers.engine.cuda_graph import GraphedModel, default_prompt_sizes, default_sizes
 from workers.engine.model_runner import ModelRunner, StepModel
 from workers.engine.overlap import OverlappedEngine
+from workers.engine.sampler import FindLargest, find_largest
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import EncoderInput, Sequence
 from workers.models.encoder_decoder import CROSS, EncoderDecoderModel
@@ -71,7 +72,11 @@ class Ours:
         packed = None if on_gpu else PackedBackend(model.attention_problem(BLOCK_SIZE), TorchKernels())
         progress(str(model.bind_kv(self._caches, environment, backend=packed)))
         self._steps: StepModel = model
+        self._find_largest: FindLargest = find_largest
         if on_gpu:
+            from workers.kernels.largest import largest
+
+            self._find_largest = largest
             start = time.perf_counter()
             sizes = default_sizes(max_sequences)
             graphed = GraphedModel(
@@ -125,6 +130,7 @@ class Ours:
             [BLOCK_SIZE] * 2,
             device=self._device,
             encoder=self._model,
+            find_largest=self._find_largest,
         )
         engine = OverlappedEngine(scheduler, runner)
         sequences: list[Sequence] = []

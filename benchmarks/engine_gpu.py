@@ -153,6 +153,8 @@ class GpuEngine:
 
     def serve(self, prompts: list[list[int]], outputs: list[int]) -> float:
         """Seconds until all have all their tokens."""
+        from workers.kernels.largest import largest
+
         blocks = BlockManager([GroupCapacity("self", NUM_BLOCKS, BLOCK_SIZE)], enable_prefix_cache=False)
         limits = SchedulerLimits(
             max_batched_tokens=MAX_TOKENS,
@@ -162,7 +164,9 @@ class GpuEngine:
             chunk_tokens=MAX_TOKENS,
         )
         scheduler = Scheduler(blocks, limits, ROOT)
-        runner = ModelRunner(self.model, self.caches, self.pool.generations, [BLOCK_SIZE], device=CUDA)
+        runner = ModelRunner(
+            self.model, self.caches, self.pool.generations, [BLOCK_SIZE], device=CUDA, find_largest=largest
+        )
         engine = OverlappedEngine(scheduler, runner)
         for i, (prompt, num_new) in enumerate(zip(prompts, outputs, strict=True)):
             params = SamplingParams(max_tokens=num_new, ignore_eos=True)

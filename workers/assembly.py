@@ -153,6 +153,7 @@ def assemble(settings: WorkerSettings, on_done: Callable[[Done], None]) -> Assem
         eos_token_ids=eos,
         constraints=constraints,
         encoder=encoder,
+        find_largest=bound.find_largest,
     )
     is_overlapped = engine.overlaps(on_gpu=device.type == "cuda")
     transfer = settings.transfer

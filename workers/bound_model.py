@@ -16,9 +16,11 @@ from kvtransfer.pool import KvPool
 from workers.attention.environment import Environment
 from workers.attention.interface import KvCache
 from workers.attention.kv_views import kv_cache
+from workers.attention.resolver import HOPPER
 from workers.engine.cuda_graph import GraphedModel, default_prompt_sizes, default_sizes, static_bytes
 from workers.engine.largest_step import run_largest_steps
 from workers.engine.model_runner import StepModel
+from workers.engine.sampler import FindLargest, find_largest
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.kv_memory import FreeMemory, num_blocks
 from workers.models.model import CausalModel
@@ -29,6 +31,7 @@ class BoundModel:
     """`steps` is the model itself, or what replays its steps."""
 
     steps: StepModel
+    find_largest: FindLargest
     caches: list[KvCache]
     pool: KvPool
 
@@ -50,13 +53,18 @@ def bind_model(
     max_lens = [limits.max_model_len, *([] if limits.max_source_tokens is None else [limits.max_source_tokens])]
     free = FreeMemory.of_host()
     sizes: list[int] = []
+    finds = find_largest
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading left
         _, caches = _allocate(geometry, [0] * len(geometry.groups), device)
         choice = model.bind_kv(caches, environment)
         sizes = default_sizes(limits.max_sequences) if engine.cuda_graphs and choice.replays else []
+        if choice.chosen == HOPPER:
+            from workers.kernels.largest import largest
+
+            finds = largest
         if len(geometry.groups) == 1:
-            run_largest_steps(model, limits, kv.block_size, device)
+            run_largest_steps(model, limits, kv.block_size, device, finds)
         spec = model.spec
         num_forms = 1 if choice.dense_context is None else 2
         graphs = num_forms * static_bytes(sizes, spec.hidden_size, spec.vocab_size, spec.torch_dtype)
@@ -83,7 +91,7 @@ def bind_model(
     rejected = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
     log = Log(logging.getLogger("sluice.worker"))
     log.info("computing", device=str(environment), backend=choice.chosen, rejected=rejected, num_blocks=count[0])
-    return BoundModel(steps=steps, caches=caches, pool=memory)
+    return BoundModel(steps=steps, find_largest=finds, caches=caches, pool=memory)
 
 
 def _allocate(geometry: KvGeometry, count: Sequence[int], device: torch.device) -> tuple[KvPool, list[KvCache]]:

@@ -137,18 +137,33 @@ def test_logits_agree_with_fp32(rank: Rank) -> None:
 
 
 @torch.inference_mode()
-def test_the_first_of_the_largest_logits_wins() -> None:
-    from workers.engine.sampler import Draws, sample
+@pytest.mark.parametrize("vocabulary", [64, 4096, 6400, 151_937])
+def test_the_first_of_the_largest_logits_wins(vocabulary: int) -> None:
+    """Rows of a wider matrix; at the ends of parts, too, and beside NaN, infinities and nothing at all."""
+    from workers.engine.sampler import Draws, find_largest, sample
+    from workers.kernels.largest import largest
 
-    logits = torch.randn(5, 6400, device=CUDA).to(torch.bfloat16)
-    logits[1, [700, 90, 6399]] = 50.0
-    logits[2, [6000, 101]] = float("nan")
-    zeros = np.zeros(5, np.int64)
-    ones = np.ones(5, np.float32)
-    draws = Draws(0 * ones, zeros, ones, 0 * ones, zeros.astype(np.uint64), zeros, zeros)
-    drawn, want = sample(logits, draws), sample(logits.cpu(), draws)
-    assert torch.equal(drawn.tokens.cpu(), want.tokens) and drawn.tokens[1] == 90
-    assert torch.equal(drawn.is_valid.cpu(), want.is_valid) and not drawn.is_valid[2]
+    logits = torch.randn(7, vocabulary + 3, device=CUDA).to(torch.bfloat16)[:, 1:-2]
+    last = vocabulary - 1
+    logits[1, [7, 40, last]] = 50.0
+    logits[2, [3, last]] = float("nan")
+    logits[3, last] = 60.0
+    logits[4] = float("-inf")
+    logits[5, 0] = float("inf")
+    logits[6] = float("-inf")
+    logits[6, 11] = -1e4
+    for given in (logits, logits[1:2], logits.float()):
+        (tokens, values, is_valid), want = largest(given), find_largest(given.cpu())
+        assert torch.equal(is_valid.cpu(), want[2]) and tokens.dtype == torch.int64
+        assert torch.equal(tokens.cpu()[want[2]], want[0][want[2]])
+        assert torch.equal(values.cpu()[want[2]], want[1][want[2]])
+    ones, zeros = np.ones(7, np.float32), np.zeros(7, np.int64)
+    draws = Draws(
+        np.linspace(0, 1.5, 7, dtype=np.float32), zeros, ones, 0 * ones, zeros.astype(np.uint64), zeros, zeros
+    )
+    ours, plain = sample(logits, draws, largest), sample(logits, draws)
+    assert ours.is_valid.tolist() == plain.is_valid.tolist() == [True, True, False, True, False, False, True]
+    assert torch.equal(ours.tokens[ours.is_valid], plain.tokens[ours.is_valid]) and ours.tokens[6] == 11
 
 
 @torch.inference_mode()
@@ -207,6 +222,8 @@ def test_graphs_return_what_eager_steps_return(rank: Rank) -> None:
 
 def test_the_engine_serves_the_same_tokens_in_any_batch(rank: Rank) -> None:
     """Chunks, batches and graphs may round differently, tokens of clear margin must not care: most are equal."""
+    from workers.kernels.largest import largest
+
     graphed = GraphedModel(rank.model, [1, 2, 4, 8], 32, CUDA)
     graphed.capture()
     torch.manual_seed(0)
@@ -218,7 +235,7 @@ def test_the_engine_serves_the_same_tokens_in_any_batch(rank: Rank) -> None:
             max_batched_tokens=512, max_sequences=8, max_model_len=2048, prefill_reserve=0.0, chunk_tokens=chunk
         )
         scheduler = Scheduler(blocks, limits, b"gpu tests".ljust(16))
-        runner = ModelRunner(graphed, rank.caches, rank.pool.generations, [BLOCK], device=CUDA)
+        runner = ModelRunner(graphed, rank.caches, rank.pool.generations, [BLOCK], device=CUDA, find_largest=largest)
         engine = Engine(scheduler, runner)
         sequences = []
         for i in indices:

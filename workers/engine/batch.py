@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from workers.engine.sequence_mirror import BlockTableArray, SequenceMirror
 from workers.engine.step_plan import EncodeRow, Literal, Projection, StepPlan
 
 _Ints = npt.NDArray[np.int64]
+_ALIGNED = 16  # numbers: kernels are not compiled again for addresses of another kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,44 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
     if plan.num_drafts:
         sampled, later = _draft_draws(sampled, np.array([row.num_drafts for row in rows], np.int64))
     sampled_slots = slots[sampled]
-    to_device = _Mover(device)
+    groups = [_group(table, slots, context_lens, sequence_of, positions) for table in mirror.tables]
+    extents = [table.extents[slots] for table in mirror.fixed_tables]
+    fixed_tables = [
+        table.rows[slots, : _width(lens, table)] for table, lens in zip(mirror.fixed_tables, extents, strict=True)
+    ]
+    moved = iter(
+        to_device(
+            [
+                input_ids,
+                positions,
+                query_starts[1:][sampled] - 1 - later,
+                query_starts[previous_at[:, 0]],
+                previous_at[:, 1],
+                sampled if order is None else order[sampled],
+                *chain.from_iterable(groups),
+                *fixed_tables,
+            ],
+            device,
+        )
+    )
+    ids, places, logits_rows, previous_tokens, previous_rows, sampled_rows = islice(moved, 6)
     attention = AttentionBatch(
         num_sequences=len(rows),
         num_decodes=num_decodes,
         query_lens=num_tokens.tolist(),
         query_starts=query_starts.tolist(),
         context_lens=context_lens.tolist(),
-        positions=to_device(positions),
-        groups=tuple(_group(table, slots, context_lens, sequence_of, positions, to_device) for table in mirror.tables),
-        logits_rows=to_device(query_starts[1:][sampled] - 1 - later),
-        fixed=tuple(_fixed_group(table, slots, to_device) for table in mirror.fixed_tables),
+        positions=places,
+        groups=tuple(GroupMetadata(next(moved), next(moved)) for _ in groups),
+        logits_rows=logits_rows,
+        fixed=tuple(FixedGroupMetadata(next(moved), lens.tolist()) for lens in extents),
     )
     return StepBatch(
-        input_ids=to_device(input_ids),
+        input_ids=ids,
         attention=attention,
-        previous_tokens=to_device(query_starts[previous_at[:, 0]]),
-        previous_rows=to_device(previous_at[:, 1]),
-        sampled_rows=to_device(sampled if order is None else order[sampled]),
+        previous_tokens=previous_tokens,
+        previous_rows=previous_rows,
+        sampled_rows=sampled_rows,
         sampled_ids=[rows[i].id for i in sampled.tolist()],
         sampled_slots=sampled_slots,
         draws=_draws(mirror, sampled_slots, context_lens[sampled] - later),
@@ -115,34 +135,34 @@ def _draft_draws(sampled: _Ints, num_drafts: _Ints) -> tuple[_Ints, _Ints]:
 
 
 def _group(
-    table: BlockTableArray, slots: _Ints, context_lens: _Ints, sequence_of: _Ints, positions: _Ints, to_device: _Mover
-) -> GroupMetadata:
-    width = -(-int(context_lens.max()) // table.block_size)
-    block_table = table.rows[slots, :width]
+    table: BlockTableArray, slots: _Ints, context_lens: _Ints, sequence_of: _Ints, positions: _Ints
+) -> tuple[_Ints, _Ints]:
+    """Block table and slot mapping."""
+    block_table = table.rows[slots, : _width(context_lens, table)]
     slot_mapping = block_table[sequence_of, positions // table.block_size] * table.block_size
     slot_mapping += positions % table.block_size
-    return GroupMetadata(to_device(block_table), to_device(slot_mapping))
+    return block_table, slot_mapping
 
 
-def _fixed_group(table: BlockTableArray, slots: _Ints, to_device: _Mover) -> FixedGroupMetadata:
-    lens = table.extents[slots]
-    width = -(-int(lens.max()) // table.block_size)
-    return FixedGroupMetadata(to_device(table.rows[slots, :width]), lens.tolist())
+def _width(lens: _Ints, table: BlockTableArray) -> int:
+    """Blocks of the longest."""
+    return -(-int(lens.max()) // table.block_size)
 
 
 def build_encodes(rows: Sequence[EncodeRow], block_size: int, device: torch.device) -> tuple[Tensor, EncoderBatch]:
     """The packed encoder inputs [S] int64 of a plan that has some, and where their output goes."""
-    to_device = _Mover(device)
     lens = [len(row.tokens) for row in rows]
     input_ids = np.fromiter(chain.from_iterable(row.tokens for row in rows), np.int64, count=sum(lens))
-    slots = [_slots(row, block_size) for row in rows]
-    return to_device(input_ids), EncoderBatch(lens, to_device(np.concatenate(slots)))
+    slots = np.concatenate([_slots(row, block_size) for row in rows])
+    ids, slot_mapping = to_device([input_ids, slots], device)
+    return ids, EncoderBatch(lens, slot_mapping)
 
 
 def build_projections(rows: Sequence[Projection], block_size: int, device: torch.device) -> EncoderBatch:
     """Where the output lies that decoder layers make their keys and values of, and these go: a block is an input."""
     slots = [row.block * block_size + np.arange(row.num_tokens) for row in rows]
-    return EncoderBatch([row.num_tokens for row in rows], _Mover(device)(np.concatenate(slots)))
+    (slot_mapping,) = to_device([np.concatenate(slots)], device)
+    return EncoderBatch([row.num_tokens for row in rows], slot_mapping)
 
 
 def _slots(row: EncodeRow, block_size: int) -> _Ints:
@@ -163,15 +183,15 @@ def _draws(mirror: SequenceMirror, slots: _Ints, positions: _Ints) -> Draws:
     )
 
 
-class _Mover:
-    """Host arrays to the device; on CPU the tensor shares the array's memory."""
-
-    __slots__ = ("_device", "_is_host")
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_host = device.type == "cpu"
-
-    def __call__(self, array: npt.NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._is_host else tensor.to(self._device, non_blocking=True)
+def to_device(arrays: Sequence[_Ints], device: torch.device) -> list[Tensor]:
+    """The same numbers there. On a CPU the tensors share the arrays' memory; a GPU gets all in one copy, for which
+    nobody waits: each copy takes a stream some microseconds, and one from memory that is not pinned may wait for it."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    starts = [0, *accumulate(-(-array.size // _ALIGNED) * _ALIGNED for array in arrays)]
+    pinned = torch.empty(starts[-1], dtype=torch.int64, pin_memory=True)
+    staged = pinned.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        staged[start : start + array.size].reshape(array.shape)[...] = array
+    there = pinned.to(device, non_blocking=True)
+    return [there[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=False)]

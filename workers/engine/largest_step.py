@@ -18,7 +18,13 @@ from workers.engine.model_runner import StepModel
 from workers.engine.scheduler_limits import SchedulerLimits
 
 
-def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
+def run_largest_steps(
+    model: StepModel,
+    limits: SchedulerLimits,
+    block_size: int,
+    device: torch.device,
+    find_largest: sampler.FindLargest = sampler.find_largest,
+) -> None:
     """Small steps first; then prompts alone, prompts of which one has the longest context cached, and as many draws as
     there may be.
 
@@ -26,7 +32,7 @@ def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int
     when the device's memory does not suffice.
     """
     try:
-        _run(model, limits, block_size, device)
+        _run(model, limits, block_size, device, find_largest)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "scheduler.max_batched_tokens",
@@ -38,7 +44,13 @@ def run_largest_steps(model: StepModel, limits: SchedulerLimits, block_size: int
 
 
 @torch.inference_mode()
-def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: torch.device) -> None:
+def _run(
+    model: StepModel,
+    limits: SchedulerLimits,
+    block_size: int,
+    device: torch.device,
+    find_largest: sampler.FindLargest,
+) -> None:
     chunk = min(limits.chunk_tokens, limits.max_batched_tokens, limits.max_model_len)
     count = min(max(1, limits.max_batched_tokens // chunk), limits.max_sequences)
     for num_tokens in step_sizes(chunk * count):
@@ -67,6 +79,7 @@ def _run(model: StepModel, limits: SchedulerLimits, block_size: int, device: tor
             sample=zeros,
             position=zeros,
         ),
+        find_largest,
     )
 
 

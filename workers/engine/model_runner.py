@@ -154,6 +154,7 @@ class ModelRunner:
         eos_token_ids: frozenset[int] = frozenset(),
         constraints: ConstraintCompiler | None = None,
         encoder: EncoderModel | None = None,
+        find_largest: sampler.FindLargest = sampler.find_largest,
     ) -> None:
         assert len(caches) == len(generation_tables) == len(block_sizes), "one of each per group"
         self._model = model
@@ -165,6 +166,7 @@ class ModelRunner:
         self._block_sizes = list(block_sizes)
         self._pooler = Pooler()
         self._device = device
+        self._find_largest = find_largest
         self._previous = torch.zeros(0, dtype=torch.int64, device=device)  # by row of the previous plan
 
     @property
@@ -197,7 +199,7 @@ class ModelRunner:
         self._pooler.forget(plan.finished)
         previous, self._previous = (
             self._previous,
-            torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),
+            torch.empty(len(plan.sequences), dtype=torch.int64, device=self._device),
         )
         encoded: Mapping[int, Tensor] = {}
         if plan.encodes:
@@ -208,7 +210,9 @@ class ModelRunner:
         if not plan.sequences:
             return replace(self._nothing_drawn(plan), vectors=encoded)
         batch = build(plan, self._mirror, self._device)
-        if len(batch.previous_rows):
+        if len(batch.previous_rows) == len(batch.input_ids):
+            torch.index_select(previous, 0, batch.previous_rows, out=batch.input_ids)
+        elif len(batch.previous_rows):
             batch.input_ids[batch.previous_tokens] = previous[batch.previous_rows]
         hidden = self._model.forward(batch.input_ids, batch.attention)
         launched = self._draw(plan, batch, hidden) if batch.sampled_ids else self._nothing_drawn(plan)
@@ -256,7 +260,7 @@ class ModelRunner:
         adjusted, failures = adjustments(self._mirror, batch.sampled_slots, batch.draws.position, logits.shape[1])
         if adjusted is not None:
             logits = adjusted.apply(logits)
-        tokens, is_valid = sampler.sample(logits, batch.draws)
+        tokens, is_valid = sampler.sample(logits, batch.draws, self._find_largest)
         self._previous[batch.sampled_rows] = tokens
         logprobs = [(rows.rows, self._bring(rows.of(tokens))) for rows in kept]
         candidates = None if searching is None else searching.best(logits, self._bring)

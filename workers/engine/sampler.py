@@ -9,6 +9,7 @@ Shapes: N drawing rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,21 +44,32 @@ class Drawn(NamedTuple):
     is_valid: Tensor  # [N] bool: False where the logits hold NaN or +inf, or nothing but -inf; the token means nothing
 
 
-def sample(logits: Tensor, draws: Draws) -> Drawn:
+# [N, V] -> of each row the first of the largest logits [N] int64, that logit [N] float32, and whether it is finite [N]
+# bool, which it is not where the row holds NaN or +inf, or nothing but -inf: the token then means nothing.
+FindLargest = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def find_largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A `FindLargest`; the reference of workers.kernels.largest."""
+    tokens = _argmax(logits)  # NaN is the largest
+    largest = logits.gather(1, tokens[:, None])[:, 0].float()
+    return tokens, largest, largest.isfinite()
+
+
+def sample(logits: Tensor, draws: Draws, find: FindLargest = find_largest) -> Drawn:
     """Token ids on the logits' device, from logits [N, V] of any float dtype; -inf where a token must not be drawn.
 
     Pure: row i of the result depends on row i of the arguments only. Equal scores go to the lowest token id.
     """
     drawing = np.flatnonzero(draws.temperature > 0)
-    tokens = _argmax(logits)  # NaN is the largest
-    largest = logits.gather(1, tokens[:, None])
+    tokens, largest, is_valid = find(logits)
     if drawing.size:
         rows_per_chunk = max(1, _CHUNK_ELEMENTS[logits.device.type] // logits.shape[1])
         edges = [*range(0, drawing.size, rows_per_chunk), drawing.size]
         for start, end in pairwise(edges):
             rows = drawing[start:end]
             tokens[_tensor(rows, logits)] = _draw(logits, largest, draws, rows)
-    return Drawn(tokens, largest[:, 0].isfinite())
+    return Drawn(tokens, is_valid)
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, largest: Tensor, draws: Draws, rows: npt.NDArray[np.intp]) -> Tensor:
     at = _tensor(rows, logits)
-    scores = logits[at].float() - largest[at].float()  # at most 0: no temperature is too low for it
+    scores = logits[at].float() - largest[at][:, None]  # at most 0: no temperature is too low for it
     scores /= _tensor(draws.temperature[rows], logits)[:, None]
     top_k, top_p, min_p = draws.top_k[rows], draws.top_p[rows], draws.min_p[rows]
     limited = (top_k > 0) | (top_p < 1)
