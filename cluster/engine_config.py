@@ -25,7 +25,7 @@ class EngineConfig(Section):
     overlap: bool | None = None
     """Prepare the next step while one runs; none: on a GPU, unless tokens are guessed."""
     cuda_graphs: bool = True
-    """Replay decode steps as CUDA graphs, where the backend can."""
+    """Replay steps as CUDA graphs, where the backend can: those of single tokens; with encoders, of prompts, too."""
     speculation: Literal["ngram"] | None = None
     """ngram: guess that a text goes on as it did where its last few tokens stood before, and check the guesses in one
     step: the tokens stay what they are, in fewer steps where texts repeat themselves. None: no guesses."""

@@ -115,7 +115,8 @@ def _show_choices(table: Table, config: SluiceConfig | None, problems: list[str]
                 problems.append(str(error))
             table.add_row(name, str(error))
         else:
-            graphs = "; decode steps as CUDA graphs" if chosen.replays and engine.cuda_graphs else ""
+            kinds = "steps" if chosen.reads_spans else "decode steps"
+            graphs = f"; {kinds} as CUDA graphs" if chosen.replays and engine.cuda_graphs else ""
             table.add_row(name, f"{chosen}{graphs}")
     blocks = resolve_gemm(GemmProblem((BLOCK, BLOCK), torch.bfloat16), replace(environment, strict=False))
     table.add_row("matrices in fp8", str(blocks))
