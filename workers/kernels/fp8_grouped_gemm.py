@@ -117,7 +117,7 @@ def _launch(
     outputs = height // 2 if per_token else height
     assert outputs % tactic.cols == 0 and BLOCK % tactic.cols == 0, f"tiles of {tactic.cols} of {outputs} outputs"
     num_tiles = plan.tile_slots.numel()
-    source = TensorDescriptor.from_tensor(weights.values.view(slots * height, features), [tactic.cols, BLOCK])
+    source = TensorDescriptor(weights.values, [slots * height, features], [features, 1], [tactic.cols, BLOCK])
     arguments = (
         x.values,
         x.scales,

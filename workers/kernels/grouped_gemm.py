@@ -157,7 +157,7 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
     tma = tactic.tma and even
     source = weights
     if tma:
-        source = TensorDescriptor.from_tensor(weights.view(slots * height, features), [tactic.cols, tactic.depth])
+        source = TensorDescriptor(weights, [slots * height, features], [features, 1], [tactic.cols, tactic.depth])
     arguments = (
         x,
         source,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -56,7 +57,8 @@ def bucket(num_tokens: int) -> int:
     return next((size for size in BUCKETS if size >= num_tokens), BUCKETS[-1])
 
 
-def experts_key(op: str, num_tokens: int, per_token: int, both: Sequence[int]) -> str:
+@cache  # all layers of a step ask the same
+def experts_key(op: str, num_tokens: int, per_token: int, both: tuple[int, ...]) -> str:
     """op: experts or fp8_experts; both: shape of the gates and ups, [slots, 2 inner, hidden]."""
     return f"{op}/{both[0]}x{both[1] // 2}x{both[2]}/{per_token}/{bucket(num_tokens)}"
 
@@ -89,7 +91,7 @@ class TacticTable:
         found = f"{len(entries)} from {', '.join(names)}" if names else f"none measured on {setting.device}"
         return cls(entries, "; ".join([found, *others]))
 
-    def experts(self, chosen: Sequence[int], both: Sequence[int]) -> ExpertTactics:
+    def experts(self, chosen: Sequence[int], both: tuple[int, ...]) -> ExpertTactics:
         """Shapes of the chosen slots [T, k], and of gates and ups [E, 2 I, d]."""
         tokens, per_token = chosen
         found = self.entries.get(experts_key("experts", tokens, per_token, both))
@@ -97,7 +99,7 @@ class TacticTable:
             return _sorted_if_many(found, tokens * per_token)
         return expert_tactics(tokens * per_token, both[0])
 
-    def fp8_experts(self, chosen: Sequence[int], both: Sequence[int]) -> ExpertTactics | None:
+    def fp8_experts(self, chosen: Sequence[int], both: tuple[int, ...]) -> ExpertTactics | None:
         """None: rows in tiles, by DeepGEMM."""
         tokens, per_token = chosen
         by_rule = fp8_expert_tactics(tokens * per_token, both[0])

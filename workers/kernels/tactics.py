@@ -6,6 +6,7 @@ The numbers were measured on an H200, under CUDA graphs, on weights and caches f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 _PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 _MAX_SPLITS = 32
@@ -99,6 +100,7 @@ def sparse_tactic(num_queries: int, num_heads: int) -> DecodeTactic:
 SHORT_ROWS = DecodeTactic(4, tile=64, warps=8, stages=2)  # of the few queries of a step that choose fewer rows
 
 
+@cache  # all layers of a step ask the same
 def expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics:
     """Of `num_entries` rows over `num_slots` experts."""
     per_slot = num_entries / num_slots
@@ -115,6 +117,7 @@ def expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics:
     return ExpertTactics(ExpertTactic(128, 128, 64, 8, 3, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True))
 
 
+@cache
 def fp8_expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics | None:
     """The same in fp8, where weights times rows is the only way round; None: rows in tiles, by DeepGEMM."""
     per_slot = num_entries / num_slots
