@@ -145,5 +145,5 @@ class HopperMlaStep:
 
     def cached_rows(self, layer: int, piece: CachedPiece) -> Tensor:
         """[C, L + R]."""
-        rows = piece.rows + layer * self._problem.block_size
-        return self.pages.view(-1, self.pages.shape[-1]).index_select(0, rows)
+        rows = self.pages.view(-1, self.pages.shape[-1])[layer * self._problem.block_size :]
+        return rows.index_select(0, piece.rows)
