@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support.tensor_errors import error
+from workers.attention.merging import PartialAttention, merge
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     DecodeTactic,
@@ -332,3 +333,18 @@ def test_joined_keys() -> None:
     both, rope = random(33, 5, 256), random(33, 600)[:, 536:]
     want = torch.cat((both[..., :128], rope.unsqueeze(1).expand(-1, 5, -1)), -1)
     assert torch.equal(join_keys(both, rope, 128), want)
+
+
+@pytest.mark.parametrize(("queries", "seen", "heads", "size"), [(1, 1, 16, 128), (70, 33, 5, 128), (9, 9, 20, 64)])
+def test_parts_of_some_rows_are_merged_in_place(queries: int, seen: int, heads: int, size: int) -> None:
+    from workers.kernels.split_merge import merge_rows
+
+    rows = torch.randperm(queries, device=CUDA)[:seen]
+    out, part = torch.randn(queries, heads, size, device=CUDA), random(seen, heads, size)
+    lse, part_lse = 20 * torch.randn(queries, heads, device=CUDA), 20 * torch.randn(seen, heads, device=CUDA)
+    base = torch.log(torch.tensor(2.0, device=CUDA))
+    before = PartialAttention(out[rows], lse[rows] * base)
+    after = merge(before, PartialAttention(part.float(), part_lse * base))
+    want_out, want_lse = out.index_copy(0, rows, after.out), lse.index_copy(0, rows, after.lse / base)
+    merge_rows(out, lse, rows, part, part_lse)
+    assert error(out, want_out) < 1e-5 and error(lse, want_lse) < 1e-6

@@ -8,7 +8,6 @@ Shapes: n query tokens, C keys, H query heads, K key/value heads, D query/key si
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,9 +55,8 @@ class Ragged:
         return self._wrapper.run(q, k, v, out=out)
 
     def attend_part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """With the log (natural) of the sum of exp(score), fp32 [n, H]."""
-        out, lse = self._wrapper.run(q, k, v, return_lse=True)
-        return out, lse * math.log(2)
+        """With the log (of base 2) of the sum of exp(score), fp32 [n, H]."""
+        return self._wrapper.run(q, k, v, return_lse=True)
 
 
 class Paged:

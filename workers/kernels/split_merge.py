@@ -1,5 +1,7 @@
 """How the parts of a context that were attended apart become one result, in Triton. Reference:
-workers.attention.merging. Logarithms are of base 2 throughout. Shapes: B sequences, H heads, V value size.
+workers.attention.merging. Logarithms are of base 2 throughout.
+
+Shapes: B sequences, n queries, m of them that saw one more part, H heads, V value size.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher
+
+_HEADS = 16  # that one program merges, of rows
 
 
 @triton.jit
@@ -70,3 +74,46 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
         constants,
         num_warps=4 if splits * size > 512 else 1,
     )
+
+
+@triton.jit
+def _merge_rows(
+    out_ptr,
+    lse_ptr,
+    rows_ptr,
+    part_ptr,
+    part_lse_ptr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+):
+    follow()
+    row = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    exists = heads < HEADS
+    before_at, part_at = tl.load(rows_ptr + row) * HEADS + heads, row * HEADS + heads
+    before_lse = tl.load(lse_ptr + before_at, mask=exists, other=0.0)
+    part_lse = tl.load(part_lse_ptr + part_at, mask=exists, other=0.0)
+    best = tl.maximum(before_lse, part_lse)
+    weight, part_weight = tl.exp2(before_lse - best), tl.exp2(part_lse - best)
+    total = weight + part_weight
+    features = tl.arange(0, SIZE)[None, :]
+    out_at = out_ptr + before_at[:, None] * SIZE + features
+    before = tl.load(out_at, mask=exists[:, None], other=0.0)
+    part = tl.load(part_ptr + part_at[:, None] * SIZE + features, mask=exists[:, None], other=0.0).to(tl.float32)
+    merged = before * (weight / total)[:, None] + part * (part_weight / total)[:, None]
+    tl.store(out_at, merged, mask=exists[:, None])
+    tl.store(lse_ptr + before_at, best + tl.log2(total), mask=exists)
+
+
+_launch_merge_rows = Launcher(_merge_rows)
+
+
+def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """part [m, H, V], part_lse fp32 [m, H] into `rows` [m] int64, each once, of out fp32 [n, H, V] and lse fp32 [n, H],
+    in place. All contiguous; V is a power of two."""
+    assert out.is_contiguous() and lse.is_contiguous() and part.is_contiguous() and part_lse.is_contiguous()
+    num_rows, heads, size = part.shape
+    constants = {"HEADS": heads, "SIZE": size, "PER_PROGRAM": _HEADS}
+    grid = (num_rows, -(-heads // _HEADS), 1)
+    _launch_merge_rows(grid, (out, lse, rows, part, part_lse), constants, num_warps=4)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
-from workers.attention.merging import PartialAttention, merge
 from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
+from workers.kernels.split_merge import merge_rows
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Linear
@@ -116,15 +116,12 @@ class FusedMla:
             step.new.attend(q, k, v, out)
             return
         part, lse = step.new.attend_part(q, k, v)
-        merged = PartialAttention(part.float(), lse)
+        merged = part.float()
         for piece in step.pieces:
             k, v = self._expand(step.cached_rows(self._layer, piece))
-            part, lse = piece.attention.attend_part(q.index_select(0, piece.queries), k, v)
-            before = PartialAttention(*(each.index_select(0, piece.queries) for each in merged))
-            after = merge(before, PartialAttention(part.float(), lse))
-            merged.out.index_copy_(0, piece.queries, after.out)
-            merged.lse.index_copy_(0, piece.queries, after.lse)
-        out.copy_(merged.out)
+            part, part_lse = piece.attention.attend_part(q.index_select(0, piece.queries), k, v)
+            merge_rows(merged, lse, piece.queries, part, part_lse)
+        out.copy_(merged)
 
     def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Latent rows [C, L + R] of any stride -> keys [C, H, N + R] and values [C, H, V], a view."""
