@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workers.kernels.expert_routing import RouteSpec
 from workers.kernels.following import follow
+from workers.kernels.launcher import Launcher
 
 _TOKENS = 8
 
@@ -56,6 +57,9 @@ def _choose(
         tl.store(weights_ptr + tokens * row + CHOSEN + i, tl.full([TOKENS], 1.0, tl.float32), mask=present)
 
 
+_launch_choose = Launcher(_choose)
+
+
 class BalancedExperts:
     """Takes the place of the learned choice of one layer. The number of experts is a power of two."""
 
@@ -68,19 +72,9 @@ class BalancedExperts:
         row = spec.chosen + spec.shared
         experts = torch.empty(count, row, dtype=torch.int32, device=slots.device)
         weights = torch.empty(count, row, dtype=torch.float32, device=slots.device)
-        _choose[(triton.cdiv(count, _TOKENS),)](
-            logits,
-            slots,
-            experts,
-            weights,
-            count,
-            self._layer,
-            EXPERTS=spec.num_experts,
-            CHOSEN=spec.chosen,
-            SHARED=spec.shared,
-            TOKENS=_TOKENS,
-            launch_pdl=True,
-        )
+        arguments = (logits, slots, experts, weights, count, self._layer)
+        constants = {"EXPERTS": spec.num_experts, "CHOSEN": spec.chosen, "SHARED": spec.shared, "TOKENS": _TOKENS}
+        _launch_choose((-(-count // _TOKENS), 1, 1), arguments, constants, num_warps=4)
         return experts, weights
 
     def num_distinct(self, slots: Tensor) -> int:
