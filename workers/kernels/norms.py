@@ -219,7 +219,7 @@ def finalize_rms_norm(
         "LARGEST": LARGEST,
         "SMALLEST": SMALLEST,
     }
-    _launch_finalize_norm((len(x), 1, 1), arguments, constants, num_warps=min(max(block // 256, 1), 16))
+    _launch_finalize_norm((x.shape[0], 1, 1), arguments, constants, num_warps=min(max(block // 256, 1), 16))
     return total, out, quantized
 
 

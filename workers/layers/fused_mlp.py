@@ -87,11 +87,11 @@ class FusedExperts:
 
     def __call__(self, x: Tensor, slots: Tensor, quantized: QuantizedRows | None = None) -> ExpertOutputs:
         # Products of bf16 are exact in fp32: no rounding of the weights, whatever the choice is near to.
-        if len(x) > SKINNY_ROWS:
+        if x.shape[0] > SKINNY_ROWS:
             logits = torch.mm(x, self._router.weight.t(), out_dtype=torch.float32)
         else:
             logits = skinny_linear(x, self._router.weight, ROUTER, dtype=torch.float32)
-        apart = self._shared is not None and len(x) >= DENSE_TOKENS
+        apart = self._shared is not None and x.shape[0] >= DENSE_TOKENS
         chosen, weights = self.choose(logits, slots, self._routed if apart else self.spec)
         if self.in_fp8 and quantized is None:
             quantized = quantize_rows(x)
@@ -116,7 +116,7 @@ class _Bf16Experts:
         both, downs = self._packed.both, self._packed.downs
         tactics = self._tactics.experts(chosen.shape, both.shape)
         if tactics.sort:
-            plan = plan_rows(chosen, len(both), tactics.first.rows)
+            plan = plan_rows(chosen, both.shape[0], tactics.first.rows)
         else:
             plan = single_rows(chosen, self._rows)
         inner = gate_up(x, both, plan, tactics.first, chosen.shape[1])

@@ -56,7 +56,7 @@ class PackedLinear:
         return F.linear(x, self.weight[first:], None if self.bias is None else self.bias[first:])
 
     def _widened(self, x: Tensor) -> Tensor:
-        if len(x) > SKINNY_ROWS or self.bias is not None or x.device.type == "cpu" or not x.is_contiguous():
+        if x.shape[0] > SKINNY_ROWS or self.bias is not None or x.device.type == "cpu" or not x.is_contiguous():
             return F.linear(x, self.weight, self.bias)
         from workers.kernels.skinny_gemm import skinny_linear
 
