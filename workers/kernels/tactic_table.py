@@ -7,6 +7,7 @@ best here, or compile. Needs no GPU.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -54,13 +55,17 @@ class DeviceSetting:
 
 def bucket(num_tokens: int) -> int:
     """The number that a step of `num_tokens` is measured at."""
-    return next((size for size in BUCKETS if size >= num_tokens), BUCKETS[-1])
+    return BUCKETS[min(bisect_left(BUCKETS, num_tokens), len(BUCKETS) - 1)]
 
 
-@cache  # all layers of a step ask the same
 def experts_key(op: str, num_tokens: int, per_token: int, both: tuple[int, ...]) -> str:
     """op: experts or fp8_experts; both: shape of the gates and ups, [slots, 2 inner, hidden]."""
-    return f"{op}/{both[0]}x{both[1] // 2}x{both[2]}/{per_token}/{bucket(num_tokens)}"
+    return _experts_key(op, bucket(num_tokens), per_token, both)
+
+
+@cache  # all layers of all steps ask the same few
+def _experts_key(op: str, num_tokens: int, per_token: int, both: tuple[int, ...]) -> str:
+    return f"{op}/{both[0]}x{both[1] // 2}x{both[2]}/{per_token}/{num_tokens}"
 
 
 def skinny_key(weight: Sequence[int], *, gated: bool) -> str:

@@ -6,7 +6,6 @@ The numbers were measured on an H200, under CUDA graphs, on weights and caches f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 _PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 _MAX_SPLITS = 32
@@ -100,30 +99,34 @@ def sparse_tactic(num_queries: int, num_heads: int) -> DecodeTactic:
 SHORT_ROWS = DecodeTactic(4, tile=64, warps=8, stages=2)  # of the few queries of a step that choose fewer rows
 
 
-@cache  # all layers of a step ask the same
+_FEW = ExpertTactic(16, 64, 128, 4, 4, swap=True, tma=True)
+_EXPERTS = (
+    ExpertTactics(_FEW, _FEW, sort=False),
+    ExpertTactics(
+        ExpertTactic(16, 64, 128, 4, 3, swap=True, tma=True), ExpertTactic(16, 128, 64, 4, 4, swap=True, tma=True)
+    ),
+    ExpertTactics(ExpertTactic(64, 64, 64, 4, 4), ExpertTactic(64, 128, 64, 4, 3, swap=True, tma=True)),
+    ExpertTactics(ExpertTactic(128, 128, 64, 8, 3, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True)),
+)
+_FP8_FEW = ExpertTactic(16, 128, 128, 4, 3), ExpertTactic(16, 128, 128, 4, 4)
+_FP8_EXPERTS = (
+    ExpertTactics(*_FP8_FEW, sort=False),
+    ExpertTactics(*_FP8_FEW),
+    ExpertTactics(ExpertTactic(32, 128, 128, 4, 3), ExpertTactic(32, 128, 128, 4, 4)),
+)
+
+
 def expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics:
     """Of `num_entries` rows over `num_slots` experts."""
-    per_slot = num_entries / num_slots
     if num_entries <= SINGLE_ENTRIES:
-        few = ExpertTactic(16, 64, 128, 4, 4, swap=True, tma=True)
-        return ExpertTactics(few, few, sort=False)
-    if per_slot <= 20:
-        return ExpertTactics(
-            ExpertTactic(16, 64, 128, 4, 3, swap=True, tma=True),
-            ExpertTactic(16, 128, 64, 4, 4, swap=True, tma=True),
-        )
-    if per_slot <= 96:
-        return ExpertTactics(ExpertTactic(64, 64, 64, 4, 4), ExpertTactic(64, 128, 64, 4, 3, swap=True, tma=True))
-    return ExpertTactics(ExpertTactic(128, 128, 64, 8, 3, tma=True), ExpertTactic(128, 256, 64, 8, 4, tma=True))
+        return _EXPERTS[0]
+    per_slot = num_entries / num_slots
+    return _EXPERTS[1 if per_slot <= 20 else 2 if per_slot <= 96 else 3]
 
 
-@cache
 def fp8_expert_tactics(num_entries: int, num_slots: int) -> ExpertTactics | None:
     """The same in fp8, where weights times rows is the only way round; None: rows in tiles, by DeepGEMM."""
+    if num_entries <= SINGLE_ENTRIES:
+        return _FP8_EXPERTS[0]
     per_slot = num_entries / num_slots
-    if num_entries <= SINGLE_ENTRIES or per_slot <= 20:
-        first, second = ExpertTactic(16, 128, 128, 4, 3), ExpertTactic(16, 128, 128, 4, 4)
-        return ExpertTactics(first, second, sort=num_entries > SINGLE_ENTRIES)
-    if per_slot <= 64:
-        return ExpertTactics(ExpertTactic(32, 128, 128, 4, 3), ExpertTactic(32, 128, 128, 4, 4))
-    return None
+    return _FP8_EXPERTS[1] if per_slot <= 20 else _FP8_EXPERTS[2] if per_slot <= 64 else None
