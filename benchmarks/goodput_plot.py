@@ -61,10 +61,10 @@ def draw(path: Path, runs: Sequence[Summary], objectives: Objectives, *, title: 
             axes.grid(axis="y", color="#dee2e6", linewidth=0.7)
         good.set_ylim(bottom=0)
         figure.suptitle(title, x=0.012, y=0.985, ha="left", fontsize=9.5, fontweight="bold")
-        figure.legend(loc="upper left", ncols=8, frameon=False, bbox_to_anchor=(0.004, 0.945), fontsize=8.5)
+        figure.legend(loc="upper left", ncols=5, frameon=False, bbox_to_anchor=(0.004, 0.955), fontsize=8.5)
         footer = f"{setting.hardware}; {setting.software}; commit {setting.commit}; dotted: the objectives"
         figure.text(0.012, 0.012, textwrap.fill(footer, _FOOTER_CHARS), color=_GREY, fontsize=7)
-        figure.tight_layout(rect=(0, 0.06, 1, 0.9), w_pad=2)
+        figure.tight_layout(rect=(0, 0.06, 1, 0.86), w_pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         pyplot.close(figure)

@@ -192,7 +192,7 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
 
 def scenarios() -> dict[str, Scenario]:
     """By name."""
-    lite = _on_gpus("v2-lite", 8 << 30, (5.0, 10.0, 15.0, 20.0))
+    lite = _on_gpus("v2-lite", 8 << 30, (3.0, 5.0, 7.0, 9.0, 12.0))
     fp8 = replace(lite, name="v2-lite-fp8", write=SHAPES["v2-lite-fp8"].write)
     qwen = _on_gpus("qwen3-8b", 24 << 30, (2.0, 4.0, 6.0, 8.0))
     return {each.name: each for each in (_tiny(), lite, fp8, qwen)}
