@@ -23,6 +23,7 @@ from workers.engine.model_runner import StepModel
 from workers.engine.sampler import FindLargest, find_largest
 from workers.engine.scheduler_limits import SchedulerLimits
 from workers.kv_memory import FreeMemory, num_blocks
+from workers.models.encoder_decoder import EncoderDecoderModel
 from workers.models.model import CausalModel
 
 
@@ -63,8 +64,9 @@ def bind_model(
             from workers.kernels.largest import largest
 
             finds = largest
-        if len(geometry.groups) == 1:
-            run_largest_steps(model, limits, kv.block_size, device, finds)
+        encoder = model if isinstance(model, EncoderDecoderModel) else None
+        projects = kv.encoder_output == "hidden_states"
+        run_largest_steps(model, limits, kv.block_size, device, finds, encoder=encoder, projects=projects)
         spec = model.spec
         num_forms = 1 if choice.dense_context is None else 2
         graphs = num_forms * static_bytes(sizes, spec.hidden_size, spec.vocab_size, spec.torch_dtype)

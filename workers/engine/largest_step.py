@@ -1,5 +1,6 @@
-"""Steps of prompts of many sizes, the largest that the limits allow among them: run once before the KV pool is there,
-they show how much memory is left for it, and have kernels compiled and loaded before the first request.
+"""Steps of prompts of many sizes, the largest that the limits allow among them, and of encoder inputs: run once before
+the KV pool is there, they show how much memory is left for it, and have kernels compiled and loaded before the first
+request.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 
 from cluster.errors import ConfigError
-from workers.attention.interface import AttentionBatch, GroupMetadata
+from workers.attention.interface import AttentionBatch, EncoderBatch, FixedGroupMetadata, GroupMetadata
 from workers.engine import sampler
-from workers.engine.model_runner import StepModel
+from workers.engine.model_runner import EncoderModel, StepModel
 from workers.engine.scheduler_limits import SchedulerLimits
 
 
@@ -24,15 +25,27 @@ def run_largest_steps(
     block_size: int,
     device: torch.device,
     find_largest: sampler.FindLargest = sampler.find_largest,
+    *,
+    encoder: EncoderModel | None = None,
+    projects: bool = False,
 ) -> None:
-    """Small steps first; then prompts alone, prompts of which one has the longest context cached, and as many draws as
-    there may be.
+    """Encoder inputs and small steps first; then prompts alone, prompts of which one has the longest context cached,
+    and as many draws as there may be. `projects`: see EncoderModel.
 
-    The model's one cache may hold the null block alone: everything is read from and written to it. Raises ConfigError
+    The model's caches may hold the null block alone: everything is read from and written to it. Raises ConfigError
     when the device's memory does not suffice.
     """
+    if encoder is not None:
+        try:
+            _read(encoder, limits, block_size, device, projects=projects)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "scheduler.max_encoder_tokens",
+                f"{limits.max_encoder_tokens} tokens of encoder inputs do not fit into the device's memory beside the "
+                f"model ({error}); lower it",
+            ) from error
     try:
-        _run(model, limits, block_size, device, find_largest)
+        _run(model, limits, block_size, device, find_largest, 0 if encoder is None else longest_input(limits))
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "scheduler.max_batched_tokens",
@@ -43,6 +56,25 @@ def run_largest_steps(
         torch.cuda.synchronize(device)
 
 
+def longest_input(limits: SchedulerLimits) -> int:
+    """Tokens of an encoder input at most."""
+    return min(limits.max_encoder_tokens, limits.max_source_tokens or limits.max_encoder_tokens)
+
+
+@torch.inference_mode()
+def _read(
+    encoder: EncoderModel, limits: SchedulerLimits, block_size: int, device: torch.device, *, projects: bool
+) -> None:
+    """A token, a short input, and as many of the longest as a step reads: how kernels are tiled depends on it."""
+    longest = longest_input(limits)
+    for num_tokens in sorted({1, min(64, longest), limits.max_encoder_tokens // longest * longest}):
+        at = torch.arange(num_tokens, device=device)
+        batch = EncoderBatch(chunks(num_tokens, longest), at % block_size)
+        encoder.keep(encoder.encode(at % (limits.vocab_size or 1), batch), batch)
+        if projects:
+            encoder.project(batch)
+
+
 @torch.inference_mode()
 def _run(
     model: StepModel,
@@ -50,20 +82,23 @@ def _run(
     block_size: int,
     device: torch.device,
     find_largest: sampler.FindLargest,
+    input_tokens: int,
 ) -> None:
+    """`input_tokens`: of the encoder input that every sequence has, 0 where there is no encoder."""
     chunk = min(limits.chunk_tokens, limits.max_batched_tokens, limits.max_model_len)
     count = min(max(1, limits.max_batched_tokens // chunk), limits.max_sequences)
     for num_tokens in step_sizes(chunk * count):
         query_lens = chunks(num_tokens, chunk)
         for cached in {0, min(block_size, limits.max_model_len - query_lens[-1])}:
-            small = batch_on_null_block(query_lens, [cached] * len(query_lens), block_size, device)
+            small = batch_on_null_block(query_lens, [cached] * len(query_lens), block_size, device, input_tokens)
             model.logits(model.forward(torch.arange(num_tokens, device=device) % (limits.vocab_size or 1), small)[-1:])
     query_lens = [chunk] * count
     ids = torch.arange(chunk * count, device=device) % (limits.vocab_size or 1)
     longest = limits.max_model_len - chunk
-    hidden = model.forward(ids, batch_on_null_block(query_lens, [0] * count, block_size, device))
+    hidden = model.forward(ids, batch_on_null_block(query_lens, [0] * count, block_size, device, input_tokens))
     if longest:
-        hidden = model.forward(ids, batch_on_null_block(query_lens, [longest] + [0] * (count - 1), block_size, device))
+        cached_lens = [longest] + [0] * (count - 1)
+        hidden = model.forward(ids, batch_on_null_block(query_lens, cached_lens, block_size, device, input_tokens))
     num_draws = limits.max_sequences
     rows = torch.arange(num_draws, device=device) % len(hidden)
     logits = model.logits(hidden[rows])
@@ -98,9 +133,10 @@ def chunks(num_tokens: int, chunk: int) -> list[int]:
 
 
 def batch_on_null_block(
-    query_lens: list[int], cached_lens: list[int], block_size: int, device: torch.device
+    query_lens: list[int], cached_lens: list[int], block_size: int, device: torch.device, input_tokens: int = 0
 ) -> AttentionBatch:
-    """A step in which every block of every sequence is the null block. Lengths of 1 come first."""
+    """A step in which every block of every sequence is the null block. Lengths of 1 come first; `input_tokens`: see
+    _run."""
     contexts = [query + cached for query, cached in zip(query_lens, cached_lens, strict=True)]
     parts = [torch.arange(cached, context) for cached, context in zip(cached_lens, contexts, strict=True)]
     positions = torch.cat(parts).to(device)
@@ -116,4 +152,10 @@ def batch_on_null_block(
         positions=positions,
         groups=(GroupMetadata(table, positions % block_size),),
         logits_rows=torch.tensor(starts[1:], device=device) - 1,
+        fixed=(_inputs(len(query_lens), input_tokens, block_size, device),) if input_tokens else (),
     )
+
+
+def _inputs(count: int, num_tokens: int, block_size: int, device: torch.device) -> FixedGroupMetadata:
+    table = torch.zeros(count, -(-num_tokens // block_size), dtype=torch.int64, device=device)
+    return FixedGroupMetadata(table, [num_tokens] * count)
