@@ -80,7 +80,7 @@ _STAGES = ("encode", "prefill", "decode")
 _BROKEN = ("mistake", "gone", "closed", "silent", "stuffed")
 _LIMITS = ("queue_full", "predicted_ttft", "key_max_concurrent", "key_tokens_per_minute", "key_requests_per_minute")
 _LOCAL_PLANS = ("configured", "no_source", "short", "saturated")
-_LOCAL_PREFILLS = ("plan", "no_source", "source_lost", "too_long_to_pull")
+_LOCAL_PREFILLS = ("plan", "no_encoder", "no_source", "source_lost", "too_long_to_pull")
 
 
 class Registry(CollectorRegistry):

@@ -74,6 +74,9 @@ class Supply:
         if not request.remote or request.sequence.only_encodes:
             self._compute_here(request, "plan", now)
             return
+        if self._scheduler.lacks_output(request.sequence):  # no encoder is within reach: our own reads the input
+            self._compute_here(request, "no_encoder", now)
+            return
         session = self._pairs.pick(request.sources, ())
         if session is None:
             if request.local_allowed:

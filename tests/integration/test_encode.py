@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from cluster.errors import WorkerFailed
+from cluster.protos import worker_pb2 as pb
 from cluster.request import SamplingParams
 from tests.support.beam_searches import searching, transformers_finds
-from tests.support.encode_scenes import BLOCK_SIZE, NUM_TOKENS, Scene, over_http, running
-from tests.support.encoder_decoders import Text, encoded, texts
+from tests.support.encode_scenes import BLOCK_SIZE, GREEDY, NUM_TOKENS, Scene, over_http, running
+from tests.support.encoder_decoders import Text, encoded, judge, texts
+from tests.support.raw_ingress import RawIngress
 from tests.support.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -215,4 +217,33 @@ def test_an_input_that_kills_encoders_ends_its_request_alone() -> None:
         await stage.expect([other for other in texts("t5", 8) if other.source != text.source])
 
     with running("t5", encode=3) as stage:
+        stage.play(scene(stage))
+
+
+@pytest.mark.parametrize("knows_one", [True, False])
+def test_who_reaches_no_encoder_reads_the_input_and_computes_the_prompt(*, knows_one: bool) -> None:
+    """Though a prefill worker is planned: an ingress may hear later than the worker that an encoder is gone."""
+    wanted = texts("t5", 2)
+
+    async def scene(stage: Scene) -> None:
+        raw = RawIngress(stage.cluster.words)
+        encode, prefill, decode = (
+            stage.cluster.workers[f"{name}-0"].member for name in ("encode", "prefill", "decode")
+        )
+        assert encode is not None and prefill is not None and decode is not None
+        gone = [replace(encode, incarnation="gone")] if knows_one else []
+        more: dict[str, Any] = {"encoders": gone, "local_prefill_allowed": True}
+        try:
+            asked = [
+                await raw.submit(decode, prefill, text.prompt, GREEDY, source=text.source, **more) for text in wanted
+            ]
+            for text, name in zip(wanted, asked, strict=True):
+                assert (await raw.end_of(name)).finish == pb.LENGTH
+                assert judge("t5", text, raw.token_ids[name]).is_greedy
+        finally:
+            raw.stop()
+        assert await stage.cluster.total(READ, "decode-0") == sum(len(text.source) for text in wanted)
+        assert await stage.cluster.total(READ) == await stage.cluster.total(READ, "decode-0")
+
+    with running("t5", prefill=1) as stage:
         stage.play(scene(stage))

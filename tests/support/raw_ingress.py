@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from uuid import uuid4
 
-from cluster.config import Role
 from cluster.errors import SessionError
 from cluster.hashing import block_hashes, chain_root
 from cluster.membership import Member
@@ -48,17 +48,24 @@ class RawIngress:
         sampling: SamplingParams | pb.SamplingParams,
         deadline_ms: int = 0,
         holding: tuple[Member, int] | None = None,
+        *,
+        source: tuple[int, ...] = (),
+        encoders: Sequence[Member] = (),
+        local_prefill_allowed: bool = False,
     ) -> str:
         """The request's id, when the words are on their way. `holding`: whose cache is said to have how many of its
-        blocks; only then the hashes of the blocks are told."""
+        blocks; only then the hashes of the blocks are told. `source`: an encoder input, which `encoders` are said to
+        read."""
         session = await self.session(decode)
         key = RequestKey(uuid4().hex, 1)
-        source = pb.StagePlan(stage=pb.PREFILL, worker=_ref(prefill))
+        computes = pb.StagePlan(stage=pb.PREFILL, worker=_ref(prefill))
         hashes: list[bytes] = []
         if holding is not None:
-            source.holding.CopyFrom(pb.Holding(holder=_ref(holding[0]), num_blocks=holding[1]))
+            computes.holding.CopyFrom(pb.Holding(holder=_ref(holding[0]), num_blocks=holding[1]))
             hashes = block_hashes(chain_root(decode.compatibility_hash), prompt, self._block_size)
-        plan = pb.Plan(stages=[source, pb.StagePlan(stage=pb.DECODE, worker=_ref(decode))])
+        stages = [pb.StagePlan(stage=pb.ENCODE, worker=_ref(each)) for each in encoders]
+        stages += [computes, pb.StagePlan(stage=pb.DECODE, worker=_ref(decode))]
+        plan = pb.Plan(stages=stages, local_prefill_allowed=local_prefill_allowed)
         asked = sampling.wire() if isinstance(sampling, SamplingParams) else sampling
         submit = pb.Submit(
             key=key.wire(),
@@ -67,6 +74,7 @@ class RawIngress:
             sampling=asked,
             deadline_ms=deadline_ms,
             block_hashes=b"".join(hashes),
+            encoder_token_ids=source,
         )
         session.send(pb.Frame(submit=submit), key)
         return key.request_id
@@ -115,5 +123,5 @@ class RawIngress:
 
 
 def _ref(member: Member) -> pb.WorkerRef:
-    assert Role.PREFILL in member.roles or Role.DECODE in member.roles
+    assert member.roles
     return pb.WorkerRef(name=member.name, incarnation=member.incarnation)
