@@ -199,7 +199,7 @@ class ModelRunner:
         self._pooler.forget(plan.finished)
         previous, self._previous = (
             self._previous,
-            torch.empty(len(plan.sequences), dtype=torch.int64, device=self._device),
+            torch.zeros(len(plan.sequences), dtype=torch.int64, device=self._device),  # read behind failed steps, too
         )
         encoded: Mapping[int, Tensor] = {}
         if plan.encodes:
