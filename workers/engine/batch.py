@@ -95,11 +95,14 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
                 sampled if order is None else order[sampled],
                 *chain.from_iterable(groups),
                 *fixed_tables,
+                *extents,
             ],
             device,
         )
     )
     ids, places, logits_rows, previous_tokens, previous_rows, sampled_rows = islice(moved, 6)
+    grown = tuple(GroupMetadata(next(moved), next(moved)) for _ in groups)
+    fixed = list(islice(moved, len(fixed_tables)))
     attention = AttentionBatch(
         num_sequences=len(rows),
         num_decodes=num_decodes,
@@ -107,9 +110,11 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         query_starts=query_starts.tolist(),
         context_lens=context_lens.tolist(),
         positions=places,
-        groups=tuple(GroupMetadata(next(moved), next(moved)) for _ in groups),
+        groups=grown,
         logits_rows=logits_rows,
-        fixed=tuple(FixedGroupMetadata(next(moved), lens.tolist()) for lens in extents),
+        fixed=tuple(
+            FixedGroupMetadata(table, lens.tolist(), next(moved)) for table, lens in zip(fixed, extents, strict=True)
+        ),
     )
     return StepBatch(
         input_ids=ids,
