@@ -49,6 +49,7 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.overlap import OverlappedEngine
 from workers.engine.scheduler import Scheduler, SchedulerLimits
 from workers.engine.sequence import Sequence
+from workers.kernels.largest import largest
 from workers.layers.fused_mlp import FusedExperts
 from workers.models.deepseek import DeepseekForCausalLM
 from workers.models.grouped_query import GqaForCausalLM
@@ -153,8 +154,6 @@ class GpuEngine:
 
     def serve(self, prompts: list[list[int]], outputs: list[int]) -> float:
         """Seconds until all have all their tokens."""
-        from workers.kernels.largest import largest
-
         blocks = BlockManager([GroupCapacity("self", NUM_BLOCKS, BLOCK_SIZE)], enable_prefix_cache=False)
         limits = SchedulerLimits(
             max_batched_tokens=MAX_TOKENS,

@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -90,14 +91,11 @@ class StaticInputs:
         num_decodes: int,
         spans: Tensor | None = None,
     ) -> tuple[Tensor, AttentionBatch]:
-        starts = [0]
-        for length in query_lens:
-            starts.append(starts[-1] + length)
         return self._input_ids[:size], AttentionBatch(
             num_sequences=count,
             num_decodes=num_decodes,
             query_lens=query_lens,
-            query_starts=starts,
+            query_starts=[0, *accumulate(query_lens)],
             context_lens=[context] * count,
             positions=self._positions[:size],
             groups=(GroupMetadata(self._table[:count], self._slots[:size]),),

@@ -2,8 +2,8 @@
 they lie. Reference: TorchKernels of workers.attention.packed.
 
 One pass over the keys with a running maximum, a tile of queries and a head per program. Which queries a tile has is
-read on the device. A bias depends on how far a key
-stands from its query and is read from a table of distances: nothing of the size of all scores is ever made.
+read on the device. A bias depends on how far a key stands from its query and is read from a table of distances: nothing
+of the size of all scores is ever made.
 
 Source: Dao, "FlashAttention-2" (2023). Shapes: T packed rows, B sequences, H heads (each with its own key and value),
 D head size, S block size, M blocks of the longest.
