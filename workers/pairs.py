@@ -1,9 +1,10 @@
 """The sources this worker may read from: a session to each, and its blocks within reach and measured.
 
     dialed ──on_open: TransportQuery──▶ asked ──TransportOffer──▶ connecting ──every rank connected──▶ WARM
-       ▲                                               ▲              │ refused, or too slow: said once,
-       │                                               └──────────────┤ tried again after a pause
-       └──────────────── session broken: executors disconnect ◀───────┴───────────────────────────────────
+       ▲                                               ▲              │ refused, or too slow: said once,  │
+       │                                               ├──────────────┘ tried again after a pause         │
+       │                                               └───────────── a read failed: measured again ──────┤
+       └──────────────── session broken: executors disconnect ◀───────────────────────────────────────────┘
 
 Only warm pairs are used, so the first long prompt never pays for connections. Engine thread only.
 """
@@ -20,7 +21,7 @@ from cluster.membership import Member, MemberState
 from cluster.metrics import Metrics
 from cluster.protos import worker_pb2 as pb
 from cluster.session import Session
-from kvtransfer.connector import Connected, Executor, PullResult, names_together
+from kvtransfer.connector import Connected, Executor, Outcome, PullResult, names_together
 from workers.rate import Rate
 
 FIRST_PAUSE_S = 0.5  # before a source that could not be read is tried again, doubling
@@ -70,6 +71,11 @@ class _Pair:
     def transport(self) -> str:
         """What moves the blocks; "" before any rank is connected."""
         return names_together(each.transport for each in self.connected.values())
+
+    def cool(self) -> None:
+        """WARM -> connecting."""
+        self.warm = False
+        self.connected.clear()
 
 
 class Pairs:
@@ -129,6 +135,7 @@ class Pairs:
             return
         pair.connected[result.rank] = result
         pair.warm = len(pair.connected) == len(self._executors)
+        pair.failure, pair.pause_s = "", FIRST_PAUSE_S
         self.changed = True
         rate = min(each.bytes_per_s for each in pair.connected.values())
         name, transport = session.peer.name, pair.transport
@@ -170,10 +177,16 @@ class Pairs:
         return pair.transport if pair else ""
 
     def read(self, result: PullResult) -> None:
-        """Of a source, whatever became of its pair: how fast its bytes come counts from the first read on."""
+        """Of a source, whatever became of its pair: how fast its bytes come counts from the first read on. One that
+        failed may be the first to tell that the source is dead: none is asked for anything before it is read again."""
         pair = self._pairs.get(result.pull.peer)
-        if pair is not None:
-            pair.rate.measured(result.num_bytes, result.seconds)
+        if pair is None:
+            return
+        pair.rate.measured(result.num_bytes, result.seconds)
+        if result.outcome is Outcome.LOST and pair.warm:
+            pair.cool()
+            self.changed = True
+            self._connect(pair)
 
     def reports(self) -> list[pb.PairReport]:
         """For load reports: what the router may pair."""
