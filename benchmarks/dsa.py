@@ -32,6 +32,8 @@ from workers.attention.interface import AttentionBatch, GroupMetadata, KvCache
 from workers.attention.mla_interface import INDEX_KEYS, LATENTS, MlaProblem
 from workers.kernels.index_rows import quantize_queries, write_index_keys
 from workers.kernels.rotary import RotationTable
+from workers.kernels.split_merge import merged
+from workers.kernels.tactic_table import RULES
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -151,7 +153,8 @@ class Decode:
 
     def attend_all(self, index: int) -> Tensor:
         layer = self.layers[index]
-        return self.step.dense.decode(index, layer.q, layer.q_rope)
+        seen = self.step.dense.decode(index, layer.q, layer.q_rope, RULES)
+        return merged(seen, layer.q.dtype)
 
     def parts(self) -> dict[str, Part]:
         """Contexts of up to index_topk are attended whole."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.support.tensor_errors import error
 from workers.attention.merging import PartialAttention, merge
 from workers.kernels.tactics import (
+    LATENT_LAUNCHES,
     SINGLE_ENTRIES,
     DecodeTactic,
     ExpertTactic,
@@ -165,7 +166,11 @@ def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | None) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "tactic"),
-    [(16, None), (5, None), (128, None), (16, DecodeTactic(1, 64, 4, 2)), (9, DecodeTactic(8, 32, 8, 3))],
+    [
+        *((heads, None) for heads in (5, 16, 128)),
+        (9, DecodeTactic(8, 32, 8, 3)),
+        *((16, DecodeTactic(splits, *launch)) for splits in (1, 2) for launch in LATENT_LAUNCHES),
+    ],
 )
 def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
     from workers.kernels.latent_decode import latent_decode
@@ -314,7 +319,7 @@ def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, 
 
 @pytest.mark.parametrize("tactic", [None, SkinnyTactic(16, 512, 0, 4, 2), SkinnyTactic(64, 128, 512, 8, 3)])
 @pytest.mark.parametrize(
-    ("rows", "d", "outputs"), [(1, 2048, 3648), (3, 320, 100), (16, 4096, 24576), (7, 12288, 4096)]
+    ("rows", "d", "outputs"), [(1, 2048, 3648), (3, 320, 100), (16, 4096, 24576), (7, 12288, 4096), (131, 2048, 64)]
 )
 def test_products_of_few_rows(rows: int, d: int, outputs: int, tactic: SkinnyTactic | None) -> None:
     from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear

@@ -16,8 +16,9 @@ from torch import Tensor
 from workers.attention.flashinfer_prefill import HeadShape, Ragged, workspace
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import LATENTS, MlaProblem
-from workers.kernels.latent_decode import latent_decode
-from workers.kernels.tactics import latent_tactic
+from workers.kernels.latent_decode import latent_parts
+from workers.kernels.split_merge import Parts
+from workers.kernels.tactic_table import TacticTable
 
 
 class CachedRun(NamedTuple):
@@ -136,12 +137,14 @@ class HopperMlaStep:
         self.num_decodes = batch.num_decodes
         self.new = new  # None: no prompt
         self.pieces = pieces
-        self._tactic = latent_tactic(batch.num_decodes, problem.num_heads)
 
-    def decode(self, layer: int, q: Tensor, q_rope: Tensor) -> Tensor:
-        """q [A, H, L] in latent space, q_rope [A, H, R], A the single tokens -> [A, H, L]."""
+    def decode(self, layer: int, q: Tensor, q_rope: Tensor, tactics: TacticTable) -> Tensor | Parts:
+        """q [A, H, L] in latent space, q_rope [A, H, R], A the single tokens -> [A, H, L], whole or in runs."""
         problem = self._problem
-        return latent_decode(q, q_rope, self.pages, self._table, self.positions, layer, problem.scale, self._tactic)
+        tactic = tactics.latent_decode(
+            len(q), problem.num_heads, problem.latent_size, problem.rope_size, block_size=problem.block_size
+        )
+        return latent_parts(q, q_rope, self.pages, self._table, self.positions, layer, problem.scale, tactic)
 
     def cached_rows(self, layer: int, piece: CachedPiece) -> Tensor:
         """[C, L + R]."""

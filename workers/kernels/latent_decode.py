@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
-from workers.kernels.split_merge import merge_splits
+from workers.kernels.split_merge import Parts, merged
 from workers.kernels.tactics import DecodeTactic
 
 MAX_HEADS = 64  # of one program
@@ -46,7 +46,7 @@ def store_part(parts_ptr, lse_ptr, part, valid, saw_any, best, total, acc, LATEN
         tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def _decode(
     q_ptr,
     q_stride,
@@ -117,7 +117,7 @@ def _decode(
 _launch_decode = Launcher(_decode)
 
 
-def latent_decode(
+def latent_parts(
     q: Tensor,
     q_rope: Tensor,
     pages: Tensor,
@@ -126,18 +126,20 @@ def latent_decode(
     layer: int,
     scale: float,
     tactic: DecodeTactic,
-) -> Tensor:
+) -> Tensor | Parts:
     """q [B, H, L] in latent space, q_rope [B, H, R] (any strides of B and H), pages [blocks, layers, S, L + R],
-    block_table [B, M], positions [B] of the query tokens -> [B, H, L]. Each sees the tokens up to and including itself.
+    block_table [B, M], positions [B] of the query tokens -> [B, H, L], or its runs. Each sees the tokens up to and
+    including itself.
     """
     num_sequences, num_heads, latent = q.shape
     _, num_layers, block_size, row = pages.shape
     splits, rows = tactic.splits, min(max(16, power_of_two(num_heads)), MAX_HEADS)
-    out = torch.empty(num_sequences, num_heads, latent, dtype=q.dtype, device=q.device)
-    parts = lse = out
     if splits > 1:
         parts = torch.empty(num_sequences, num_heads, splits, latent, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
+        out = parts
+    else:
+        parts = lse = out = torch.empty(num_sequences, num_heads, latent, dtype=q.dtype, device=q.device)
     arguments = (
         q,
         q.stride(0),
@@ -173,6 +175,18 @@ def latent_decode(
         num_warps=tactic.warps,
         num_stages=tactic.stages,
     )
-    if splits > 1:
-        merge_splits(parts, lse, out)
-    return out
+    return Parts(parts, lse) if splits > 1 else out
+
+
+def latent_decode(
+    q: Tensor,
+    q_rope: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    layer: int,
+    scale: float,
+    tactic: DecodeTactic,
+) -> Tensor:
+    """As latent_parts, in one: [B, H, L]."""
+    return merged(latent_parts(q, q_rope, pages, block_table, positions, layer, scale, tactic), q.dtype)

@@ -48,10 +48,10 @@ def _product(
             lines += outputs.to(tl.int64) * features
             tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     gdc_wait()
-    rows = tl.arange(0, ROWS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     valid = (rows < num_rows)[:, None]
-    x_at = x_ptr + rows[:, None] * features + depth[None, :]
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * features + depth[None, :]
     w_at = w_ptr + safe[:, None] * features + depth[None, :]
     up_at = w_at + outputs.to(tl.int64) * features
     acc = tl.zeros([COLS, ROWS], tl.float32)
@@ -76,7 +76,7 @@ def _product(
         gate = acc.to(dtype).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
         acc = silu * acc_up.to(dtype).to(tl.float32)
-    out_at = out_ptr + rows[None, :] * outputs + cols[:, None]
+    out_at = out_ptr + rows.to(tl.int64)[None, :] * outputs + cols[:, None]
     tl.store(out_at, acc.to(dtype), mask=(rows < num_rows)[None, :] & (cols < outputs)[:, None])
 
 
@@ -86,7 +86,7 @@ _launch_product = Launcher(_product)
 def _launch(
     x: Tensor, weight: Tensor, outputs: int, tactic: SkinnyTactic, *, gated: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
-    assert len(x) <= SKINNY_ROWS and x.is_contiguous() and weight.is_contiguous(), "few rows, one after the other"
+    assert x.is_contiguous() and weight.is_contiguous(), "rows one after the other"
     features = x.shape[1]
     out = torch.empty(len(x), outputs, dtype=dtype or x.dtype, device=x.device)
     arguments = (x, weight, out, len(x), features, outputs)
@@ -100,7 +100,7 @@ def _launch(
         "LINE": _LINE,
     }
     _launch_product(
-        (-(-outputs // tactic.cols), 1, 1),
+        (-(-outputs // tactic.cols), -(-len(x) // SKINNY_ROWS), 1),
         arguments,
         constants,
         num_warps=tactic.warps,
@@ -110,10 +110,11 @@ def _launch(
 
 
 def skinny_linear(x: Tensor, weight: Tensor, tactic: SkinnyTactic, dtype: torch.dtype | None = None) -> Tensor:
-    """x [T, d], weight [I, d] -> [T, I], in the dtype of x or in `dtype`. T is at most SKINNY_ROWS."""
+    """x [T, d], weight [I, d] -> [T, I], in the dtype of x or in `dtype`. For each SKINNY_ROWS of T the matrix is read
+    once more."""
     return _launch(x, weight, len(weight), tactic, gated=False, dtype=dtype)
 
 
 def skinny_gate_up(x: Tensor, both: Tensor, tactic: SkinnyTactic) -> Tensor:
-    """x [T, d], both [2 I, d], gates first -> silu(gate) * up, [T, I]. T is at most SKINNY_ROWS."""
+    """x [T, d], both [2 I, d], gates first -> silu(gate) * up, [T, I]. As skinny_linear."""
     return _launch(x, both, len(both) // 2, tactic, gated=True)

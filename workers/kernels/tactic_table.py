@@ -19,10 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
+    DecodeTactic,
     ExpertTactics,
     SkinnyTactic,
     expert_tactics,
     fp8_expert_tactics,
+    latent_tactic,
     skinny_tactic,
 )
 
@@ -30,8 +32,8 @@ TUNED = Path(__file__).parent / "tuned"
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)  # tokens; a step takes the next one
 _DRIVER = Path("/sys/module/nvidia/version")
 
-Tactic: TypeAlias = ExpertTactics | SkinnyTactic
-_ENTRIES: TypeAdapter[dict[str, ExpertTactics | SkinnyTactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic])
+Tactic: TypeAlias = ExpertTactics | SkinnyTactic | DecodeTactic
+_ENTRIES: TypeAdapter[dict[str, Tactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic | DecodeTactic])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ def _experts_key(op: str, num_tokens: int, per_token: int, both: tuple[int, ...]
 
 def skinny_key(weight: Sequence[int], *, gated: bool) -> str:
     return f"skinny{'_gate_up' if gated else ''}/{weight[0]}x{weight[1]}"
+
+
+@cache
+def latent_key(num_sequences: int, num_heads: int, latent: int, rope: int) -> str:
+    return f"latent_decode/{num_heads}x{latent}+{rope}/{bucket(num_sequences)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,14 @@ class TacticTable:
         """Shape of the matrix; of gates and ups both."""
         found = self.entries.get(skinny_key(weight, gated=gated))
         return found if isinstance(found, SkinnyTactic) else skinny_tactic(weight[0], gated=gated)
+
+    def latent_decode(
+        self, num_sequences: int, num_heads: int, latent: int, rope: int, *, block_size: int
+    ) -> DecodeTactic:
+        found = self.entries.get(latent_key(num_sequences, num_heads, latent, rope))
+        if isinstance(found, DecodeTactic) and block_size % found.tile == 0:
+            return found
+        return latent_tactic(num_sequences, num_heads)
 
 
 RULES = TacticTable({}, "rules alone")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
-_MAX_SPLITS = 32
+MAX_SPLITS = 32
 SINGLE_ENTRIES = 16  # up to here entries are not sorted by expert
 SKINNY_ROWS = 16  # up to here the gates and ups of a dense layer, and the head, are ours; the rest is cuBLAS's
+ROUTER_ROWS = 256  # the same for a router, whose matrix is small
 
 DENSE_TOKENS = 2048  # from here on a shared expert is computed apart from the others
 
@@ -70,7 +71,7 @@ ROUTER = SkinnyTactic(16, 512, 512, 4, 4)  # of few experts, the same for all mo
 def num_splits(programs: int) -> int:
     """How many runs a context is cut into when `programs` would work on whole contexts: all run at once."""
     splits = 1
-    while splits < _MAX_SPLITS and 2 * splits * programs <= _PROGRAMS:
+    while splits < MAX_SPLITS and 2 * splits * programs <= _PROGRAMS:
         splits *= 2
     return splits
 
@@ -88,6 +89,14 @@ def latent_tactic(num_sequences: int, num_heads: int) -> DecodeTactic:
     if num_heads > 16:
         return DecodeTactic(num_splits(2 * programs), tile=64, warps=8, stages=2)
     return DecodeTactic(num_splits(programs), tile=32, warps=4, stages=3)
+
+
+# Tile, warps and stages of what workers.autotune measures instead.
+LATENT_LAUNCHES = (
+    *((16, 4, 4), (16, 4, 6)),
+    *((32, 4, 2), (32, 4, 3), (32, 4, 5), (32, 8, 3), (32, 8, 5)),
+    *((64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3)),
+)
 
 
 def sparse_tactic(num_queries: int, num_heads: int) -> DecodeTactic:

@@ -15,9 +15,10 @@ from torch import Tensor
 from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.kernels.fp8_rows import QuantizedRows
+from workers.kernels.latent_ends import ENDS_ROWS, enter_latents, leave_latents
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
-from workers.kernels.split_merge import merge_rows
+from workers.kernels.split_merge import Parts, merge_rows, merged
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Linear
@@ -54,6 +55,7 @@ class FusedMla:
     def __init__(self, attention: LatentAttention, extra: Sequence[Linear] = (), tactics: TacticTable = RULES) -> None:
         """extra: what else is projected from x, behind queries and latents."""
         self._layer = attention.layer
+        self._tactics = tactics
         self._shape = attention.shape
         self._attention = attention
         queries = attention.q_proj if attention.shape.query_latent_size is None else attention.q_a_proj
@@ -85,7 +87,7 @@ class FusedMla:
         out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         singles = step.num_decodes
         if singles:
-            self.generate(q[:singles], out[:singles], lambda a, rope: step.decode(self._layer, a, rope))
+            self.generate(q[:singles], out[:singles], lambda a, rope: step.decode(self._layer, a, rope, self._tactics))
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
         return self._out(out.flatten(1))
@@ -94,16 +96,23 @@ class FusedMla:
         """[T, d] -> of each projection its features, [T, …]."""
         return self._first(x, quantized).split(self._sizes, -1)
 
-    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor | Parts]) -> None:
         """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it.
 
-        attend: [A, H, L], [A, H, R] -> [A, H, L].
+        attend: [A, H, L], [A, H, R] -> [A, H, L], whole or in runs.
         """
         nope, rope = q.split([self._shape.nope_dim, self._shape.rope_dim], -1)
-        absorbed = torch.bmm(nope.transpose(0, 1), self._attention.key_weights).transpose(0, 1)
+        key_weights, value_weights = self._attention.key_weights, self._attention.value_weights
+        few = len(q) <= ENDS_ROWS
+        if few:
+            absorbed = enter_latents(nope, key_weights)
+        else:
+            absorbed = torch.bmm(nope.transpose(0, 1), key_weights).transpose(0, 1)
         seen = attend(absorbed, rope)
-        values = self._attention.value_weights.transpose(1, 2)
-        torch.bmm(seen.transpose(0, 1), values, out=out.transpose(0, 1))
+        if few:
+            leave_latents(seen, value_weights, out)
+        else:
+            torch.bmm(merged(seen, q.dtype).transpose(0, 1), value_weights.transpose(1, 2), out=out.transpose(0, 1))
 
     def forward_context(self, q: Tensor, kv: Tensor, out: Tensor, step: HopperMlaStep) -> None:
         """The one way for tokens of prompts: new tokens first, then every cached piece.
@@ -116,12 +125,12 @@ class FusedMla:
             step.new.attend(q, k, v, out)
             return
         part, lse = step.new.attend_part(q, k, v)
-        merged = part.float()
+        total = part.float()
         for piece in step.pieces:
             k, v = self._expand(step.cached_rows(self._layer, piece))
             part, part_lse = piece.attention.attend_part(q.index_select(0, piece.queries), k, v)
-            merge_rows(merged, lse, piece.queries, part, part_lse)
-        out.copy_(merged)
+            merge_rows(total, lse, piece.queries, part, part_lse)
+        out.copy_(total)
 
     def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Latent rows [C, L + R] of any stride -> keys [C, H, N + R] and values [C, H, V], a view."""

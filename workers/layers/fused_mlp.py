@@ -18,7 +18,7 @@ from workers.kernels.grouped_gemm import down, gate_up, single_rows
 from workers.kernels.norms import ExpertOutputs
 from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear
 from workers.kernels.tactic_table import RULES, TacticTable
-from workers.kernels.tactics import DENSE_TOKENS, ROUTER, SINGLE_ENTRIES, SKINNY_ROWS
+from workers.kernels.tactics import DENSE_TOKENS, ROUTER, ROUTER_ROWS, SINGLE_ENTRIES, SKINNY_ROWS
 from workers.layers.fp8_experts import Fp8Experts
 from workers.layers.mlp import GatedMlp
 from workers.layers.moe import SparseMlp
@@ -87,7 +87,7 @@ class FusedExperts:
 
     def __call__(self, x: Tensor, slots: Tensor, quantized: QuantizedRows | None = None) -> ExpertOutputs:
         # Products of bf16 are exact in fp32: no rounding of the weights, whatever the choice is near to.
-        if x.shape[0] > SKINNY_ROWS:
+        if x.shape[0] > ROUTER_ROWS:
             logits = torch.mm(x, self._router.weight.t(), out_dtype=torch.float32)
         else:
             logits = skinny_linear(x, self._router.weight, ROUTER, dtype=torch.float32)

@@ -15,6 +15,7 @@ from workers.attention.index_tools import QuantizedQueries
 from workers.kernels.index_rows import quantize_queries, write_index_keys
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, rotate_latents
+from workers.kernels.tactic_table import RULES
 from workers.layers.fused_attention import FusedMla
 from workers.layers.mla import LatentAttention
 from workers.layers.packed_weights import PackedLinear
@@ -61,7 +62,9 @@ class FusedDsa:
         )
         out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         if singles := step.dense_singles:
-            self._mla.generate(q[:singles], out[:singles], lambda a, rope: step.dense.decode(self._layer, a, rope))
+            self._mla.generate(
+                q[:singles], out[:singles], lambda a, rope: step.dense.decode(self._layer, a, rope, RULES)
+            )
         if step.dense.new is not None:
             rows = step.dense_prompts
             seen = rows.room(out)

@@ -16,16 +16,20 @@ from workers.kernels.tactic_table import (
     TunedFile,
     bucket,
     experts_key,
+    latent_key,
     read,
     skinny_key,
 )
 from workers.kernels.tactics import (
+    LATENT_LAUNCHES,
     SINGLE_ENTRIES,
+    DecodeTactic,
     ExpertTactic,
     ExpertTactics,
     SkinnyTactic,
     expert_tactics,
     fp8_expert_tactics,
+    latent_tactic,
     skinny_tactic,
 )
 
@@ -34,6 +38,14 @@ BOTH = (66, 2816, 2048)
 PAIR = ExpertTactics(ExpertTactic(32, 64, 64, 4, 5), ExpertTactic(32, 64, 128, 4, 4))
 FEW = replace(PAIR, sort=False)
 SKINNY = SkinnyTactic(32, 256, 0, 4, 5)
+KINDS = {
+    "experts": ExpertTactics,
+    "fp8_experts": ExpertTactics,
+    "skinny": SkinnyTactic,
+    "skinny_gate_up": SkinnyTactic,
+    "latent_decode": DecodeTactic,
+}
+WIDE = DecodeTactic(1, 64, 8, 3)
 
 
 @pytest.fixture
@@ -45,13 +57,14 @@ def folder(tmp_path: Path) -> Path:
         experts_key("fp8_experts", 4096, 8, BOTH): PAIR,
     }
     TunedFile(HERE, experts).write(tmp_path / "a.json")
-    TunedFile(HERE, {skinny_key((4096, 4096), gated=False): SKINNY}).write(tmp_path / "b.json")
+    others = {skinny_key((4096, 4096), gated=False): SKINNY, latent_key(128, 16, 512, 64): WIDE}
+    TunedFile(HERE, others).write(tmp_path / "b.json")
     return tmp_path
 
 
 def test_steps_take_what_was_measured_at_the_next_size_and_else_the_rule(folder: Path) -> None:
     table = TacticTable.tuned(HERE, folder)
-    assert table.source == "5 from a.json, b.json"
+    assert table.source == "6 from a.json, b.json"
     for tokens in (97, 128):
         assert table.experts((tokens, 8), BOTH) == PAIR
     assert table.experts((129, 8), BOTH) == expert_tactics(129 * 8, 66) == RULES.experts((129, 8), BOTH)
@@ -62,6 +75,16 @@ def test_steps_take_what_was_measured_at_the_next_size_and_else_the_rule(folder:
     assert table.fp8_experts((33, 8), BOTH) == PAIR
     assert table.fp8_experts((65, 8), BOTH) == fp8_expert_tactics(65 * 8, 66)
     assert table.fp8_experts((4096, 8), BOTH) is None, "DeepGEMM's, whatever a table says"
+
+
+def test_single_tokens_over_latents_take_what_was_measured_where_its_tiles_fit_the_blocks(folder: Path) -> None:
+    table = TacticTable.tuned(HERE, folder)
+    for sequences in (97, 128):
+        assert table.latent_decode(sequences, 16, 512, 64, block_size=128) == WIDE
+        assert table.latent_decode(sequences, 16, 512, 64, block_size=32) == latent_tactic(sequences, 16) != WIDE
+    for other in ((96, 16, 512, 64), (129, 16, 512, 64), (128, 32, 512, 64), (128, 16, 256, 64)):
+        assert table.latent_decode(*other, block_size=64) == latent_tactic(*other[:2])
+    assert len({*LATENT_LAUNCHES}) == len(LATENT_LAUNCHES)
 
 
 def test_unsorted_rows_are_for_few_entries_only(folder: Path) -> None:
@@ -103,8 +126,7 @@ def test_committed_tables_are_of_known_ops_and_both_products_fit() -> None:
     for path in paths:
         for key, tactic in read(path).entries.items():
             op = key.split("/")[0]
-            assert op in ("experts", "fp8_experts", "skinny", "skinny_gate_up"), key
-            assert isinstance(tactic, SkinnyTactic if op.startswith("skinny") else ExpertTactics), key
+            assert isinstance(tactic, KINDS[op]), key
             if isinstance(tactic, ExpertTactics):
                 assert tactic.first.rows == tactic.second.rows, key
 

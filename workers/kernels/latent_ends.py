@@ -1,0 +1,152 @@
+"""Into latent space and out of it, for the queries of few tokens, in Triton: both read a matrix of each head once. It
+does not depend on the kernel before, so that it is on its way while that one still runs. What was attended in few runs
+becomes one on the way out. Reference: torch.bmm, behind workers.attention.merging.
+
+Shapes: A tokens, H heads, N unrotated features of a query head, V value size, L latent size, S runs of a context.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from workers.kernels.launcher import Launcher, power_of_two
+from workers.kernels.split_merge import Parts, merged
+
+ENDS_ROWS = 256  # tokens; more are products for cuBLAS
+_MAX_PARTS = 4  # runs; more are merged by many programs, before
+_PROGRAMS = 64  # from here on each has all features of its head
+_PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
+_LINE = 64  # elements of two bytes
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _enter(
+    q_ptr,
+    q_stride,
+    q_head_stride,
+    weights_ptr,
+    weights_stride,
+    out_ptr,
+    num_rows,
+    NUM_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    gdc_launch_dependents()
+    head = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    features = tl.arange(0, SIZE)
+    weights = tl.load(weights_ptr + head * weights_stride + features[:, None] * LATENT + cols[None, :])
+    gdc_wait()
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    valid = (rows < num_rows)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    q = tl.load(q_ptr + rows * q_stride + head * q_head_stride + features[None, :], mask=valid, other=0.0)
+    absorbed = tl.dot(q, weights)
+    at = out_ptr + (rows * NUM_HEADS + head) * LATENT + cols[None, :]
+    tl.store(at, absorbed.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _leave(
+    seen_ptr,
+    lse_ptr,
+    weights_ptr,
+    weights_stride,
+    out_ptr,
+    out_stride,
+    num_rows,
+    NUM_HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    gdc_launch_dependents()
+    head = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    w_at = weights_ptr + head * weights_stride + cols[:, None] * LATENT
+    lines = w_at + (tl.arange(0, LATENT // LINE) * LINE)[None, :]
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    gdc_wait()
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
+    at = rows.to(tl.int64) * NUM_HEADS + head
+    depth = tl.arange(0, DEPTH)
+    dtype = out_ptr.dtype.element_ty
+    if PARTS > 1:
+        parts = tl.arange(0, PARTS)[None, :]
+        lse = tl.load(lse_ptr + at[:, None] * PARTS + parts, mask=valid[:, None], other=0.0)
+        shares = tl.exp2(lse - tl.max(lse, 1)[:, None])
+        shares = shares / tl.sum(shares, 1)[:, None]
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, LATENT, DEPTH):
+        if PARTS > 1:
+            merged = tl.zeros([ROWS, DEPTH], tl.float32)
+            for part in tl.static_range(PARTS):
+                share = tl.sum(tl.where(parts == part, shares, 0.0), 1)
+                # A run that saw nothing has no share, and was not written.
+                there = valid & (share > 0.0)
+                values_at = seen_ptr + (at * PARTS + part)[:, None] * LATENT + start + depth[None, :]
+                merged += tl.load(values_at, mask=there[:, None], other=0.0) * share[:, None]
+            seen = merged.to(dtype)
+        else:
+            seen = tl.load(seen_ptr + at[:, None] * LATENT + start + depth[None, :], mask=valid[:, None], other=0.0)
+        w = tl.load(w_at + start + depth[None, :])
+        acc = tl.dot(seen, tl.trans(w), acc)
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + head * SIZE + cols[None, :]
+    tl.store(out_at, acc.to(dtype), mask=valid[:, None])
+
+
+_launch_enter, _launch_leave = Launcher(_enter), Launcher(_leave)
+
+
+def enter_latents(q: Tensor, weights: Tensor) -> Tensor:
+    """q [A, H, N], any strides of A and H, weights [H, N, L], any stride of H -> [A, H, L]. N and L are powers of two,
+    16 or more."""
+    count, heads, size = q.shape
+    latent = weights.shape[2]
+    out = torch.empty(count, heads, latent, dtype=q.dtype, device=q.device)
+    rows = min(max(power_of_two(count), 16), 64)
+    cols = min(latent, 128 if count > 16 else 64)
+    arguments = (q, q.stride(0), q.stride(1), weights, weights.stride(0), out, count)
+    constants = {"NUM_HEADS": heads, "SIZE": size, "LATENT": latent, "ROWS": rows, "COLS": cols}
+    _launch_enter((heads, latent // cols, -(-count // rows)), arguments, constants, num_warps=4)
+    return out
+
+
+def leave_latents(seen: Tensor | Parts, weights: Tensor, out: Tensor) -> None:
+    """seen [A, H, L], whole or in runs, weights [H, V, L], any stride of H -> out [A, H, V], any stride of A.
+    L and V are powers of two, 16 or more."""
+    if isinstance(seen, Parts) and seen.lse.shape[2] <= _MAX_PARTS:
+        (values, lse), num_parts = seen, seen.lse.shape[2]
+    else:
+        values = lse = merged(seen, out.dtype)
+        num_parts = 1
+    heads, size, latent = weights.shape
+    count = len(out)
+    rows = 16
+    tiles = -(-count // rows)
+    cols = size if heads * tiles >= _PROGRAMS else max(16, size // 4)
+    arguments = (values, lse, weights, weights.stride(0), out, out.stride(0), count)
+    constants = {
+        "NUM_HEADS": heads,
+        "LATENT": latent,
+        "SIZE": size,
+        "PARTS": num_parts,
+        "ROWS": rows,
+        "COLS": cols,
+        "DEPTH": min(latent, 128),
+        "LINE": min(latent, _LINE),
+    }
+    _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4)

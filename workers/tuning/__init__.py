@@ -1,0 +1,1 @@
+"""Ops whose tactics are measured, and how: see workers.autotune, the command."""

@@ -1,0 +1,96 @@
+"""Attention of single tokens over latent rows, until its values are out of latent space.
+
+Shapes: B sequences, H heads, L latent size, R rotary size, V value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.kernels.latent_decode import latent_parts
+from workers.kernels.latent_ends import leave_latents
+from workers.kernels.tactic_table import Tactic, latent_key
+from workers.kernels.tactics import LATENT_LAUNCHES, MAX_SPLITS, DecodeTactic, latent_tactic
+from workers.tuning.problem import COLD_BYTES, CUDA, SHARED_BYTES, Launched, cold_us, drawn
+
+_CONTEXT = 2048  # of each sequence: a graph is captured for a number of them, whatever their lengths
+_BLOCK = 64
+_LAUNCHES = 16  # of a graph: its own start is spread over them
+
+
+@dataclass(frozen=True)
+class LatentDecodeProblem:
+    num_sequences: int
+    num_heads: int
+    latent: int
+    rope: int
+    value: int
+
+    @property
+    def key(self) -> str:
+        return latent_key(self.num_sequences, self.num_heads, self.latent, self.rope)
+
+    @property
+    def _by_rule(self) -> DecodeTactic:
+        return latent_tactic(self.num_sequences, self.num_heads)
+
+    def variants(self) -> Iterable[tuple[str, DecodeTactic]]:
+        splits = self._by_rule.splits
+        seen = {self._by_rule}
+        for runs in {max(1, splits // 2), splits, min(2 * splits, MAX_SPLITS)}:
+            for tile, warps, stages in LATENT_LAUNCHES:
+                if tile * (self.latent + self.rope) * 2 * (stages - 1) <= SHARED_BYTES:
+                    seen.add(DecodeTactic(runs, tile, warps, stages))
+        return [("latent_decode", tactic) for tactic in sorted(seen, key=str)]
+
+    def compile(self, kernel: str, tactic: Launched) -> None:
+        assert kernel == "latent_decode" and isinstance(tactic, DecodeTactic)
+        scene = _Scene.drawn(self, 1, layers=2)
+        scene.positions.zero_()
+        scene.attend(1, tactic)
+
+    def tune(self) -> tuple[Tactic, float, float]:
+        size = self.num_sequences * _CONTEXT * (self.latent + self.rope) * 2
+        layers = max(2, -(-COLD_BYTES // size))
+        scene = _Scene.drawn(self, self.num_sequences, layers)
+        rotating = [index % layers for index in range(max(layers, _LAUNCHES))]
+        times = {
+            tactic: cold_us([lambda i=layer, t=tactic: scene.attend(i, t) for layer in rotating])
+            for _, tactic in self.variants()
+        }
+        best = min(times, key=times.__getitem__)
+        return best, times[best], times[self._by_rule]
+
+
+@dataclass(frozen=True)
+class _Scene:
+    problem: LatentDecodeProblem
+    q: Tensor  # [B, H, L + R]
+    positions: Tensor
+    pages: Tensor
+    table: Tensor  # in no order, as after some time of serving
+    weights: Tensor  # [H, V, L]
+    out: Tensor
+
+    @classmethod
+    def drawn(cls, problem: LatentDecodeProblem, sequences: int, layers: int) -> _Scene:
+        row, blocks = problem.latent + problem.rope, sequences * (_CONTEXT // _BLOCK)
+        return cls(
+            problem,
+            drawn(sequences, problem.num_heads, row),
+            torch.full((sequences,), _CONTEXT - 1, device=CUDA),
+            drawn(blocks, layers, _BLOCK, row),
+            torch.randperm(blocks, device=CUDA).view(sequences, -1).to(torch.int32),
+            drawn(problem.num_heads, problem.value, problem.latent),
+            drawn(sequences, problem.num_heads, problem.value),
+        )
+
+    def attend(self, layer: int, tactic: DecodeTactic) -> None:
+        absorbed, rope = self.q.split([self.problem.latent, self.problem.rope], -1)
+        scale = self.q.shape[-1] ** -0.5  # any: it takes the same time
+        seen = latent_parts(absorbed, rope, self.pages, self.table, self.positions, layer, scale, tactic)
+        leave_latents(seen, self.weights, self.out)
