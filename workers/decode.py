@@ -237,7 +237,7 @@ class DecodeStage:
                 self._settle(request, now, error=Draining(f"{self._me.name} hands its requests over"))
 
     def flush(self, step: int, now: float) -> None:
-        """The end of a turn of the loop: begins what waited for another, then one frame per ingress with the news."""
+        """Before a step and after it: begins what waited for another, then one frame per ingress with the news."""
         for request in self._followers.take_released():
             self._try(self._supply.start, request, now)
         self._tokens.flush(step)

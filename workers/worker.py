@@ -1,7 +1,7 @@
 """One worker: its words on the words thread, its engine loop on the engine thread, joined by one inbox.
 
     words thread   on_frame, on_open, on_broken ──┐
-    bytes threads  Done, Connected ───────────────┤ inbox ──▶ engine thread: drain, tick, step, settle, flush
+    bytes threads  Done, Connected ───────────────┤ inbox ──▶ engine thread: drain, tick, flush, step, settle, flush
     anyone         members, drain ────────────────┘                        └──▶ session outboxes (never awaited)
 
 The engine thread alone owns scheduler, block manager, ledger and stages.
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -209,11 +210,12 @@ class Worker:
         now = self._turned_at = time.monotonic()
         if now - self._ticked_at >= TICK_S:
             self._tick(now)
+        self._decode.flush(engine.num_steps, now)  # what was heard: first tokens of prompts computed elsewhere
         outcome = engine.step() if engine.has_work else None
         self._idle = outcome is None
         if outcome is not None:
             self._settle(outcome, now)
-        self._decode.flush(engine.num_steps, now)
+            self._decode.flush(engine.num_steps, now)
 
     def _read(self, done: Done) -> None:
         now = time.monotonic()
@@ -234,13 +236,11 @@ class Worker:
         self._decode.settle(outcome, started_at, now)
 
     def _drain_inbox(self, wait_s: float) -> None:
-        try:
+        with suppress(Empty):
             command = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
             while True:
                 command()
                 command = self._inbox.get_nowait()
-        except Empty:
-            return
 
     def _tick(self, now: float) -> None:
         self._ticked_at = now

@@ -85,6 +85,12 @@ class RawIngress:
                 await asyncio.sleep(0.005)
         return self.refused[request_id]
 
+    async def first_token_of(self, request_id: str) -> int:
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.token_ids.get(request_id):
+                await asyncio.sleep(0.005)
+        return self.token_ids[request_id][0]
+
     async def end_of(self, request_id: str) -> pb.SequenceTokens:
         async with asyncio.timeout(DEADLINE_S):
             while request_id not in self.last:
