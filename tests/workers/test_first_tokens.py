@@ -61,9 +61,9 @@ def test_it_is_told_before_the_step(pair: tuple[WordsThread, SteppedWorker, Step
         return step()
 
     engine.step = once_let
+    turning = threading.Thread(target=decode.turn)
+    turning.start()
     try:
-        turning = threading.Thread(target=decode.turn)
-        turning.start()
         asyncio.run(ingress.first_token_of(request))
         assert turning.is_alive(), "the step of the other stream has not begun"
     finally:
