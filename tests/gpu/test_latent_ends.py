@@ -29,7 +29,7 @@ def matrices(heads: int) -> tuple[Tensor, Tensor]:
     return both[:, :NOPE], both[:, NOPE:]
 
 
-@pytest.mark.parametrize("heads", [16, 5])
+@pytest.mark.parametrize("heads", [16, 5, 128])
 @pytest.mark.parametrize("count", COUNTS)
 def test_into_latent_space(count: int, heads: int) -> None:
     from workers.kernels.latent_ends import enter_latents
@@ -40,7 +40,7 @@ def test_into_latent_space(count: int, heads: int) -> None:
     assert error(enter_latents(q, keys), want) < 3e-3
 
 
-@pytest.mark.parametrize("heads", [16, 5])
+@pytest.mark.parametrize("heads", [16, 5, 128])
 @pytest.mark.parametrize("count", COUNTS)
 def test_out_of_latent_space(count: int, heads: int) -> None:
     from workers.kernels.latent_ends import leave_latents
@@ -54,7 +54,7 @@ def test_out_of_latent_space(count: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize("num_parts", [2, 4, 8])
-@pytest.mark.parametrize(("count", "heads"), [(1, 16), (33, 5), (128, 16)])
+@pytest.mark.parametrize(("count", "heads"), [(1, 16), (33, 5), (128, 16), (65, 128)])
 def test_out_of_latent_space_from_runs(count: int, heads: int, num_parts: int) -> None:
     from workers.kernels.latent_ends import leave_latents
     from workers.kernels.split_merge import Parts, merged

@@ -19,7 +19,7 @@ from workers.kernels.split_merge import Parts, merged
 
 ENDS_ROWS = 256  # tokens; more are products for cuBLAS
 _MAX_PARTS = 4  # runs; more are merged by many programs, before
-_PROGRAMS = 64  # from here on each has all features of its head
+_PROGRAMS = 128  # one for each multiprocessor
 _PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
 _LINE = 64  # elements of two bytes
 
@@ -135,9 +135,11 @@ def leave_latents(seen: Tensor | Parts, weights: Tensor, out: Tensor) -> None:
         num_parts = 1
     heads, size, latent = weights.shape
     count = len(out)
-    rows = 16
+    rows = 64 // num_parts
+    while rows > 16 and heads * -(-count // rows) < _PROGRAMS:
+        rows //= 2
     tiles = -(-count // rows)
-    cols = size if heads * tiles >= _PROGRAMS else max(16, size // 4)
+    cols = size if 2 * heads * tiles >= _PROGRAMS else max(16, size // 4)
     arguments = (values, lse, weights, weights.stride(0), out, out.stride(0), count)
     constants = {
         "NUM_HEADS": heads,
