@@ -135,7 +135,8 @@ class Pairs:
             return
         pair.connected[result.rank] = result
         pair.warm = len(pair.connected) == len(self._executors)
-        pair.failure, pair.pause_s = "", FIRST_PAUSE_S
+        if pair.warm:
+            pair.failure, pair.pause_s = "", FIRST_PAUSE_S
         self.changed = True
         rate = min(each.bytes_per_s for each in pair.connected.values())
         name, transport = session.peer.name, pair.transport

@@ -15,7 +15,7 @@ from kvtransfer.connector import Connected
 from kvtransfer.loopback import LoopbackFabric
 from tests.support.kv_builders import Clock, KvWorker
 from tests.support.words import open_pair, words_config
-from workers.pairs import Pairs
+from workers.pairs import FIRST_PAUSE_S, Pairs
 
 NAME = "sluice_transfer_warm_rate_bytes_per_second"
 WAYS = ("near", "far")
@@ -24,10 +24,10 @@ WAYS = ("near", "far")
 class Scene:
     """A sink with two ways to its source, and a millisecond with each poll."""
 
-    def __init__(self, words: WordsThread) -> None:
+    def __init__(self, words: WordsThread, tp_size: int = 1) -> None:
         self.fabric, self.clock, self.metrics, self.said = LoopbackFabric(), Clock(), Metrics(), StringIO()
         self.source, self.sink = (
-            KvWorker.build(name, self.fabric, self.clock, ways=WAYS) for name in ("source", "sink")
+            KvWorker.build(name, self.fabric, self.clock, ways=WAYS, tp_size=tp_size) for name in ("source", "sink")
         )
         self.link = open_pair(words)
         self.session = self.link.dialed
@@ -39,9 +39,20 @@ class Scene:
     def meet(self) -> None:
         self.pairs.opened(self.session)
         self.pairs.offered(self.session, self.source.offer())
+        assert self.measure()
+
+    def measure(self) -> int:
+        """Until each rank that was asked has an answer; how many have."""
         while self.sink.run_once():
             self.clock.now += 0.001
-        self.pairs.connected(self.session, self.connected.pop(), self.clock.now)
+        results, self.connected[:] = sorted(self.connected, key=lambda each: each.rank), []
+        for result in results:
+            self.pairs.connected(self.session, result, self.clock.now)
+        return len(results)
+
+    def close(self) -> None:
+        self.link.dialer.stop()
+        self.link.server.stop()
 
     def rates(self) -> dict[str, float]:
         """By way, of those that the gauge shows for the source."""
@@ -55,8 +66,7 @@ def scene() -> Iterator[Scene]:
     with WordsThread(config=words_config(heartbeat_timeout_s=60)) as words:
         scene = Scene(words)
         yield scene
-        scene.link.dialer.stop()
-        scene.link.server.stop()
+        scene.close()
 
 
 def test_a_pair_is_told_under_what_moves_its_blocks(scene: Scene) -> None:
@@ -76,3 +86,20 @@ def test_a_pair_is_told_under_what_moves_its_blocks(scene: Scene) -> None:
     scene.meet()
     (report,) = scene.pairs.reports()
     assert scene.rates() == {"near": report.bytes_per_s}, "one pair, one rate"
+
+
+def test_a_pair_of_which_one_rank_cannot_be_read_is_said_once_and_tried_ever_more_rarely() -> None:
+    with WordsThread(config=words_config(heartbeat_timeout_s=60)) as words:
+        scene = Scene(words, tp_size=2)
+        scene.fabric.kill("source/1")
+        scene.meet()
+        for pause_s in (FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S):
+            assert scene.pairs.warm(scene.session.peer.incarnation) is None
+            failed_at = scene.clock.now
+            scene.pairs.tick(failed_at + 0.9 * pause_s)
+            assert not scene.measure()
+            scene.clock.now = failed_at + pause_s + 0.01
+            scene.pairs.tick(scene.clock.now)
+            assert scene.measure() == 2
+        assert scene.said.getvalue().count("source cannot be read") == 1
+        scene.close()
