@@ -174,6 +174,7 @@ def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | None) -> None:
 )
 def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
     from workers.kernels.latent_decode import latent_decode
+    from workers.kernels.split_merge import merged
 
     layers, layer, scale = 2, 1, 0.07
     pages = torch.randn(100, layers, BLOCK, 576, device=CUDA).to(BF16)
@@ -184,7 +185,7 @@ def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
     q = random(heads, len(CONTEXTS), 512).transpose(0, 1)
     rope = random(len(CONTEXTS), heads, 192)[..., 128:]
     tactic = tactic or latent_tactic(len(CONTEXTS), heads)
-    out = latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic)
+    out = merged(latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic), BF16)
     for row, context in enumerate(CONTEXTS):
         rows = pages[table[row], layer].flatten(0, 1)[:context].float()
         scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
@@ -193,6 +194,7 @@ def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
 
 def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None:
     from workers.kernels.latent_decode import latent_decode
+    from workers.kernels.split_merge import merged
 
     num_blocks, layers = 4400, 27
     pages = torch.empty(num_blocks, layers, BLOCK, 576, dtype=BF16, device=CUDA)
@@ -201,7 +203,7 @@ def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None
     table = torch.tensor([[num_blocks - 1, num_blocks - 3]], device=CUDA)
     q, rope = random(1, 16, 512), random(1, 16, 64)
     positions = torch.tensor([99], device=CUDA)
-    out = latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(1, 16))
+    out = merged(latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(1, 16)), BF16)
     rows = pages[table[0], layers - 1].flatten(0, 1)[:100].float()
     want = (torch.cat((q[0], rope[0]), -1).float() @ rows.t() * 0.05).softmax(-1) @ rows[:, :512]
     assert error(out[0], want) < 5e-3

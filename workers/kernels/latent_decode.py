@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
-from workers.kernels.split_merge import Parts, merged
+from workers.kernels.split_merge import Parts
 from workers.kernels.tactics import DecodeTactic
 
 MAX_HEADS = 64  # of one program
@@ -117,7 +117,7 @@ def _decode(
 _launch_decode = Launcher(_decode)
 
 
-def latent_parts(
+def latent_decode(
     q: Tensor,
     q_rope: Tensor,
     pages: Tensor,
@@ -176,17 +176,3 @@ def latent_parts(
         num_stages=tactic.stages,
     )
     return Parts(parts, lse) if splits > 1 else out
-
-
-def latent_decode(
-    q: Tensor,
-    q_rope: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    positions: Tensor,
-    layer: int,
-    scale: float,
-    tactic: DecodeTactic,
-) -> Tensor:
-    """As latent_parts, in one: [B, H, L]."""
-    return merged(latent_parts(q, q_rope, pages, block_table, positions, layer, scale, tactic), q.dtype)

@@ -14,14 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.split_merge import Parts, merged
 
 ENDS_ROWS = 256  # tokens; more are products for cuBLAS
 _MAX_PARTS = 4  # runs; more are merged by many programs, before
 _PROGRAMS = 128  # one for each multiprocessor
-_PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
-_LINE = 64  # elements of two bytes
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -77,7 +76,7 @@ def _leave(
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     w_at = weights_ptr + head * weights_stride + cols[:, None] * LATENT
     lines = w_at + (tl.arange(0, LATENT // LINE) * LINE)[None, :]
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    fetch(lines)
     gdc_wait()
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
@@ -149,6 +148,6 @@ def leave_latents(seen: Tensor | Parts, weights: Tensor, out: Tensor) -> None:
         "ROWS": rows,
         "COLS": cols,
         "DEPTH": min(latent, 128),
-        "LINE": min(latent, _LINE),
+        "LINE": min(latent, LINE),
     }
     _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4)

@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import SKINNY_ROWS, SkinnyTactic
-
-_PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
-_LINE = 64  # elements of two bytes
 
 
 @triton.jit
@@ -43,10 +41,10 @@ def _product(
     safe = tl.minimum(cols, outputs - 1).to(tl.int64)
     if AHEAD:
         lines = w_ptr + safe[:, None] * features + (tl.arange(0, AHEAD // LINE) * LINE)[None, :]
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        fetch(lines)
         if GATED:
             lines += outputs.to(tl.int64) * features
-            tl.inline_asm_elementwise(_PREFETCH, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+            fetch(lines)
     gdc_wait()
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
@@ -97,7 +95,7 @@ def _launch(
         "DEPTH": tactic.depth,
         "AHEAD": tactic.ahead if tactic.ahead <= features else 0,
         "EVEN": features % tactic.depth == 0,
-        "LINE": _LINE,
+        "LINE": LINE,
     }
     _launch_product(
         (-(-outputs // tactic.cols), -(-len(x) // SKINNY_ROWS), 1),

@@ -74,7 +74,6 @@ def skinny_key(weight: Sequence[int], *, gated: bool) -> str:
     return f"skinny{'_gate_up' if gated else ''}/{weight[0]}x{weight[1]}"
 
 
-@cache
 def latent_key(num_sequences: int, num_heads: int, latent: int, rope: int) -> str:
     return f"latent_decode/{num_heads}x{latent}+{rope}/{bucket(num_sequences)}"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.kernels.latent_decode import latent_parts
+from workers.kernels.latent_decode import latent_decode
 from workers.kernels.latent_ends import leave_latents
 from workers.kernels.tactic_table import Tactic, latent_key
 from workers.kernels.tactics import LATENT_LAUNCHES, MAX_SPLITS, DecodeTactic, latent_tactic
@@ -92,5 +92,5 @@ class _Scene:
     def attend(self, layer: int, tactic: DecodeTactic) -> None:
         absorbed, rope = self.q.split([self.problem.latent, self.problem.rope], -1)
         scale = self.q.shape[-1] ** -0.5  # any: it takes the same time
-        seen = latent_parts(absorbed, rope, self.pages, self.table, self.positions, layer, scale, tactic)
+        seen = latent_decode(absorbed, rope, self.pages, self.table, self.positions, layer, scale, tactic)
         leave_latents(seen, self.weights, self.out)
