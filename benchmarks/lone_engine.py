@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from cluster.config import SluiceConfig
 from cluster.request import RequestKey, SamplingParams
@@ -20,19 +19,7 @@ def lone_engine(config: SluiceConfig, pool: str) -> Assembly:
     from workers.assembly import WorkerSettings, assemble
 
     nixl_transport.prepare_environment()
-    settings = WorkerSettings(
-        name="alone",
-        incarnation=uuid4().hex,
-        pool=pool,
-        resources=config.pools[pool],
-        model=config.model,
-        engine=config.engine,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=b"benchmark",
-    )
+    settings = WorkerSettings.of(config, pool, "alone", b"benchmark")
     return assemble(settings, lambda done: None)
 
 

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
-from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, TransferConfig
+from cluster.config import KvConfig, ModelConfig, PoolConfig, Role, SchedulerConfig, SluiceConfig, TransferConfig
 from cluster.engine_config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.hashing import chain_root
@@ -50,6 +51,25 @@ class WorkerSettings:
     transfer: TransferConfig
     words: WordsConfig
     secret: bytes
+
+    @classmethod
+    def of(
+        cls, config: SluiceConfig, pool: str, name: str, secret: bytes, incarnation: str | None = None
+    ) -> WorkerSettings:
+        """A new incarnation, if it is given none."""
+        return cls(
+            name=name,
+            incarnation=incarnation or uuid4().hex,
+            pool=pool,
+            resources=config.pools[pool],
+            model=config.model,
+            engine=config.engine,
+            kv=config.kv,
+            scheduler=config.scheduler,
+            transfer=config.transfer,
+            words=config.words,
+            secret=secret,
+        )
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from uuid import uuid4
 
 from cluster import config_file
 from cluster.config import SluiceConfig
@@ -30,19 +29,7 @@ STDOUT, STDERR = 1, 2
 def make_worker(config: SluiceConfig, pool: str, name: str, secret: bytes, incarnation: str | None = None) -> Worker:
     """The worker of this process: prepares it for NIXL, and a crash of the engine loop ends it."""
     nixl_transport.prepare_environment(config.transfer.ucx_tls)
-    settings = WorkerSettings(
-        name=name,
-        incarnation=incarnation or uuid4().hex,
-        pool=pool,
-        resources=config.pools[pool],
-        model=config.model,
-        engine=config.engine,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=secret,
-    )
+    settings = WorkerSettings.of(config, pool, name, secret, incarnation)
     return Worker(settings, Log.open("worker", config.log), on_crash=lambda _: os._exit(CRASHED))
 
 

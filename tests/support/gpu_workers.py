@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -110,19 +109,7 @@ def assembled(folder: Path, **more: object) -> Assembly:
     pools = {"mixed": {"roles": ["prefill", "decode"]}}
     config: SluiceConfig = config_file.load(None, settings={"pools": pools, **settings(folder, **more)})
     nixl_transport.prepare_environment()
-    told = WorkerSettings(
-        name=f"alone-{os.getpid()}",
-        incarnation=uuid4().hex,
-        pool="mixed",
-        resources=config.pools["mixed"],
-        model=config.model,
-        engine=config.engine,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=b"a secret",
-    )
+    told = WorkerSettings.of(config, "mixed", f"alone-{os.getpid()}", b"a secret")
     return assemble(told, lambda done: None)
 
 

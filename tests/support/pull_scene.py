@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 from benchmarks import checkpoint
 from cluster import config_file
@@ -47,19 +46,7 @@ class PullScene:
                 "kv.num_blocks": 16,
             },
         )
-        settings = WorkerSettings(
-            name="decode-0",
-            incarnation=uuid4().hex,
-            pool="decode",
-            resources=config.pools["decode"],
-            model=config.model,
-            engine=config.engine,
-            kv=config.kv,
-            scheduler=config.scheduler,
-            transfer=config.transfer,
-            words=config.words,
-            secret=b"a secret",
-        )
+        settings = WorkerSettings.of(config, "decode", "decode-0", b"a secret")
         parts = assemble(settings, self.dones.append)
         transport, limits = LoopbackTransport(self.fabric, "sink/0"), ReadLimits(T_S, STUCK_S)
         self.executor = Executor(parts.pool, transport, limits, self.dones.append, clock=self.clock)

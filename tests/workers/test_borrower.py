@@ -43,19 +43,7 @@ class Side:
     """One worker's parts over loopback."""
 
     def __init__(self, name: str, config: SluiceConfig, fabric: LoopbackFabric, clock: Clock) -> None:
-        settings = WorkerSettings(
-            name=name,
-            incarnation=name,
-            pool="prefill",
-            resources=config.pools["prefill"],
-            model=config.model,
-            engine=config.engine,
-            kv=config.kv,
-            scheduler=config.scheduler,
-            transfer=config.transfer,
-            words=config.words,
-            secret=b"a secret",
-        )
+        settings = WorkerSettings.of(config, "prefill", name, b"a secret", incarnation=name)
         self.dones: list[Done] = []
         parts = assemble(settings, self.dones.append)
         transport, limits = LoopbackTransport(fabric, f"{name}/0"), ReadLimits(T_S, STUCK_S)

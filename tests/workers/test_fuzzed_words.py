@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
-from uuid import uuid4
 
 import grpc
 import pytest
@@ -109,19 +109,9 @@ def member(crashes: list[BaseException], tmp_path_factory: pytest.TempPathFactor
             "words.step_timeout_s": 20.0,
         },
     )
-    settings = WorkerSettings(
-        name="worker-0",
-        incarnation=uuid4().hex,
-        pool="decode",
-        resources=config.pools["decode"].model_copy(update={"roles": (Role.PREFILL, Role.DECODE)}),
-        model=config.model,
-        engine=config.engine,
-        kv=config.kv,
-        scheduler=config.scheduler,
-        transfer=config.transfer,
-        words=config.words,
-        secret=SECRET,
-    )
+    settings = WorkerSettings.of(config, "decode", "worker-0", SECRET)
+    both = settings.resources.model_copy(update={"roles": (Role.PREFILL, Role.DECODE)})
+    settings = replace(settings, resources=both)
     worker = Worker(settings, Log.open("worker", LogConfig(level="error")), on_crash=crashes.append)
     yield worker.start()
     worker.stop()
