@@ -32,7 +32,6 @@ from workers.attention.interface import AttentionBatch, GroupMetadata, KvCache
 from workers.attention.mla_interface import INDEX_KEYS, LATENTS, MlaProblem
 from workers.kernels.index_rows import quantize_queries, write_index_keys
 from workers.kernels.rotary import RotationTable
-from workers.kernels.split_merge import merged
 from workers.kernels.tactic_table import RULES
 
 CUDA = torch.device("cuda")
@@ -153,8 +152,7 @@ class Decode:
 
     def attend_all(self, index: int) -> Tensor:
         layer = self.layers[index]
-        seen = self.step.dense.decode(index, layer.q, layer.q_rope, RULES)
-        return merged(seen, layer.q.dtype)
+        return self.step.dense.decode(index, layer.q, layer.q_rope, RULES)
 
     def parts(self) -> dict[str, Part]:
         """Contexts of up to index_topk are attended whole."""

@@ -11,10 +11,12 @@ from tests.support.tensor_errors import error
 from workers.attention.merging import PartialAttention, merge
 from workers.kernels.tactics import (
     LATENT_LAUNCHES,
+    LATENT_PROGRAMS,
     SINGLE_ENTRIES,
     DecodeTactic,
     ExpertTactic,
     ExpertTactics,
+    LatentTactic,
     SkinnyTactic,
     decode_tactic,
     expert_tactics,
@@ -168,13 +170,12 @@ def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | None) -> None:
     ("heads", "tactic"),
     [
         *((heads, None) for heads in (5, 16, 128)),
-        (9, DecodeTactic(8, 32, 8, 3)),
-        *((16, DecodeTactic(splits, *launch)) for splits in (1, 2) for launch in LATENT_LAUNCHES),
+        *((9, LatentTactic(programs, 32, 4, 3)) for programs in (1, 2, 7, 1000)),
+        *((16, LatentTactic(LATENT_PROGRAMS[0], *launch)) for launch in LATENT_LAUNCHES),
     ],
 )
-def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
+def test_latent_decode(heads: int, tactic: LatentTactic | None) -> None:
     from workers.kernels.latent_decode import latent_decode
-    from workers.kernels.split_merge import merged
 
     layers, layer, scale = 2, 1, 0.07
     pages = torch.randn(100, layers, BLOCK, 576, device=CUDA).to(BF16)
@@ -184,17 +185,34 @@ def test_latent_decode(heads: int, tactic: DecodeTactic | None) -> None:
             pages[table[row, context // BLOCK], :, context % BLOCK :] = float("nan")
     q = random(heads, len(CONTEXTS), 512).transpose(0, 1)
     rope = random(len(CONTEXTS), heads, 192)[..., 128:]
-    tactic = tactic or latent_tactic(len(CONTEXTS), heads)
-    out = merged(latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic), BF16)
+    out = latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic or latent_tactic(heads))
     for row, context in enumerate(CONTEXTS):
         rows = pages[table[row], layer].flatten(0, 1)[:context].float()
         scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
         assert error(out[row], scores.softmax(-1) @ rows[:, :512]) < 5e-3
 
 
+@pytest.mark.parametrize("programs", [5, 132, 264])
+@pytest.mark.parametrize("count", [1, 64, 131])
+def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
+    """Runs that end within a context, at its end, behind many short ones, and one long context of many runs."""
+    from workers.kernels.latent_decode import latent_decode
+
+    num_blocks, scale = 260, 0.07
+    pages = torch.randn(num_blocks, 1, BLOCK, 576, device=CUDA).to(BF16)
+    lengths = [4000, *(1 + index * 37 % 300 for index in range(count - 1))]
+    table = torch.randint(0, num_blocks, (count, 64), device=CUDA)
+    positions = torch.tensor(lengths, device=CUDA) - 1
+    q, rope = random(count, 16, 512), random(count, 16, 64)
+    out = latent_decode(q, rope, pages, table, positions, 0, scale, LatentTactic(programs, 32, 4, 3))
+    for row, length in enumerate(lengths):
+        rows = pages[table[row], 0].flatten(0, 1)[:length].float()
+        scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
+        assert error(out[row], scores.softmax(-1) @ rows[:, :512]) < 5e-3, (row, length)
+
+
 def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None:
     from workers.kernels.latent_decode import latent_decode
-    from workers.kernels.split_merge import merged
 
     num_blocks, layers = 4400, 27
     pages = torch.empty(num_blocks, layers, BLOCK, 576, dtype=BF16, device=CUDA)
@@ -203,7 +221,7 @@ def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None
     table = torch.tensor([[num_blocks - 1, num_blocks - 3]], device=CUDA)
     q, rope = random(1, 16, 512), random(1, 16, 64)
     positions = torch.tensor([99], device=CUDA)
-    out = merged(latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(1, 16)), BF16)
+    out = latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(16))
     rows = pages[table[0], layers - 1].flatten(0, 1)[:100].float()
     want = (torch.cat((q[0], rope[0]), -1).float() @ rows.t() * 0.05).softmax(-1) @ rows[:, :512]
     assert error(out[0], want) < 5e-3

@@ -17,9 +17,8 @@ from workers.attention.flashinfer_prefill import HeadShape, Ragged, workspace
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import LATENTS, MlaProblem
 from workers.kernels.latent_decode import latent_decode
-from workers.kernels.split_merge import Parts
 from workers.kernels.tactic_table import TacticTable
-from workers.kernels.tactics import DecodeTactic
+from workers.kernels.tactics import LatentTactic
 
 
 class CachedRun(NamedTuple):
@@ -138,10 +137,10 @@ class HopperMlaStep:
         self.num_decodes = batch.num_decodes
         self.new = new  # None: no prompt
         self.pieces = pieces
-        self._tactic: DecodeTactic | None = None  # of all layers, found by the first
+        self._tactic: LatentTactic | None = None  # of all layers, found by the first
 
-    def decode(self, layer: int, q: Tensor, q_rope: Tensor, tactics: TacticTable) -> Tensor | Parts:
-        """q [A, H, L] in latent space, q_rope [A, H, R], A the single tokens -> [A, H, L], whole or in runs."""
+    def decode(self, layer: int, q: Tensor, q_rope: Tensor, tactics: TacticTable) -> Tensor:
+        """q [A, H, L] in latent space, q_rope [A, H, R], A the single tokens -> [A, H, L]."""
         problem = self._problem
         if self._tactic is None:
             self._tactic = tactics.latent_decode(

@@ -1,8 +1,7 @@
 """Into latent space and out of it, for the queries of few tokens, in Triton: both read a matrix of each head once. It
-does not depend on the kernel before, so that it is on its way while that one still runs. What was attended in few runs
-becomes one on the way out. Reference: torch.bmm, behind workers.attention.merging.
+does not depend on the kernel before, so that it is on its way while that one still runs. Reference: torch.bmm.
 
-Shapes: A tokens, H heads, N unrotated features of a query head, V value size, L latent size, S runs of a context.
+Shapes: A tokens, H heads, N unrotated features of a query head, V value size, L latent size.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
@@ -16,11 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher, power_of_two
-from workers.kernels.split_merge import Parts, merged
 
 ENDS_ROWS = 256  # tokens; more are products for cuBLAS
-_MAX_PARTS = 4  # runs; more are merged by many programs, before
 _PROGRAMS = 128  # one for each multiprocessor
+_DEPTH, _STAGES = 128, 4  # latent features of a round, and rounds that are under way
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -56,7 +54,6 @@ def _enter(
 @triton.jit(do_not_specialize=["num_rows"])
 def _leave(
     seen_ptr,
-    lse_ptr,
     weights_ptr,
     weights_stride,
     out_ptr,
@@ -65,7 +62,6 @@ def _leave(
     NUM_HEADS: tl.constexpr,
     LATENT: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -79,32 +75,16 @@ def _leave(
     fetch(lines)
     gdc_wait()
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    valid = rows < num_rows
-    at = rows.to(tl.int64) * NUM_HEADS + head
-    depth = tl.arange(0, DEPTH)
-    dtype = out_ptr.dtype.element_ty
-    if PARTS > 1:
-        parts = tl.arange(0, PARTS)[None, :]
-        lse = tl.load(lse_ptr + at[:, None] * PARTS + parts, mask=valid[:, None], other=0.0)
-        shares = tl.exp2(lse - tl.max(lse, 1)[:, None])
-        shares = shares / tl.sum(shares, 1)[:, None]
+    valid = (rows < num_rows)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    depth = tl.arange(0, DEPTH)[None, :]
+    seen_at = seen_ptr + (rows * NUM_HEADS + head) * LATENT + depth
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, LATENT, DEPTH):
-        if PARTS > 1:
-            merged = tl.zeros([ROWS, DEPTH], tl.float32)
-            for part in tl.static_range(PARTS):
-                share = tl.sum(tl.where(parts == part, shares, 0.0), 1)
-                # A run that saw nothing has no share, and was not written.
-                there = valid & (share > 0.0)
-                values_at = seen_ptr + (at * PARTS + part)[:, None] * LATENT + start + depth[None, :]
-                merged += tl.load(values_at, mask=there[:, None], other=0.0) * share[:, None]
-            seen = merged.to(dtype)
-        else:
-            seen = tl.load(seen_ptr + at[:, None] * LATENT + start + depth[None, :], mask=valid[:, None], other=0.0)
-        w = tl.load(w_at + start + depth[None, :])
-        acc = tl.dot(seen, tl.trans(w), acc)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + head * SIZE + cols[None, :]
-    tl.store(out_at, acc.to(dtype), mask=valid[:, None])
+        seen = tl.load(seen_at + start, mask=valid, other=0.0)
+        acc = tl.dot(seen, tl.trans(tl.load(w_at + start + depth)), acc)
+    at = out_ptr + rows * out_stride + head * SIZE + cols[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 _launch_enter, _launch_leave = Launcher(_enter), Launcher(_leave)
@@ -124,30 +104,16 @@ def enter_latents(q: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def leave_latents(seen: Tensor | Parts, weights: Tensor, out: Tensor) -> None:
-    """seen [A, H, L], whole or in runs, weights [H, V, L], any stride of H -> out [A, H, V], any stride of A.
-    L and V are powers of two, 16 or more."""
-    if isinstance(seen, Parts) and seen.lse.shape[2] <= _MAX_PARTS:
-        (values, lse), num_parts = seen, seen.lse.shape[2]
-    else:
-        values = lse = merged(seen, out.dtype)
-        num_parts = 1
+def leave_latents(seen: Tensor, weights: Tensor, out: Tensor) -> None:
+    """seen [A, H, L], contiguous, weights [H, V, L], any stride of H -> out [A, H, V], any stride of A. L and V are
+    powers of two, 16 or more."""
     heads, size, latent = weights.shape
     count = len(out)
-    rows = 64 // num_parts
-    while rows > 16 and heads * -(-count // rows) < _PROGRAMS:
-        rows //= 2
-    tiles = -(-count // rows)
-    cols = size if 2 * heads * tiles >= _PROGRAMS else max(16, size // 4)
-    arguments = (values, lse, weights, weights.stride(0), out, out.stride(0), count)
-    constants = {
-        "NUM_HEADS": heads,
-        "LATENT": latent,
-        "SIZE": size,
-        "PARTS": num_parts,
-        "ROWS": rows,
-        "COLS": cols,
-        "DEPTH": min(latent, 128),
-        "LINE": min(latent, LINE),
-    }
-    _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4)
+    rows = min(max(power_of_two(count), 16), 64)
+    cols, tiles = size, -(-count // rows)
+    while cols > 16 and heads * tiles * (size // cols) < _PROGRAMS:
+        cols //= 2
+    arguments = (seen, weights, weights.stride(0), out, out.stride(0), count)
+    constants = {"NUM_HEADS": heads, "LATENT": latent, "SIZE": size, "ROWS": rows, "COLS": cols}
+    constants |= {"DEPTH": min(latent, _DEPTH), "LINE": min(latent, LINE)}
+    _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4, num_stages=_STAGES)

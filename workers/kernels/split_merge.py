@@ -7,9 +7,6 @@ Shapes: B sequences, n queries, m of them that saw one more part, H heads, V val
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,13 +15,6 @@ from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher
 
 _HEADS = 16  # that one program merges, of rows
-
-
-class Parts(NamedTuple):
-    """Of contexts that were cut into runs."""
-
-    values: Tensor  # [B, H, splits, V] fp32
-    lse: Tensor  # [B, H, splits] fp32; -inf: saw nothing, and its values were not written
 
 
 @triton.jit
@@ -84,16 +74,6 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor, lengths: Tensor | None
         constants,
         num_warps=4 if splits * size > 512 else 1,
     )
-
-
-def merged(seen: Tensor | Parts, dtype: torch.dtype) -> Tensor:
-    """[B, H, V]; what is whole already stays as it is."""
-    if isinstance(seen, Tensor):
-        return seen
-    count, heads, _, size = seen.values.shape
-    out = torch.empty(count, heads, size, dtype=dtype, device=seen.lse.device)
-    merge_splits(seen.values, seen.lse, out)
-    return out
 
 
 @triton.jit

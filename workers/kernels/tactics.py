@@ -25,6 +25,14 @@ class DecodeTactic:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentTactic:
+    programs: int  # that share all contexts
+    tile: int  # tokens at a time; divides the block size
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertTactic:
     rows: int  # of a tile; 16 or more
     cols: int  # output features of a program
@@ -84,14 +92,14 @@ def decode_tactic(programs: int) -> DecodeTactic:
     return DecodeTactic(splits, tile=64, warps=4, stages=3)
 
 
-def latent_tactic(num_sequences: int, num_heads: int) -> DecodeTactic:
-    programs = max(num_sequences, 1) * -(-num_heads // 64)
+def latent_tactic(num_heads: int) -> LatentTactic:
     if num_heads > 16:
-        return DecodeTactic(num_splits(2 * programs), tile=64, warps=8, stages=2)
-    return DecodeTactic(num_splits(programs), tile=32, warps=4, stages=3)
+        return LatentTactic(_PROGRAMS // 2, tile=64, warps=8, stages=2)
+    return LatentTactic(_PROGRAMS, tile=32, warps=4, stages=3)
 
 
-# Tile, warps and stages of what workers.autotune measures instead.
+# What workers.autotune measures instead: programs, and tile, warps and stages.
+LATENT_PROGRAMS = (_PROGRAMS // 2, _PROGRAMS, 3 * _PROGRAMS // 2)
 LATENT_LAUNCHES = (
     *((16, 4, 4), (16, 4, 6)),
     *((32, 4, 2), (32, 4, 3), (32, 4, 5), (32, 8, 3), (32, 8, 5)),

@@ -18,7 +18,7 @@ from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.latent_ends import ENDS_ROWS, enter_latents, leave_latents
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
-from workers.kernels.split_merge import Parts, merge_rows, merged
+from workers.kernels.split_merge import merge_rows
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Linear
@@ -96,10 +96,10 @@ class FusedMla:
         """[T, d] -> of each projection its features, [T, …]."""
         return self._first(x, quantized).split(self._sizes, -1)
 
-    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor | Parts]) -> None:
+    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
         """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it.
 
-        attend: [A, H, L], [A, H, R] -> [A, H, L], whole or in runs.
+        attend: [A, H, L], [A, H, R] -> [A, H, L].
         """
         nope, rope = q.split([self._shape.nope_dim, self._shape.rope_dim], -1)
         key_weights, value_weights = self._attention.key_weights, self._attention.value_weights
@@ -112,7 +112,7 @@ class FusedMla:
         if few:
             leave_latents(seen, value_weights, out)
         else:
-            torch.bmm(merged(seen, q.dtype).transpose(0, 1), value_weights.transpose(1, 2), out=out.transpose(0, 1))
+            torch.bmm(seen.transpose(0, 1), value_weights.transpose(1, 2), out=out.transpose(0, 1))
 
     def forward_context(self, q: Tensor, kv: Tensor, out: Tensor, step: HopperMlaStep) -> None:
         """The one way for tokens of prompts: new tokens first, then every cached piece.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from workers.kernels.latent_decode import latent_decode
 from workers.kernels.latent_ends import leave_latents
 from workers.kernels.tactic_table import Tactic, latent_key
-from workers.kernels.tactics import LATENT_LAUNCHES, MAX_SPLITS, DecodeTactic, latent_tactic
+from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, LatentTactic, latent_tactic
 from workers.tuning.problem import COLD_BYTES, CUDA, SHARED_BYTES, Launched, cold_us, drawn
 
 _CONTEXT = 2048  # of each sequence: a graph is captured for a number of them, whatever their lengths
@@ -35,20 +36,18 @@ class LatentDecodeProblem:
         return latent_key(self.num_sequences, self.num_heads, self.latent, self.rope)
 
     @property
-    def _by_rule(self) -> DecodeTactic:
-        return latent_tactic(self.num_sequences, self.num_heads)
+    def _by_rule(self) -> LatentTactic:
+        return latent_tactic(self.num_heads)
 
-    def variants(self) -> Iterable[tuple[str, DecodeTactic]]:
-        splits = self._by_rule.splits
+    def variants(self) -> Iterable[tuple[str, LatentTactic]]:
         seen = {self._by_rule}
-        for runs in {max(1, splits // 2), splits, min(2 * splits, MAX_SPLITS)}:
-            for tile, warps, stages in LATENT_LAUNCHES:
-                if tile * (self.latent + self.rope) * 2 * (stages - 1) <= SHARED_BYTES:
-                    seen.add(DecodeTactic(runs, tile, warps, stages))
+        for programs, (tile, warps, stages) in product(LATENT_PROGRAMS, LATENT_LAUNCHES):
+            if tile * (self.latent + self.rope) * 2 * (stages - 1) <= SHARED_BYTES:
+                seen.add(LatentTactic(programs, tile, warps, stages))
         return [("latent_decode", tactic) for tactic in sorted(seen, key=str)]
 
     def compile(self, kernel: str, tactic: Launched) -> None:
-        assert kernel == "latent_decode" and isinstance(tactic, DecodeTactic)
+        assert kernel == "latent_decode" and isinstance(tactic, LatentTactic)
         scene = _Scene.drawn(self, 1, layers=2)
         scene.positions.zero_()
         scene.attend(1, tactic)
@@ -89,7 +88,7 @@ class _Scene:
             drawn(sequences, problem.num_heads, problem.value),
         )
 
-    def attend(self, layer: int, tactic: DecodeTactic) -> None:
+    def attend(self, layer: int, tactic: LatentTactic) -> None:
         absorbed, rope = self.q.split([self.problem.latent, self.problem.rope], -1)
         scale = self.q.shape[-1] ** -0.5  # any: it takes the same time
         seen = latent_decode(absorbed, rope, self.pages, self.table, self.positions, layer, scale, tactic)
