@@ -59,7 +59,8 @@ def bind_model(
         torch.cuda.empty_cache()  # what loading left
         _, caches = _allocate(geometry, [0] * len(geometry.groups), device)
         choice = model.bind_kv(caches, environment)
-        sizes = default_sizes(limits.max_sequences) if engine.cuda_graphs and choice.replays else []
+        if engine.cuda_graphs and choice.replays:
+            sizes = default_sizes(limits.max_sequences, least_step=choice.least_graph_step)
         if choice.chosen == HOPPER:
             from workers.kernels.largest import largest
 

@@ -44,6 +44,12 @@ class Choice:
         """Whether decode steps can be CUDA graphs."""
         return self.chosen in CAPTURED
 
+    @property
+    def least_graph_step(self) -> int:
+        """From one captured number of sequences to the next, from there on; chosen rows are planned for every eighth
+        number alone."""
+        return 1 if self.dense_context is None else 8
+
     def __str__(self) -> str:
         return "; ".join([f"attention: {self.chosen}", *(f"not {name}: {reason}" for name, reason in self.rejected)])
 

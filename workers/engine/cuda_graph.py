@@ -23,12 +23,17 @@ from workers.engine.static_inputs import StaticInputs
 _MOST_PROMPT_TOKENS = 4096  # a step of more keeps the device busy for longer than its launches take
 
 
-def default_sizes(max_sequences: int) -> list[int]:
-    """1, 2, 4, 8, then every 8 up to 128 and every 16 beyond, the last one at least `max_sequences`."""
-    sizes = [1, 2, 4]
+def default_sizes(max_sequences: int, *, least_step: int = 1) -> list[int]:
+    """No step is padded by more than an eighth, for padding has experts of its own: each up to 16, every 2 up to 32,
+    every 4 up to 64 and so on, the last one at least `max_sequences`.
+
+    least_step: from there on; a power of two, more than one where each size costs more than its graph.
+    """
+    sizes = [1]
     while sizes[-1] < max_sequences:
-        sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 128 else 16))
-    return [size for size in sizes if size < max_sequences] + [next(s for s in sizes if s >= max_sequences)]
+        step = max(1, (1 << sizes[-1].bit_length()) // 16)
+        sizes.append(sizes[-1] + (step if sizes[-1] < least_step else max(step, least_step)))
+    return sizes
 
 
 def default_prompt_sizes(max_tokens: int) -> list[int]:
