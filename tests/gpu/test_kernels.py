@@ -175,7 +175,7 @@ def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | None) -> None:
     ],
 )
 def test_latent_decode(heads: int, tactic: LatentTactic | None) -> None:
-    from workers.kernels.latent_decode import latent_decode
+    from workers.kernels.latent_decode import cut_contexts, latent_decode
 
     layers, layer, scale = 2, 1, 0.07
     pages = torch.randn(100, layers, BLOCK, 576, device=CUDA).to(BF16)
@@ -185,7 +185,8 @@ def test_latent_decode(heads: int, tactic: LatentTactic | None) -> None:
             pages[table[row, context // BLOCK], :, context % BLOCK :] = float("nan")
     q = random(heads, len(CONTEXTS), 512).transpose(0, 1)
     rope = random(len(CONTEXTS), heads, 192)[..., 128:]
-    out = latent_decode(q, rope, pages, table, contexts - 1, layer, scale, tactic or latent_tactic(heads))
+    cut = cut_contexts(contexts - 1, heads, tactic or latent_tactic(heads))
+    out = latent_decode(q, rope, pages, table, layer, scale, cut)
     for row, context in enumerate(CONTEXTS):
         rows = pages[table[row], layer].flatten(0, 1)[:context].float()
         scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
@@ -196,7 +197,7 @@ def test_latent_decode(heads: int, tactic: LatentTactic | None) -> None:
 @pytest.mark.parametrize("count", [1, 64, 131])
 def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
     """Runs that end within a context, at its end, behind many short ones, and one long context of many runs."""
-    from workers.kernels.latent_decode import latent_decode
+    from workers.kernels.latent_decode import cut_contexts, latent_decode
 
     num_blocks, scale = 260, 0.07
     pages = torch.randn(num_blocks, 1, BLOCK, 576, device=CUDA).to(BF16)
@@ -204,7 +205,8 @@ def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
     table = torch.randint(0, num_blocks, (count, 64), device=CUDA)
     positions = torch.tensor(lengths, device=CUDA) - 1
     q, rope = random(count, 16, 512), random(count, 16, 64)
-    out = latent_decode(q, rope, pages, table, positions, 0, scale, LatentTactic(programs, 32, 4, 3))
+    cut = cut_contexts(positions, 16, LatentTactic(programs, 32, 4, 3))
+    out = latent_decode(q, rope, pages, table, 0, scale, cut)
     for row, length in enumerate(lengths):
         rows = pages[table[row], 0].flatten(0, 1)[:length].float()
         scores = torch.cat((q[row], rope[row]), -1).float() @ rows.t() * scale
@@ -212,7 +214,7 @@ def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
 
 
 def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None:
-    from workers.kernels.latent_decode import latent_decode
+    from workers.kernels.latent_decode import cut_contexts, latent_decode
 
     num_blocks, layers = 4400, 27
     pages = torch.empty(num_blocks, layers, BLOCK, 576, dtype=BF16, device=CUDA)
@@ -221,7 +223,8 @@ def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None
     table = torch.tensor([[num_blocks - 1, num_blocks - 3]], device=CUDA)
     q, rope = random(1, 16, 512), random(1, 16, 64)
     positions = torch.tensor([99], device=CUDA)
-    out = latent_decode(q, rope, pages, table, positions, layers - 1, 0.05, latent_tactic(16))
+    cut = cut_contexts(positions, 16, latent_tactic(16))
+    out = latent_decode(q, rope, pages, table, layers - 1, 0.05, cut)
     rows = pages[table[0], layers - 1].flatten(0, 1)[:100].float()
     want = (torch.cat((q[0], rope[0]), -1).float() @ rows.t() * 0.05).softmax(-1) @ rows[:, :512]
     assert error(out[0], want) < 5e-3

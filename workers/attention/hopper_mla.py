@@ -16,9 +16,8 @@ from torch import Tensor
 from workers.attention.flashinfer_prefill import HeadShape, Ragged, workspace
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import LATENTS, MlaProblem
-from workers.kernels.latent_decode import latent_decode
+from workers.kernels.latent_decode import ContextRuns, cut_contexts, latent_decode
 from workers.kernels.tactic_table import TacticTable
-from workers.kernels.tactics import LatentTactic
 
 
 class CachedRun(NamedTuple):
@@ -137,16 +136,17 @@ class HopperMlaStep:
         self.num_decodes = batch.num_decodes
         self.new = new  # None: no prompt
         self.pieces = pieces
-        self._tactic: LatentTactic | None = None  # of all layers, found by the first
+        self._cut: ContextRuns | None = None  # of all layers, made by the first
 
     def decode(self, layer: int, q: Tensor, q_rope: Tensor, tactics: TacticTable) -> Tensor:
         """q [A, H, L] in latent space, q_rope [A, H, R], A the single tokens -> [A, H, L]."""
         problem = self._problem
-        if self._tactic is None:
-            self._tactic = tactics.latent_decode(
+        if self._cut is None:
+            tactic = tactics.latent_decode(
                 len(q), problem.num_heads, problem.latent_size, problem.rope_size, block_size=problem.block_size
             )
-        return latent_decode(q, q_rope, self.pages, self._table, self.positions, layer, problem.scale, self._tactic)
+            self._cut = cut_contexts(self.positions[: len(q)], problem.num_heads, tactic)
+        return latent_decode(q, q_rope, self.pages, self._table, layer, problem.scale, self._cut)
 
     def cached_rows(self, layer: int, piece: CachedPiece) -> Tensor:
         """[C, L + R]."""

@@ -9,12 +9,15 @@ longest.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
+from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
 from workers.kernels.tactics import LatentTactic
@@ -22,6 +25,7 @@ from workers.kernels.tactics import LatentTactic
 MAX_HEADS = 64  # of one program
 _LEAST_TOKENS = 64  # of a run, unless a tile is larger
 _RUNS = 8  # that are merged at a time
+_FEW = 512  # sequences times heads
 
 
 @triton.jit
@@ -49,35 +53,48 @@ def store_part(parts_ptr, lse_ptr, part, valid, saw_any, best, total, acc, LATEN
         tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
 
 
-@triton.jit
-def _num_tiles(positions_ptr, num_sequences, TILE: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Of each context, [SEQUENCES] int32; and how many up to its end."""
+@triton.jit(do_not_specialize=["num_sequences", "most_runs"])
+def _cut(
+    positions_ptr,
+    num_sequences,
+    most_runs,
+    runs_ptr,
+    bounds_ptr,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
+    # Who comes next does so when this is done: it is read by many that wait for others alone.
+    gdc_wait()
     each = tl.arange(0, SEQUENCES)
     # Behind the last one: no tokens.
     positions = tl.load(positions_ptr + each, mask=each < num_sequences, other=-1)
     tiles = tl.cdiv((positions + 1).to(tl.int32), TILE)
-    return tiles, tl.cumsum(tiles, 0)
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0).to(tl.int64)
+    num_runs = tl.minimum(most_runs, tl.cdiv(total, LEAST))
+    index = tl.program_id(0)
+    if index < most_runs:
+        run = tl.minimum(index, num_runs - 1).to(tl.int64)
+        first, last = (run * total // num_runs).to(tl.int32), ((run + 1) * total // num_runs).to(tl.int32)
+        begins = ends - tiles
+        at = runs_ptr + index * 4
+        tl.store(at, tl.sum((ends <= first).to(tl.int32), 0))
+        final = tl.sum((ends < last).to(tl.int32), 0)
+        tl.store(at + 1, tl.where(index < num_runs, final, -1))
+        tl.store(at + 2, first - tl.sum(tl.where(ends <= first, tiles, 0), 0))
+        tl.store(at + 3, last - tl.sum(tl.where(each == final, begins, 0), 0))
+    else:
+        sequence = index - most_runs
+        end = tl.sum(tl.where(each == sequence, ends, 0), 0).to(tl.int64)
+        begin = end - tl.sum(tl.where(each == sequence, tiles, 0), 0)
+        at = bounds_ptr + sequence * 2
+        # The last run that starts at a tile or before is the one that has it.
+        tl.store(at, (((begin + 1) * num_runs - 1) // total).to(tl.int32))
+        tl.store(at + 1, ((end * num_runs - 1) // total).to(tl.int32))
 
 
-@triton.jit
-def _num_runs(most, total, LEAST: tl.constexpr):
-    """Each of LEAST tiles or more, or all that there are."""
-    return tl.minimum(most, tl.cdiv(total, LEAST))
-
-
-@triton.jit
-def _start(run, num_runs, total):
-    """Its first tile of all."""
-    return (run.to(tl.int64) * total // num_runs).to(tl.int32)
-
-
-@triton.jit
-def _run_of(tile, num_runs, total):
-    """Inverse of `_start`: the last run that starts at this tile or before."""
-    return (((tile + 1).to(tl.int64) * num_runs - 1) // total).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["num_sequences", "layer", "num_layers"])
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def _decode(
     q_ptr,
     q_stride,
@@ -89,7 +106,7 @@ def _decode(
     table_ptr,
     table_stride,
     positions_ptr,
-    num_sequences,
+    runs_ptr,
     parts_ptr,
     lse_ptr,
     out_ptr,
@@ -101,21 +118,12 @@ def _decode(
     ROPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    LEAST: tl.constexpr,
-    SEQUENCES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    gdc_launch_dependents()
-    # No kernel of a step writes positions: they can be read before the one ahead has ended.
-    tiles, ends = _num_tiles(positions_ptr, num_sequences, TILE, SEQUENCES)
-    total = tl.sum(tiles, 0)
-    run, num_runs = tl.program_id(0), _num_runs(tl.num_programs(0), total, LEAST)
-    if run >= num_runs:
-        return
-    first, last = _start(run, num_runs, total), _start(run + 1, num_runs, total)
-    sequence, final = tl.sum((ends <= first).to(tl.int64), 0), tl.sum((ends < last).to(tl.int64), 0)
-    begin = tl.sum(tl.where(ends <= first, tiles, 0), 0)
-    gdc_wait()
+    follow()
+    run = tl.program_id(0)
+    sequence, final = tl.load(runs_ptr + run * 4).to(tl.int64), tl.load(runs_ptr + run * 4 + 1).to(tl.int64)
+    first, last = tl.load(runs_ptr + run * 4 + 2), tl.load(runs_ptr + run * 4 + 3)
     heads = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = heads < NUM_HEADS
     features, turned, tokens = tl.arange(0, LATENT), tl.arange(0, ROPE), tl.arange(0, TILE)
@@ -124,8 +132,7 @@ def _decode(
     for index in range(sequence, final + 1):
         length = (tl.load(positions_ptr + index) + 1).to(tl.int32)
         num_tiles = tl.cdiv(length, TILE)
-        low, high = tl.maximum(first - begin, 0), tl.minimum(last - begin, num_tiles)
-        begin += num_tiles
+        low, high = tl.where(index == sequence, first, 0), tl.where(index == final, last, num_tiles)
         q = tl.load(
             q_ptr + index * q_stride + heads[:, None] * q_head_stride + features[None, :],
             mask=valid[:, None],
@@ -159,39 +166,29 @@ def _decode(
             store_part(parts_ptr, lse_ptr, part, valid, True, best, weight, acc, LATENT, ROWS)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most_runs"])
+@triton.jit
 def _merge(
     parts_ptr,
     lse_ptr,
-    positions_ptr,
-    num_sequences,
-    most_runs,
+    bounds_ptr,
     out_ptr,
+    NUM_HEADS: tl.constexpr,
     LATENT: tl.constexpr,
-    TILE: tl.constexpr,
-    LEAST: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    FEATURES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    gdc_launch_dependents()
-    tiles, _ = _num_tiles(positions_ptr, num_sequences, TILE, SEQUENCES)
-    total = tl.sum(tiles, 0)
-    num_runs = _num_runs(most_runs, total, LEAST)
-    sequence, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    before = tl.arange(0, SEQUENCES) < sequence
-    begin = tl.sum(tl.where(before, tiles, 0), 0)
-    end = begin + tl.sum(tl.where(tl.arange(0, SEQUENCES) == sequence, tiles, 0), 0)
-    first, last = _run_of(begin, num_runs, total), _run_of(end - 1, num_runs, total)
-    gdc_wait()  # all do: who follows sees what is whole already as late as what is merged
+    follow()
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    first, last = tl.load(bounds_ptr + sequence * 2), tl.load(bounds_ptr + sequence * 2 + 1)
     if first == last:
         return
-    runs, features = tl.arange(0, RUNS), tl.arange(0, LATENT)
+    runs, features = tl.arange(0, RUNS), tl.program_id(2) * FEATURES + tl.arange(0, FEATURES)
     best = tl.full([1], float("-inf"), tl.float32)
     weight = tl.zeros([1], tl.float32)
-    acc = tl.zeros([LATENT], tl.float32)
+    acc = tl.zeros([FEATURES], tl.float32)
     for start in range(first, last + 1, RUNS):
         there = start + runs <= last
-        parts = (start + runs + sequence).to(tl.int64) * num_heads + head
+        parts = (start + runs + sequence).to(tl.int64) * NUM_HEADS + head
         lse = tl.load(lse_ptr + parts, mask=there, other=float("-inf"))
         values = tl.load(parts_ptr + parts[:, None] * LATENT + features[None, :], mask=there[:, None], other=0.0)
         new_best = tl.maximum(best, tl.max(lse, 0))
@@ -199,11 +196,36 @@ def _merge(
         weight = weight * shrink + tl.sum(shares, 0)
         acc = acc * shrink + tl.sum(values * shares[:, None], 0)
         best = new_best
-    at_out = out_ptr + (sequence.to(tl.int64) * num_heads + head) * LATENT + features
+    at_out = out_ptr + (sequence.to(tl.int64) * NUM_HEADS + head) * LATENT + features
     tl.store(at_out, (acc / weight).to(out_ptr.dtype.element_ty))
 
 
-_launch_decode, _launch_merge = Launcher(_decode), Launcher(_merge)
+_launch_cut, _launch_decode, _launch_merge = Launcher(_cut), Launcher(_decode), Launcher(_merge)
+
+
+class ContextRuns(NamedTuple):
+    """How the contexts of a step are cut, for all its layers."""
+
+    positions: Tensor  # [B]
+    runs: Tensor  # [runs, 4] int32: first and last sequence, a run's first tile of the one and end in the other
+    bounds: Tensor  # [B, 2] int32: the first run of each sequence, and the last
+    tactic: LatentTactic
+
+
+def cut_contexts(positions: Tensor, num_heads: int, tactic: LatentTactic) -> ContextRuns:
+    """positions [B] of the query tokens, which see what is up to and including them."""
+    count = len(positions)
+    programs = max(tactic.programs // -(-num_heads // MAX_HEADS), 1)
+    # As many for each sequence, where that is about as many: they would be cut there if all were equally long.
+    aligned = programs // count * count or count // -(-count // programs)
+    most_runs = aligned if 10 * aligned >= 9 * programs else programs
+    runs = torch.empty(most_runs, 4, dtype=torch.int32, device=positions.device)
+    bounds = torch.empty(count, 2, dtype=torch.int32, device=positions.device)
+    arguments = (positions, count, most_runs, runs, bounds)
+    constants = {"TILE": tactic.tile, "LEAST": max(_LEAST_TOKENS // tactic.tile, 1)}
+    constants |= {"SEQUENCES": max(power_of_two(count), 64)}
+    _launch_cut((most_runs + count, 1, 1), arguments, constants, num_warps=2)
+    return ContextRuns(positions, runs, bounds, tactic)
 
 
 def latent_decode(
@@ -211,22 +233,18 @@ def latent_decode(
     q_rope: Tensor,
     pages: Tensor,
     block_table: Tensor,
-    positions: Tensor,
     layer: int,
     scale: float,
-    tactic: LatentTactic,
+    cut: ContextRuns,
 ) -> Tensor:
     """q [B, H, L] in latent space, q_rope [B, H, R] (any strides of B and H), pages [blocks, layers, S, L + R],
-    block_table [B, M], positions [B] of the query tokens -> [B, H, L]. Each sees the tokens up to and including itself.
-
-    positions are not written by a kernel that is launched as this one.
+    block_table [B, M], contexts as they are cut -> [B, H, L]. Each sees the tokens up to and including itself.
     """
     num_sequences, num_heads, latent = q.shape
     _, num_layers, block_size, row = pages.shape
+    positions, runs, bounds, tactic = cut
     rows = min(max(16, power_of_two(num_heads)), MAX_HEADS)
-    groups = -(-num_heads // rows)
-    most_runs = max(tactic.programs // groups, 1)
-    num_parts = most_runs + num_sequences - 1
+    num_parts = len(runs) + num_sequences - 1
     out = torch.empty(num_sequences, num_heads, latent, dtype=q.dtype, device=q.device)
     parts = torch.empty(num_parts, num_heads, latent, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_parts, num_heads, dtype=torch.float32, device=q.device)
@@ -241,7 +259,7 @@ def latent_decode(
         block_table,
         block_table.stride(0),
         positions,
-        num_sequences,
+        runs,
         parts,
         lse,
         out,
@@ -249,19 +267,24 @@ def latent_decode(
         num_layers,
         scale * LOG2_E,
     )
-    cut = {
+    constants = {
+        "NUM_HEADS": num_heads,
+        "LATENT": latent,
+        "ROPE": row - latent,
+        "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
-        "LEAST": max(_LEAST_TOKENS // tactic.tile, 1),
-        "SEQUENCES": max(power_of_two(num_sequences), 64),
+        "ROWS": rows,
     }
-    sizes = {"NUM_HEADS": num_heads, "LATENT": latent, "ROPE": row - latent, "BLOCK_SIZE": block_size}
     _launch_decode(
-        (most_runs, groups, 1),
+        (len(runs), -(-num_heads // rows), 1),
         arguments,
-        {**sizes, **cut, "ROWS": rows},
+        constants,
         num_warps=tactic.warps,
         num_stages=tactic.stages,
     )
-    arguments = (parts, lse, positions, num_sequences, most_runs, out)
-    _launch_merge((num_sequences, num_heads, 1), arguments, {"LATENT": latent, **cut, "RUNS": _RUNS}, num_warps=4)
+    few = num_sequences * num_heads <= _FEW  # of many runs: more at a time, each program of fewer features
+    features, at_once = (max(latent // 4, 1), 4 * _RUNS) if few else (latent, _RUNS)
+    constants = {"NUM_HEADS": num_heads, "LATENT": latent, "FEATURES": features, "RUNS": at_once}
+    grid = (num_sequences, num_heads, latent // features)
+    _launch_merge(grid, (parts, lse, bounds, out), constants, num_warps=4)
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.following import LINE, fetch, fetch_share, lines_of
+from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher, power_of_two
 
 ENDS_ROWS = 256  # tokens; more are products for cuBLAS
@@ -51,7 +51,7 @@ def _enter(
     tl.store(at, absorbed.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_rows", "next_size"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _leave(
     seen_ptr,
     weights_ptr,
@@ -59,12 +59,9 @@ def _leave(
     out_ptr,
     out_stride,
     num_rows,
-    next_ptr,
-    next_size,
     NUM_HEADS: tl.constexpr,
     LATENT: tl.constexpr,
     SIZE: tl.constexpr,
-    LINES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -76,8 +73,6 @@ def _leave(
     w_at = weights_ptr + head * weights_stride + cols[:, None] * LATENT
     lines = w_at + (tl.arange(0, LATENT // LINE) * LINE)[None, :]
     fetch(lines)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    fetch_share(next_ptr, next_size, program, LINES, LINE)
     gdc_wait()
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     valid = (rows < num_rows)[:, None]
@@ -109,18 +104,16 @@ def enter_latents(q: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def leave_latents(seen: Tensor, weights: Tensor, out: Tensor, follower: Tensor | None = None) -> None:
+def leave_latents(seen: Tensor, weights: Tensor, out: Tensor) -> None:
     """seen [A, H, L], contiguous, weights [H, V, L], any stride of H -> out [A, H, V], any stride of A. L and V are
-    powers of two, 16 or more. follower: the matrix that is read next."""
+    powers of two, 16 or more."""
     heads, size, latent = weights.shape
     count = len(out)
     rows = min(max(power_of_two(count), 16), 64)
     cols, tiles = size, -(-count // rows)
     while cols > 16 and heads * tiles * (size // cols) < _PROGRAMS:
         cols //= 2
-    programs = heads * (size // cols) * tiles
     arguments = (seen, weights, weights.stride(0), out, out.stride(0), count)
-    arguments += (out, 0) if follower is None else (follower, follower.numel())
-    constants = {"NUM_HEADS": heads, "LATENT": latent, "SIZE": size, "LINES": lines_of(follower, programs)}
-    constants |= {"ROWS": rows, "COLS": cols, "DEPTH": min(latent, _DEPTH), "LINE": min(latent, LINE)}
+    constants = {"NUM_HEADS": heads, "LATENT": latent, "SIZE": size, "ROWS": rows, "COLS": cols}
+    constants |= {"DEPTH": min(latent, _DEPTH), "LINE": min(latent, LINE)}
     _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4, num_stages=_STAGES)

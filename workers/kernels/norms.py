@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.following import LINE, fetch_share, lines_of
+from workers.kernels.following import follow
 from workers.kernels.fp8 import LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows, quantize_groups
 from workers.kernels.launcher import Launcher, power_of_two
@@ -50,7 +49,7 @@ def _store_norm(
         tl.store(scales_ptr + row + groups.to(tl.int64) * scale_stride, scales, mask=groups < size // 128)
 
 
-@triton.jit(do_not_specialize=["scale_stride", "next_size"])
+@triton.jit(do_not_specialize=["scale_stride"])
 def _rms_norm(
     x_ptr,
     delta_ptr,
@@ -63,20 +62,14 @@ def _rms_norm(
     x_stride,
     scale_stride,
     eps,
-    next_ptr,
-    next_size,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     QUANTIZED: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    gdc_launch_dependents()
+    follow()
     row = tl.program_id(0).to(tl.int64)
-    fetch_share(next_ptr, next_size, row, LINES, LINE)
-    gdc_wait()
     cols = tl.arange(0, BLOCK)
     mask = cols < size
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
@@ -105,7 +98,7 @@ def _rms_norm(
 _launch_rms_norm = Launcher(_rms_norm)
 
 
-@triton.jit(do_not_specialize=["scale_stride", "next_size"])
+@triton.jit(do_not_specialize=["scale_stride"])
 def _finalize_norm(
     outs_ptr,
     places_ptr,
@@ -120,10 +113,6 @@ def _finalize_norm(
     size,
     scale_stride,
     eps,
-    next_ptr,
-    next_size,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     PLACED: tl.constexpr,
     BASE: tl.constexpr,
@@ -132,10 +121,8 @@ def _finalize_norm(
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    gdc_launch_dependents()
+    follow()
     row = tl.program_id(0).to(tl.int64)
-    fetch_share(next_ptr, next_size, row, LINES, LINE)
-    gdc_wait()
     cols = tl.arange(0, BLOCK)
     mask = cols < size
     x = tl.load(x_ptr + row * size + cols, mask=mask, other=0.0)
@@ -175,11 +162,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch(x, None, weight, eps, None)[1]
 
 
-def add_rms_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, follower: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x, delta [T, d], contiguous -> (x + delta, its norm), both new. follower: the matrix that is read next."""
-    return _launch(x, delta, weight, eps, None, follower)
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, delta [T, d], contiguous -> (x + delta, its norm), both new."""
+    return _launch(x, delta, weight, eps, None)
 
 
 class NormedRows(NamedTuple):
@@ -204,11 +189,9 @@ class ExpertOutputs(NamedTuple):
 
 
 def finalize_rms_norm(
-    x: Tensor, delta: ExpertOutputs, weight: Tensor, eps: float, *, quantize: bool, follower: Tensor | None = None
+    x: Tensor, delta: ExpertOutputs, weight: Tensor, eps: float, *, quantize: bool
 ) -> tuple[Tensor, Tensor, QuantizedRows | None]:
-    """x [T, d], contiguous -> x + the sum, which is rounded first; its norm; and that in fp8, if asked.
-
-    follower: the matrix that is read next."""
+    """x [T, d], contiguous -> x + the sum, which is rounded first; its norm; and that in fp8, if asked."""
     quantized = QuantizedRows.empty(len(x), x.shape[1], x.device) if quantize else None
     total, out = torch.empty_like(x), torch.empty_like(x)
     block = power_of_two(x.shape[1])
@@ -226,12 +209,8 @@ def finalize_rms_norm(
         x.shape[1],
         0 if quantized is None else quantized.scales.stride(1),
         eps,
-        out if follower is None else follower,
-        0 if follower is None else follower.numel(),
     )
     constants = {
-        "LINES": lines_of(follower, len(x)),
-        "LINE": LINE,
         "PER_TOKEN": delta.weights.shape[1],
         "PLACED": delta.places is not None,
         "BASE": delta.base is not None,
@@ -245,12 +224,7 @@ def finalize_rms_norm(
 
 
 def _launch(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    quantized: QuantizedRows | None,
-    follower: Tensor | None = None,
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, quantized: QuantizedRows | None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if delta is None else torch.empty_like(x)
@@ -267,12 +241,8 @@ def _launch(
         x.stride(0),
         0 if quantized is None else quantized.scales.stride(1),
         eps,
-        out if follower is None else follower,
-        0 if follower is None else follower.numel(),
     )
     constants = {
-        "LINES": lines_of(follower, len(x)),
-        "LINE": LINE,
         "HAS_DELTA": delta is not None,
         "QUANTIZED": quantized is not None,
         "BLOCK": block,

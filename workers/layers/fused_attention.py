@@ -42,10 +42,6 @@ class FusedGqa:
         """Whether it has a use for x in fp8."""
         return self._qkv.scales is not None
 
-    def read_first(self, num_rows: int) -> Tensor | None:
-        """What a kernel ahead may fetch, for so many rows of x."""
-        return self._qkv.read_next(num_rows)
-
     def __call__(
         self, x: Tensor, rotation: RotationTable, step: HopperGqaStep, quantized: QuantizedRows | None = None
     ) -> Tensor:
@@ -76,10 +72,6 @@ class FusedMla:
     def in_fp8(self) -> bool:
         """Whether it has a use for x in fp8."""
         return self._first.scales is not None
-
-    def read_first(self, num_rows: int) -> Tensor | None:
-        """What a kernel ahead may fetch, for so many rows of x."""
-        return self._first.read_next(num_rows)
 
     def __call__(
         self, x: Tensor, rotation: RotationTable, step: HopperMlaStep, quantized: QuantizedRows | None = None
@@ -118,7 +110,7 @@ class FusedMla:
             absorbed = torch.bmm(nope.transpose(0, 1), key_weights).transpose(0, 1)
         seen = attend(absorbed, rope)
         if few:
-            leave_latents(seen, value_weights, out, self._out.read_next(len(out)))
+            leave_latents(seen, value_weights, out)
         else:
             torch.bmm(seen.transpose(0, 1), value_weights.transpose(1, 2), out=out.transpose(0, 1))
 

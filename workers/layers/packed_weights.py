@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from workers.kernels.fp8_rows import QuantizedRows
 
 
-_MEMORY_ROWS = 256
-
-
 class PackedLinear:
     """Several projections of one input as one. x [..., in] -> [..., sum of outs], in the order given.
 
@@ -52,11 +49,6 @@ class PackedLinear:
 
         y = product(quantize_rows(x) if quantized is None else quantized, self.weight, self.scales)
         return y if self.bias is None else y + self.bias
-
-    def read_next(self, num_rows: int) -> Tensor | None:
-        """What a kernel ahead may fetch of it: the matrix, where the product of so many rows does not do so itself and
-        waits for memory more than it computes."""
-        return self.weight if SKINNY_ROWS < num_rows <= _MEMORY_ROWS else None
 
     def behind(self, x: Tensor, first: int) -> Tensor:
         """x [T, in] -> [T, the outputs from number `first` on]. Of matrices that are not in fp8."""

@@ -59,7 +59,7 @@ class FusedDecoder:
         delta: Tensor | ExpertOutputs | None = None
         entering: list[Tensor] = []
         for layer in self.layers:
-            x, normed, quantized = _enter(x, delta, layer.input_norm, layer.attends_in_fp8, layer.read_first(len(x)))
+            x, normed, quantized = _enter(x, delta, layer.input_norm, layer.attends_in_fp8)
             if capture:
                 entering.append(x)
             delta = layer.attend(normed, self._rotation, step, quantized)
@@ -99,10 +99,6 @@ class _FusedLayer:
         attention = self._gqa or self._mla
         return attention is not None and attention.in_fp8
 
-    def read_first(self, num_rows: int) -> Tensor | None:
-        attention = self._gqa or self._mla
-        return None if attention is None else attention.read_first(num_rows)
-
     def attend(
         self,
         x: Tensor,
@@ -119,17 +115,13 @@ class _FusedLayer:
 
 
 def _enter(
-    x: Tensor,
-    delta: Tensor | ExpertOutputs | None,
-    norm: RmsNorm,
-    in_fp8: bool,
-    follower: Tensor | None = None,
+    x: Tensor, delta: Tensor | ExpertOutputs | None, norm: RmsNorm, in_fp8: bool
 ) -> tuple[Tensor, Tensor, QuantizedRows | None]:
-    """What enters a part of a layer, its norm, and that in fp8 where it is of use. follower: what is read next."""
+    """What enters a part of a layer, its norm, and that in fp8 where it is of use."""
     if isinstance(delta, ExpertOutputs):
-        return finalize_rms_norm(x, delta, norm.weight, norm.eps, quantize=in_fp8, follower=follower)
+        return finalize_rms_norm(x, delta, norm.weight, norm.eps, quantize=in_fp8)
     if in_fp8:
         return rms_norm_quantized(x, delta, norm.weight, norm.eps)
     if delta is None:
         return x, rms_norm(x, norm.weight, norm.eps), None
-    return *add_rms_norm(x, delta, norm.weight, norm.eps, follower), None
+    return *add_rms_norm(x, delta, norm.weight, norm.eps), None

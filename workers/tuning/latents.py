@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from workers.kernels.latent_decode import latent_decode
+from workers.kernels.latent_decode import ContextRuns, cut_contexts, latent_decode
 from workers.kernels.latent_ends import leave_latents
 from workers.kernels.tactic_table import Tactic, latent_key
 from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, LatentTactic, latent_tactic
@@ -50,17 +50,17 @@ class LatentDecodeProblem:
         assert kernel == "latent_decode" and isinstance(tactic, LatentTactic)
         scene = _Scene.drawn(self, 1, layers=2)
         scene.positions.zero_()
-        scene.attend(1, tactic)
+        scene.attend(1, scene.cut(tactic))
 
     def tune(self) -> tuple[Tactic, float, float]:
         size = self.num_sequences * _CONTEXT * (self.latent + self.rope) * 2
         layers = max(2, -(-COLD_BYTES // size))
         scene = _Scene.drawn(self, self.num_sequences, layers)
         rotating = [index % layers for index in range(max(layers, _LAUNCHES))]
-        times = {
-            tactic: cold_us([lambda i=layer, t=tactic: scene.attend(i, t) for layer in rotating])
-            for _, tactic in self.variants()
-        }
+        times: dict[LatentTactic, float] = {}
+        for _, tactic in self.variants():
+            cut = scene.cut(tactic)
+            times[tactic] = cold_us([lambda i=layer, c=cut: scene.attend(i, c) for layer in rotating])
         best = min(times, key=times.__getitem__)
         return best, times[best], times[self._by_rule]
 
@@ -88,8 +88,11 @@ class _Scene:
             drawn(sequences, problem.num_heads, problem.value),
         )
 
-    def attend(self, layer: int, tactic: LatentTactic) -> None:
+    def cut(self, tactic: LatentTactic) -> ContextRuns:
+        return cut_contexts(self.positions, self.problem.num_heads, tactic)
+
+    def attend(self, layer: int, cut: ContextRuns) -> None:
         absorbed, rope = self.q.split([self.problem.latent, self.problem.rope], -1)
         scale = self.q.shape[-1] ** -0.5  # any: it takes the same time
-        seen = latent_decode(absorbed, rope, self.pages, self.table, self.positions, layer, scale, tactic)
+        seen = latent_decode(absorbed, rope, self.pages, self.table, layer, scale, cut)
         leave_latents(seen, self.weights, self.out)
