@@ -185,7 +185,7 @@ def test_latent_decode(heads: int, tactic: LatentTactic | None) -> None:
             pages[table[row, context // BLOCK], :, context % BLOCK :] = float("nan")
     q = random(heads, len(CONTEXTS), 512).transpose(0, 1)
     rope = random(len(CONTEXTS), heads, 192)[..., 128:]
-    cut = cut_contexts(contexts - 1, heads, tactic or latent_tactic(heads))
+    cut = cut_contexts(contexts - 1, heads, tactic or latent_tactic(len(CONTEXTS), heads))
     out = latent_decode(q, rope, pages, table, layer, scale, cut)
     for row, context in enumerate(CONTEXTS):
         rows = pages[table[row], layer].flatten(0, 1)[:context].float()
@@ -223,7 +223,7 @@ def test_decode_at_the_end_of_a_pool_of_more_than_2_to_the_32_elements() -> None
     table = torch.tensor([[num_blocks - 1, num_blocks - 3]], device=CUDA)
     q, rope = random(1, 16, 512), random(1, 16, 64)
     positions = torch.tensor([99], device=CUDA)
-    cut = cut_contexts(positions, 16, latent_tactic(16))
+    cut = cut_contexts(positions, 16, latent_tactic(1, 16))
     out = latent_decode(q, rope, pages, table, layers - 1, 0.05, cut)
     rows = pages[table[0], layers - 1].flatten(0, 1)[:100].float()
     want = (torch.cat((q[0], rope[0]), -1).float() @ rows.t() * 0.05).softmax(-1) @ rows[:, :512]

@@ -24,8 +24,8 @@ from workers.kernels.tactics import LatentTactic
 
 MAX_HEADS = 64  # of one program
 _LEAST_TOKENS = 64  # of a run, unless a tile is larger
-_RUNS = 8  # that are merged at a time
-_FEW = 512  # sequences times heads
+_MOST_AT_ONCE = 32  # runs that are merged
+_FEW = 512  # sequences times heads, each of many runs: more programs merge them
 
 
 @triton.jit
@@ -282,8 +282,8 @@ def latent_decode(
         num_warps=tactic.warps,
         num_stages=tactic.stages,
     )
-    few = num_sequences * num_heads <= _FEW  # of many runs: more at a time, each program of fewer features
-    features, at_once = (max(latent // 4, 1), 4 * _RUNS) if few else (latent, _RUNS)
+    features = latent // 4 if num_sequences * num_heads <= _FEW else latent
+    at_once = min(max(power_of_two(-(-len(runs) // num_sequences)), 2), _MOST_AT_ONCE)
     constants = {"NUM_HEADS": num_heads, "LATENT": latent, "FEATURES": features, "RUNS": at_once}
     grid = (num_sequences, num_heads, latent // features)
     _launch_merge(grid, (parts, lse, bounds, out), constants, num_warps=4)

@@ -17,7 +17,6 @@ from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher, power_of_two
 
 ENDS_ROWS = 256  # tokens; more are products for cuBLAS
-_PROGRAMS = 128  # one for each multiprocessor
 _DEPTH, _STAGES = 128, 4  # latent features of a round, and rounds that are under way
 
 
@@ -110,10 +109,8 @@ def leave_latents(seen: Tensor, weights: Tensor, out: Tensor) -> None:
     heads, size, latent = weights.shape
     count = len(out)
     rows = min(max(power_of_two(count), 16), 64)
-    cols, tiles = size, -(-count // rows)
-    while cols > 16 and heads * tiles * (size // cols) < _PROGRAMS:
-        cols //= 2
+    cols = min(size, max(rows, 32))
     arguments = (seen, weights, weights.stride(0), out, out.stride(0), count)
     constants = {"NUM_HEADS": heads, "LATENT": latent, "SIZE": size, "ROWS": rows, "COLS": cols}
     constants |= {"DEPTH": min(latent, _DEPTH), "LINE": min(latent, LINE)}
-    _launch_leave((heads, size // cols, tiles), arguments, constants, num_warps=4, num_stages=_STAGES)
+    _launch_leave((heads, size // cols, -(-count // rows)), arguments, constants, num_warps=4, num_stages=_STAGES)

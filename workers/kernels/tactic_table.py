@@ -130,7 +130,7 @@ class TacticTable:
         found = self.entries.get(latent_key(num_sequences, num_heads, latent, rope))
         if isinstance(found, LatentTactic) and block_size % found.tile == 0:
             return found
-        return latent_tactic(num_heads)
+        return latent_tactic(num_sequences, num_heads)
 
 
 RULES = TacticTable({}, "rules alone")

@@ -92,9 +92,11 @@ def decode_tactic(programs: int) -> DecodeTactic:
     return DecodeTactic(splits, tile=64, warps=4, stages=3)
 
 
-def latent_tactic(num_heads: int) -> LatentTactic:
+def latent_tactic(num_sequences: int, num_heads: int) -> LatentTactic:
     if num_heads > 16:
         return LatentTactic(_PROGRAMS // 2, tile=64, warps=8, stages=2)
+    if num_sequences <= 16:
+        return LatentTactic(_PROGRAMS // 2, tile=32, warps=4, stages=5)
     return LatentTactic(_PROGRAMS, tile=32, warps=4, stages=3)
 
 

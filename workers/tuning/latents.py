@@ -18,7 +18,7 @@ from workers.kernels.tactic_table import Tactic, latent_key
 from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, LatentTactic, latent_tactic
 from workers.tuning.problem import COLD_BYTES, CUDA, SHARED_BYTES, Launched, cold_us, drawn
 
-_CONTEXT = 2048  # of each sequence: a graph is captured for a number of them, whatever their lengths
+_CONTEXT = 2048  # on average: a graph is captured for a number of sequences, whatever their lengths
 _BLOCK = 64
 _LAUNCHES = 16  # of a graph: its own start is spread over them
 
@@ -37,7 +37,7 @@ class LatentDecodeProblem:
 
     @property
     def _by_rule(self) -> LatentTactic:
-        return latent_tactic(self.num_heads)
+        return latent_tactic(self.num_sequences, self.num_heads)
 
     def variants(self) -> Iterable[tuple[str, LatentTactic]]:
         seen = {self._by_rule}
@@ -77,13 +77,19 @@ class _Scene:
 
     @classmethod
     def drawn(cls, problem: LatentDecodeProblem, sequences: int, layers: int) -> _Scene:
-        row, blocks = problem.latent + problem.rope, sequences * (_CONTEXT // _BLOCK)
+        row = problem.latent + problem.rope
+        # From short ones to such of nearly twice the average, evenly.
+        blocks = [max(1, round((2 * index + 1) * _CONTEXT / _BLOCK / sequences)) for index in range(sequences)]
+        table = torch.zeros(sequences, max(blocks), dtype=torch.int32, device=CUDA)
+        given = torch.randperm(sum(blocks), device=CUDA).to(torch.int32).split(blocks)
+        for of_sequence, mine in zip(table, given, strict=True):
+            of_sequence[: len(mine)] = mine
         return cls(
             problem,
             drawn(sequences, problem.num_heads, row),
-            torch.full((sequences,), _CONTEXT - 1, device=CUDA),
-            drawn(blocks, layers, _BLOCK, row),
-            torch.randperm(blocks, device=CUDA).view(sequences, -1).to(torch.int32),
+            torch.tensor(blocks, device=CUDA) * _BLOCK - 1,
+            drawn(sum(blocks), layers, _BLOCK, row),
+            table,
             drawn(problem.num_heads, problem.value, problem.latent),
             drawn(sequences, problem.num_heads, problem.value),
         )

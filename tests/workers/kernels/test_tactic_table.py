@@ -81,9 +81,9 @@ def test_single_tokens_over_latents_take_what_was_measured_where_its_tiles_fit_t
     table = TacticTable.tuned(HERE, folder)
     for sequences in (97, 128):
         assert table.latent_decode(sequences, 16, 512, 64, block_size=128) == WIDE
-        assert table.latent_decode(sequences, 16, 512, 64, block_size=32) == latent_tactic(16) != WIDE
+        assert table.latent_decode(sequences, 16, 512, 64, block_size=32) == latent_tactic(sequences, 16) != WIDE
     for other in ((96, 16, 512, 64), (129, 16, 512, 64), (128, 32, 512, 64), (128, 16, 256, 64)):
-        assert table.latent_decode(*other, block_size=64) == latent_tactic(other[1])
+        assert table.latent_decode(*other, block_size=64) == latent_tactic(*other[:2])
     assert len({*LATENT_LAUNCHES}) == len(LATENT_LAUNCHES)
 
 
