@@ -24,6 +24,7 @@ from workers.kernels.tactics import LatentTactic
 
 MAX_HEADS = 64  # of one program
 _LEAST_TOKENS = 64  # of a run, unless a tile is larger
+_EXTRA_TOKENS = 64  # that a context costs beside its own
 _MOST_AT_ONCE = 32  # runs that are merged
 _FEW = 512  # sequences times heads, each of many runs: more programs merge them
 
@@ -62,36 +63,42 @@ def _cut(
     bounds_ptr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BEHIND: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):
     # Who comes next does so when this is done: it is read by many that wait for others alone.
     gdc_wait()
     each = tl.arange(0, SEQUENCES)
-    # Behind the last one: no tokens.
-    positions = tl.load(positions_ptr + each, mask=each < num_sequences, other=-1)
-    tiles = tl.cdiv((positions + 1).to(tl.int32), TILE)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
-    num_runs = tl.minimum(most_runs, tl.cdiv(total, LEAST))
+    there = each < num_sequences
+    tiles = tl.cdiv((tl.load(positions_ptr + each, mask=there, other=-1) + 1).to(tl.int32), TILE)
+    # To begin a context and to end it takes a run time, too, as much as some tiles: they stand before and behind it.
+    ends = tl.cumsum(tl.where(there, tiles + BEFORE + BEHIND, 0), 0)
+    total = tl.max(ends, 0).to(tl.int64)
+    stops = tl.where(there, ends - BEHIND, total)  # of its own tiles, as begins are
+    begins = tl.where(there, stops - tiles, total)
+    num_runs = tl.minimum(most_runs, tl.cdiv(tl.sum(tiles, 0), LEAST))
     index = tl.program_id(0)
     if index < most_runs:
         run = tl.minimum(index, num_runs - 1).to(tl.int64)
         first, last = (run * total // num_runs).to(tl.int32), ((run + 1) * total // num_runs).to(tl.int32)
-        begins = ends - tiles
+        sequence = tl.sum((stops <= first).to(tl.int32), 0)
+        # Before the first one where the run has no tiles at all.
+        final = tl.where(index < num_runs, tl.sum((begins < last).to(tl.int32), 0) - 1, -1)
         at = runs_ptr + index * 4
-        tl.store(at, tl.sum((ends <= first).to(tl.int32), 0))
-        final = tl.sum((ends < last).to(tl.int32), 0)
-        tl.store(at + 1, tl.where(index < num_runs, final, -1))
-        tl.store(at + 2, first - tl.sum(tl.where(ends <= first, tiles, 0), 0))
-        tl.store(at + 3, last - tl.sum(tl.where(each == final, begins, 0), 0))
+        tl.store(at, sequence)
+        tl.store(at + 1, final)
+        tl.store(at + 2, tl.maximum(first - tl.sum(tl.where(each == sequence, begins, 0), 0), 0))
+        until = tl.minimum(last, tl.sum(tl.where(each == final, stops, 0), 0).to(tl.int32))
+        tl.store(at + 3, until - tl.sum(tl.where(each == final, begins, 0), 0))
     else:
         sequence = index - most_runs
-        end = tl.sum(tl.where(each == sequence, ends, 0), 0).to(tl.int64)
-        begin = end - tl.sum(tl.where(each == sequence, tiles, 0), 0)
+        begin = tl.sum(tl.where(each == sequence, begins, 0), 0).to(tl.int64)
+        stop = tl.sum(tl.where(each == sequence, stops, 0), 0).to(tl.int64)
         at = bounds_ptr + sequence * 2
         # The last run that starts at a tile or before is the one that has it.
         tl.store(at, (((begin + 1) * num_runs - 1) // total).to(tl.int32))
-        tl.store(at + 1, ((end * num_runs - 1) // total).to(tl.int32))
+        tl.store(at + 1, ((stop * num_runs - 1) // total).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["layer", "num_layers"])
@@ -222,8 +229,9 @@ def cut_contexts(positions: Tensor, num_heads: int, tactic: LatentTactic) -> Con
     runs = torch.empty(most_runs, 4, dtype=torch.int32, device=positions.device)
     bounds = torch.empty(count, 2, dtype=torch.int32, device=positions.device)
     arguments = (positions, count, most_runs, runs, bounds)
+    extra = max(_EXTRA_TOKENS // tactic.tile, 1)
     constants = {"TILE": tactic.tile, "LEAST": max(_LEAST_TOKENS // tactic.tile, 1)}
-    constants |= {"SEQUENCES": max(power_of_two(count), 64)}
+    constants |= {"BEFORE": extra // 2, "BEHIND": extra - extra // 2, "SEQUENCES": max(power_of_two(count), 64)}
     _launch_cut((most_runs + count, 1, 1), arguments, constants, num_warps=2)
     return ContextRuns(positions, runs, bounds, tactic)
 
