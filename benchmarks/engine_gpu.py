@@ -1,6 +1,7 @@
 """The engine in process on one GPU: figures beside the best engine's on an H200 and beside what the card could do.
 
-    python -m benchmarks.engine_gpu --shape v2-lite|v2-lite-fp8|qwen3-8b [--workload mixed256|batch1|prefill|decode …]
+    python -m benchmarks.engine_gpu --shape v2-lite|v2-lite-fp8|qwen3-8b
+                                    [--workload mixed256|batch1|prefill|decode|steps …]
                                     [--repeats 3] [--profile FOLDER] [--json FILE]
 
 Dummy weights, in bf16 or in fp8 blocks, prefix cache off, at most 256 sequences and 8192 tokens a step, CUDA graphs for
@@ -12,6 +13,7 @@ mixed256: 256 requests, 100-1024 tokens in and out; output tokens / time.
 batch1:   context 1024; (time of 321 tokens - time of 65) / 256, in ms.
 prefill:  16 prompts of 8192, one token each; prompt tokens / time.
 decode:   128 prompts of 2048; 128 * 128 / (time of 193 tokens each - time of 65).
+steps:    medians of steps of single tokens over contexts as they are served, long ones among short ones; if asked for.
 
 The bound counts bytes at the rate of a device copy, or FLOPs at that of a large product, both measured in the same run.
 A shape in fp8 is held against the committed figures of the same shape in bf16.
@@ -62,7 +64,8 @@ MAX_SEQUENCES = 256
 MAX_TOKENS = 8192
 MAX_MODEL_LEN = 8448
 NUM_BLOCKS = 4800
-WORKLOADS = ("mixed256", "batch1", "prefill", "decode")
+WORKLOADS = ("mixed256", "batch1", "prefill", "decode")  # that the peer was measured at
+STEPS = "steps"
 LEAST_DISTINCT = 60  # of 64 experts, at 64 sequences or more; fewer and the figure is void
 
 
@@ -206,6 +209,30 @@ def ids(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(100_000) for _ in range(count)]
 
 
+def served_contexts() -> dict[str, list[int]]:
+    draw = random.Random(5)
+    documents = [draw.choice([200, 300, 500, 2000, 5000, 8000]) for _ in range(48)]
+    return {
+        "3 documents, 9 chats": [8000, 6500, 4500, *(draw.randint(100, 1000) for _ in range(9))],
+        "48 of 200 to 8000": documents,
+        "128 of 100 to 2000": [draw.randint(100, 2000) for _ in range(128)],
+        "200 of 100 to 2000": [draw.randint(100, 2000) for _ in range(200)],
+        "64 of 2048": [2048] * 64,
+        "128 of 2048": [2048] * 128,
+    }
+
+
+def step_figures(engine: GpuEngine, shape: GpuShape, bytes_per_s: float) -> list[Figure]:
+    draw, figures = random.Random(1), list[Figure]()
+    for name, contexts in served_contexts().items():
+        prompts = [ids(draw, length) for length in contexts]
+        engine.serve(prompts, [130] * len(prompts))
+        times = [seconds for count, tokens, seconds in engine.step_seconds if count == tokens == len(prompts)]
+        bound = shape.decode_bytes(len(prompts), round(statistics.mean(contexts)) + 65) / bytes_per_s
+        figures.append(Figure(f"step of {name}", 1e3 * statistics.median(times), "ms", 1e3 * bound, True))
+    return figures
+
+
 def mean_step_ms(engine: GpuEngine, num_sequences: int) -> float:
     """Of decode steps of that many sequences in the last run."""
     times = [s for b, t, s in engine.step_seconds if b == t == num_sequences]
@@ -279,7 +306,7 @@ def profile(engine: GpuEngine, folder: Path, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--workload", choices=(*WORKLOADS, STEPS), nargs="+", default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels")
     parser.add_argument("--json", type=Path)
@@ -296,6 +323,9 @@ def main() -> None:
         figures.append(Figure("fp8 product", ceilings.fp8_flops / 1e12, "TFLOP/s", note="DeepGEMM, 8192 cubed"))
     what = f"{shape.name}{'' if shape.in_fp8 else ' in bf16'} on {torch.cuda.get_device_name()}"
     for workload in arguments.workload:
+        if workload == STEPS:
+            figures += step_figures(engine, shape, ceilings.bytes_per_s)
+            continue
         figures += measure(engine, shape, workload, arguments.repeats, ceilings)
     report = Report("engine_gpu", what, told, figures, Setting.here(), {"gpu": torch.cuda.get_device_name()})
     publish(report, arguments.json)

@@ -180,7 +180,7 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
         lone_prompt_tokens=1024,
         num_alone=24,
         rates=rates,
-        budgets=(1024, 512, 2048, 256, 4096, 8192),
+        budgets=(4096, 8192, 2048, 1024, 512, 256),
         seconds=5.0,
         warm_up_seconds=3.0,
         largest_step=8192,
