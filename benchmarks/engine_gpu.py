@@ -186,6 +186,10 @@ class GpuEngine:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def decode_seconds(self, num_sequences: int) -> list[float]:
+        """Of each step of that many single tokens in the last run."""
+        return [seconds for count, tokens, seconds in self.step_seconds if count == tokens == num_sequences]
+
     def distinct_experts(self) -> list[int]:
         """Per sparse layer, in the last decode step of 64 sequences or more; empty: there was none."""
         return [layer.num_distinct(self.model.slots) for layer in self.experts] if len(self.model.slots) else []
@@ -227,15 +231,14 @@ def step_figures(engine: GpuEngine, shape: GpuShape, bytes_per_s: float) -> list
     for name, contexts in served_contexts().items():
         prompts = [ids(draw, length) for length in contexts]
         engine.serve(prompts, [130] * len(prompts))
-        times = [seconds for count, tokens, seconds in engine.step_seconds if count == tokens == len(prompts)]
-        bound = shape.decode_bytes(len(prompts), round(statistics.mean(contexts)) + 65) / bytes_per_s
-        figures.append(Figure(f"step of {name}", 1e3 * statistics.median(times), "ms", 1e3 * bound, True))
+        value = 1e3 * statistics.median(engine.decode_seconds(len(prompts)))
+        bound = 1e3 * shape.decode_bytes(len(prompts), statistics.mean(contexts) + 65) / bytes_per_s
+        figures.append(Figure(f"step of {name}", value, "ms", bound, less_is_better=True))
     return figures
 
 
 def mean_step_ms(engine: GpuEngine, num_sequences: int) -> float:
-    """Of decode steps of that many sequences in the last run."""
-    times = [s for b, t, s in engine.step_seconds if b == t == num_sequences]
+    times = engine.decode_seconds(num_sequences)
     return 1e3 * statistics.mean(times) if times else 0.0
 
 

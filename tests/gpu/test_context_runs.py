@@ -36,4 +36,4 @@ def test_each_tile_of_each_context_is_in_one_run(seed: int) -> None:
     assert [len(runs) for runs in runs_of] == [-(-length // tile) for length in lengths]
     for runs, (first, last) in zip(runs_of, bounds, strict=True):
         assert sorted({*runs}) == [*range(first, last + 1)]
-    assert max(places) < len(cut.runs) + count - 1 or places == {0}
+    assert max(places) < len(cut.runs) + count - 1, "as many as there is room for"

@@ -120,9 +120,10 @@ _UNBUILT = "is not built, which flashinfer.jit.topk.gen_topk_module().build_and_
 
 def test_an_indexer_has_two_forms_of_decode_steps() -> None:
     choice = resolve(SPARSE, replace(H200, libraries=(*LIBRARIES, *TOOLS), strict=True))
-    assert (choice.chosen, choice.dense_context) == ("hopper", 2048)
+    assert (choice.chosen, choice.dense_context, choice.least_graph_step) == ("hopper", 2048, 8)
     assert dict(choice.rejected).keys() == {"trtllm-gen"}
-    assert resolve(DEEPSEEK, H200).dense_context is None
+    whole = resolve(DEEPSEEK, H200)
+    assert (whole.dense_context, whole.least_graph_step) == (None, 1)
 
 
 @pytest.mark.parametrize(
