@@ -229,7 +229,7 @@ def cut_contexts(positions: Tensor, num_heads: int, tactic: LatentTactic) -> Con
     runs = torch.empty(most_runs, 4, dtype=torch.int32, device=positions.device)
     bounds = torch.empty(count, 2, dtype=torch.int32, device=positions.device)
     arguments = (positions, count, most_runs, runs, bounds)
-    extra = max(_EXTRA_TOKENS // tactic.tile, 1)
+    extra = _EXTRA_TOKENS // tactic.tile
     constants = {"TILE": tactic.tile, "LEAST": max(_LEAST_TOKENS // tactic.tile, 1)}
     constants |= {"BEFORE": extra // 2, "BEHIND": extra - extra // 2, "SEQUENCES": max(power_of_two(count), 64)}
     _launch_cut((most_runs + count, 1, 1), arguments, constants, num_warps=2)
