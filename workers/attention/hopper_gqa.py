@@ -12,9 +12,10 @@ from torch import Tensor
 
 from workers.attention.flashinfer_prefill import HeadShape, Paged, Ragged, workspace
 from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
+from workers.kernels.context_runs import ContextRuns, cut_contexts
 from workers.kernels.paged_decode import paged_decode
 from workers.kernels.rotary import RotationTable, rotate_heads
-from workers.kernels.tactics import decode_tactic
+from workers.kernels.tactics import RUNS
 
 
 class HopperGqa:
@@ -82,7 +83,7 @@ class HopperGqaStep:
         self.positions = batch.positions
         self._num_decodes = batch.num_decodes
         self._prefill = prefill
-        self._tactic = decode_tactic(batch.num_decodes * problem.num_kv_heads)
+        self._cut: ContextRuns | None = None  # of all layers, made by the first
 
     def rotate_and_attend(
         self, layer: int, qkv: Tensor, rotation: RotationTable, norms: tuple[Tensor, Tensor, float] | None
@@ -114,5 +115,7 @@ class HopperGqaStep:
         return out.flatten(1)
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
+        if self._cut is None:
+            self._cut = cut_contexts(self.positions[: len(q)], self._problem.num_kv_heads, RUNS)
         scale = self._problem.scale
-        return paged_decode(q, self._pages, self._table, self.positions, layer, scale, self._tactic)
+        return paged_decode(q, self._pages, self._table, self.positions, layer, scale, self._cut)

@@ -16,7 +16,8 @@ from torch import Tensor
 from workers.attention.flashinfer_prefill import HeadShape, Ragged, workspace
 from workers.attention.interface import AttentionBatch, KvCache
 from workers.attention.mla_interface import LATENTS, MlaProblem
-from workers.kernels.latent_decode import ContextRuns, cut_contexts, latent_decode
+from workers.kernels.context_runs import ContextRuns, cut_contexts
+from workers.kernels.latent_decode import latent_decode, programs_of
 from workers.kernels.tactic_table import TacticTable
 
 
@@ -145,7 +146,7 @@ class HopperMlaStep:
             tactic = tactics.latent_decode(
                 len(q), problem.num_heads, problem.latent_size, problem.rope_size, block_size=problem.block_size
             )
-            self._cut = cut_contexts(self.positions[: len(q)], problem.num_heads, tactic)
+            self._cut = cut_contexts(self.positions[: len(q)], programs_of(problem.num_heads), tactic)
         return latent_decode(q, q_rope, self.pages, self._table, layer, problem.scale, self._cut)
 
     def cached_rows(self, layer: int, piece: CachedPiece) -> Tensor:

@@ -1,7 +1,9 @@
 """Attention of one query token per sequence over K/V pages, in Triton. Reference: workers.attention.reference.
 
-Each program attends one run of blocks of one sequence for all query heads of a key; a second kernel merges the runs.
-How many runs there are depends on shapes alone, lengths are read on the device: the launch is the same in a CUDA graph.
+Each program attends one run for all query heads of a key. Either each context is cut into as many runs, or all together
+as `context_runs` says, which takes a launch more a step; where a context has few of those, who leaves the last part
+merges them, else a second kernel does. How many there are depends on shapes alone, lengths are read on the device: the
+launch is the same in a CUDA graph.
 
 Shapes: B sequences, H query heads, K key/value heads, G = H / K, D head size, S block size, M blocks of the longest.
 """
@@ -14,12 +16,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.context_runs import ContextRuns, merge_runs
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
 
 LOG2_E = 1.4426950408889634
+_FEW_PARTS = 4  # of a context: who comes last merges them, which costs no launch
+_AT_ONCE = 4096  # numbers of parts that are merged
+
+
+@triton.jit
+def _merge_as_last(
+    parts_ptr,
+    lse_ptr,
+    arrived_ptr,
+    out_ptr,
+    out_stride,
+    sequence,
+    head,
+    first,
+    last,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Of one context and key: who leaves the last part merges all. In the order of runs, whoever it is, so that what
+    comes out does not depend on who was when."""
+    at_arrived = arrived_ptr + sequence * (HEADS // GROUP) + head
+    tl.debug_barrier()  # all threads have written theirs
+    if tl.atomic_add(at_arrived, 1, sem="acq_rel", scope="gpu") == last - first:
+        tl.store(at_arrived, 0)  # for the next layer
+        queries, features = tl.arange(0, QUERIES), tl.arange(0, DIM)
+        valid = queries < GROUP
+        best = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        acc = tl.zeros([QUERIES, DIM], tl.float32)
+        for start in range(first, last + 1, RUNS):
+            runs = start + tl.arange(0, RUNS)
+            rows = (runs + sequence)[:, None] * HEADS + head * GROUP + queries[None, :]
+            there = (runs <= last)[:, None] & valid[None, :]
+            # Past the L1, which does not see what others write.
+            lse = tl.load(lse_ptr + rows, mask=there, other=-1e30, cache_modifier=".cg")
+            at = parts_ptr + rows[:, :, None] * DIM + features[None, None, :]
+            values = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+            new_best = tl.maximum(best, tl.max(lse, 0))
+            shares, shrink = tl.exp2(lse - new_best[None, :]), tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(shares, 0)
+            acc = acc * shrink[:, None] + tl.sum(values * shares[:, :, None], 0)
+            best = new_best
+        at_out = out_ptr + sequence * out_stride + (head * GROUP + queries)[:, None] * DIM + features[None, :]
+        tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
@@ -30,6 +80,9 @@ def _decode(
     table_ptr,
     table_stride,
     positions_ptr,
+    runs_ptr,
+    bounds_ptr,
+    arrived_ptr,
     bias_ptr,
     bias_stride,
     parts_ptr,
@@ -46,58 +99,104 @@ def _decode(
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # 0: runs of all contexts
     ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    MERGED: tl.constexpr,  # so many runs at once, by who comes last; 0: by another kernel
 ):
     follow()
-    sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = (tl.load(positions_ptr + sequence) + 1).to(tl.int32)
-    num_tiles = tl.cdiv(length, TILE)
-    per_split = tl.cdiv(num_tiles, SPLITS)
-    first, last = split * per_split, tl.minimum((split + 1) * per_split, num_tiles)
+    head = tl.program_id(1)
+    if SPLITS:
+        begin = tl.program_id(0).to(tl.int64)
+        final = begin
+    else:
+        at_run = runs_ptr + tl.program_id(0) * 4
+        begin, final = tl.load(at_run).to(tl.int64), tl.load(at_run + 1).to(tl.int64)
+        first, last = tl.load(at_run + 2), tl.load(at_run + 3)
+    some = begin <= final
+    length = (tl.load(positions_ptr + begin, mask=some, other=0) + 1).to(tl.int32)
+    if SPLITS:
+        per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS)
+        first = tl.program_id(2) * per_split
+        last = tl.minimum(first + per_split, tl.cdiv(length, TILE))
     rows, features, tokens = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     valid = (rows < GROUP)[:, None]
     heads = head * GROUP + rows
-    q = tl.load(q_ptr + sequence * q_stride + heads[:, None] * DIM + features[None, :], mask=valid, other=0.0)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
     half = NUM_KV * BLOCK_SIZE * DIM
     tiles_per_block: tl.constexpr = BLOCK_SIZE // TILE
     inside = tokens[:, None] * DIM + features[None, :]
-    row_of_table = table_ptr + sequence * table_stride
-    ahead = tl.load(row_of_table + tl.minimum(first, num_tiles - 1) // tiles_per_block).to(tl.int64)
-    for tile in range(first, last):
-        block = ahead
-        # One tile ahead: a load that waits for another one in its own round is not pipelined.
-        ahead = tl.load(row_of_table + tl.minimum(tile + 1, last - 1) // tiles_per_block).to(tl.int64)
-        at = (block * num_layers + layer) * 2 * half + (head * BLOCK_SIZE + tile % tiles_per_block * TILE) * DIM
-        seen = tile * TILE + tokens < length
-        keys = tl.load(pages_ptr + at + inside)
-        # What lies behind the end may be anything, NaN included; a weight of 0 does not silence that in a value.
-        values = tl.load(pages_ptr + at + half + inside, mask=seen[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(keys)) * scale
-        if HAS_BIAS:
-            distance = length - 1 - tile * TILE - tokens
-            added = bias_ptr + heads[:, None] * bias_stride + distance[None, :]
-            scores += tl.load(added, mask=valid & seen[None, :], other=0.0).to(tl.float32) * LOG2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
-        best = new_best
-    if SPLITS == 1:
-        at_out = out_ptr + sequence * out_stride + heads[:, None] * DIM + features[None, :]
-        tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
-    else:
-        row = (sequence * NUM_KV * GROUP + heads) * SPLITS + split
-        if first < last:
+    start = tl.minimum(first, tl.cdiv(length, TILE) - 1) // tiles_per_block
+    ahead = tl.load(table_ptr + begin * table_stride + start, mask=some, other=0).to(tl.int64)
+    for sequence in range(begin, final + 1):
+        num_tiles = tl.cdiv(length, TILE)
+        low, high = tl.where(sequence == begin, first, 0), tl.where(sequence == final, last, num_tiles)
+        # What the next context begins with is asked for now: later, three loads would wait for each other.
+        following = tl.minimum(sequence + 1, final)
+        next_position = tl.load(positions_ptr + following)
+        next_block = tl.load(table_ptr + following * table_stride)
+        q = tl.load(q_ptr + sequence * q_stride + heads[:, None] * DIM + features[None, :], mask=valid, other=0.0)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        row_of_table = table_ptr + sequence * table_stride
+        for tile in range(low, high):
+            block = ahead
+            # One tile ahead: a load that waits for another one in its own round is not pipelined.
+            ahead = tl.load(row_of_table + tl.minimum(tile + 1, high - 1) // tiles_per_block).to(tl.int64)
+            at = (block * num_layers + layer) * 2 * half + (head * BLOCK_SIZE + tile % tiles_per_block * TILE) * DIM
+            seen = tile * TILE + tokens < length
+            keys = tl.load(pages_ptr + at + inside)
+            # What lies behind the end may be anything, NaN included; a weight of 0 does not silence that in a value.
+            values = tl.load(pages_ptr + at + half + inside, mask=seen[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(keys)) * scale
+            if HAS_BIAS:
+                distance = length - 1 - tile * TILE - tokens
+                added = bias_ptr + heads[:, None] * bias_stride + distance[None, :]
+                scores += tl.load(added, mask=valid & seen[None, :], other=0.0).to(tl.float32) * LOG2
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_best[:, None])
+            shrink = tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+            best = new_best
+        if (SPLITS == 1) | ((SPLITS == 0) & (high - low == num_tiles)):
+            at_out = out_ptr + sequence * out_stride + heads[:, None] * DIM + features[None, :]
+            tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
+        elif SPLITS == 0:
+            # Runs and sequences only grow, together: no two parts have one sum.
+            row = (tl.program_id(0) + sequence) * NUM_KV * GROUP + heads
             tl.store(parts_ptr + row[:, None] * DIM + features[None, :], acc / total[:, None], mask=valid)
             tl.store(lse_ptr + row, best + tl.log2(total), mask=rows < GROUP)
         else:
-            tl.store(lse_ptr + row, tl.full([ROWS], float("-inf"), tl.float32), mask=rows < GROUP)
+            row = (sequence * NUM_KV * GROUP + heads) * SPLITS + tl.program_id(2)
+            if low < high:
+                tl.store(parts_ptr + row[:, None] * DIM + features[None, :], acc / total[:, None], mask=valid)
+                tl.store(lse_ptr + row, best + tl.log2(total), mask=rows < GROUP)
+            else:
+                tl.store(lse_ptr + row, tl.full([ROWS], float("-inf"), tl.float32), mask=rows < GROUP)
+        length = (next_position + 1).to(tl.int32)
+        ahead = next_block.to(tl.int64)
+    if MERGED:
+        for sequence in range(begin, final + 1, tl.maximum(final - begin, 1)):  # others are whole
+            first_run, last_run = tl.load(bounds_ptr + sequence * 2), tl.load(bounds_ptr + sequence * 2 + 1)
+            if first_run < last_run:
+                _merge_as_last(
+                    parts_ptr,
+                    lse_ptr,
+                    arrived_ptr,
+                    out_ptr,
+                    out_stride,
+                    sequence,
+                    head,
+                    first_run,
+                    last_run,
+                    GROUP,
+                    NUM_KV * GROUP,
+                    DIM,
+                    QUERIES,
+                    MERGED,
+                )
 
 
 _launch_decode = Launcher(_decode)
@@ -110,7 +209,7 @@ def paged_decode(
     positions: Tensor,
     layer: int,
     scale: float,
-    tactic: DecodeTactic,
+    how: DecodeTactic | ContextRuns,
     bias: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, D] (heads side by side, rows of any stride), pages [blocks, layers, 2, K, S, D], block_table [B, M],
@@ -120,9 +219,17 @@ def paged_decode(
     """
     num_sequences, num_heads, dim = q.shape
     _, num_layers, _, num_kv, block_size, _ = pages.shape
-    group, splits = num_heads // num_kv, tactic.splits
+    group, rows = num_heads // num_kv, max(16, power_of_two(num_heads // num_kv))
     out = torch.empty(num_sequences, num_heads, dim, dtype=q.dtype, device=q.device)
     parts = lse = out
+    few_parts = isinstance(how, ContextRuns) and len(how.runs) <= _FEW_PARTS * num_sequences
+    if isinstance(how, ContextRuns):
+        tactic, splits, grid = how.tactic, 0, (len(how.runs), num_kv, 1)
+        num_parts = len(how.runs) + num_sequences - 1
+        parts = torch.empty(num_parts, num_heads, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_parts, num_heads, dtype=torch.float32, device=q.device)
+    else:
+        tactic, splits, grid = how, how.splits, (num_sequences, num_kv, how.splits)
     if splits > 1:
         parts = torch.empty(num_sequences, num_heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
@@ -133,6 +240,9 @@ def paged_decode(
         block_table,
         block_table.stride(0),
         positions,
+        how.runs if isinstance(how, ContextRuns) else positions,
+        how.bounds if isinstance(how, ContextRuns) else positions,
+        how.arrived if isinstance(how, ContextRuns) else positions,
         q if bias is None else bias,
         0 if bias is None else bias.stride(0),
         parts,
@@ -152,11 +262,14 @@ def paged_decode(
         "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
         "SPLITS": splits,
-        "ROWS": max(16, power_of_two(group)),
+        "ROWS": rows,
+        "QUERIES": power_of_two(group),
+        "MERGED": max(_AT_ONCE // (power_of_two(group) * dim), 2) if few_parts else 0,
     }
-    _launch_decode(
-        (num_sequences, num_kv, splits), arguments, constants, num_warps=tactic.warps, num_stages=tactic.stages
-    )
-    if splits > 1:
+    _launch_decode(grid, arguments, constants, num_warps=tactic.warps, num_stages=tactic.stages)
+    if isinstance(how, ContextRuns):
+        if not few_parts:
+            merge_runs(parts, lse, out, how)
+    elif splits > 1:
         merge_splits(parts, lse, out)
     return out.flatten(1)

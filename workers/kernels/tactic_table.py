@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     ExpertTactics,
-    LatentTactic,
+    RunsTactic,
     SkinnyTactic,
     expert_tactics,
     fp8_expert_tactics,
@@ -32,8 +32,8 @@ TUNED = Path(__file__).parent / "tuned"
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)  # tokens; a step takes the next one
 _DRIVER = Path("/sys/module/nvidia/version")
 
-Tactic: TypeAlias = ExpertTactics | SkinnyTactic | LatentTactic
-_ENTRIES: TypeAdapter[dict[str, Tactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic | LatentTactic])
+Tactic: TypeAlias = ExpertTactics | SkinnyTactic | RunsTactic
+_ENTRIES: TypeAdapter[dict[str, Tactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic | RunsTactic])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ class TacticTable:
 
     def latent_decode(
         self, num_sequences: int, num_heads: int, latent: int, rope: int, *, block_size: int
-    ) -> LatentTactic:
+    ) -> RunsTactic:
         found = self.entries.get(latent_key(num_sequences, num_heads, latent, rope))
-        if isinstance(found, LatentTactic) and block_size % found.tile == 0:
+        if isinstance(found, RunsTactic) and block_size % found.tile == 0:
             return found
         return latent_tactic(num_sequences, num_heads)
 

@@ -25,7 +25,7 @@ class DecodeTactic:
 
 
 @dataclass(frozen=True, slots=True)
-class LatentTactic:
+class RunsTactic:
     programs: int  # that share all contexts
     tile: int  # tokens at a time; divides the block size
     warps: int
@@ -92,12 +92,15 @@ def decode_tactic(programs: int) -> DecodeTactic:
     return DecodeTactic(splits, tile=64, warps=4, stages=3)
 
 
-def latent_tactic(num_sequences: int, num_heads: int) -> LatentTactic:
+RUNS = RunsTactic(2 * _PROGRAMS, tile=32, warps=2, stages=4)  # of K/V pages, all contexts together
+
+
+def latent_tactic(num_sequences: int, num_heads: int) -> RunsTactic:
     if num_heads > 16:
-        return LatentTactic(_PROGRAMS // 2, tile=64, warps=8, stages=2)
+        return RunsTactic(_PROGRAMS // 2, tile=64, warps=8, stages=2)
     if num_sequences <= 16:
-        return LatentTactic(_PROGRAMS // 2, tile=32, warps=4, stages=5)
-    return LatentTactic(_PROGRAMS, tile=32, warps=4, stages=3)
+        return RunsTactic(_PROGRAMS // 2, tile=32, warps=4, stages=5)
+    return RunsTactic(_PROGRAMS, tile=32, warps=4, stages=3)
 
 
 # What workers.autotune measures instead: programs, and tile, warps and stages.

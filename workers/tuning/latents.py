@@ -12,10 +12,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from workers.kernels.latent_decode import ContextRuns, cut_contexts, latent_decode
+from workers.kernels.context_runs import ContextRuns, cut_contexts
+from workers.kernels.latent_decode import latent_decode, programs_of
 from workers.kernels.latent_ends import leave_latents
 from workers.kernels.tactic_table import Tactic, latent_key
-from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, LatentTactic, latent_tactic
+from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, RunsTactic, latent_tactic
 from workers.tuning.problem import COLD_BYTES, CUDA, SHARED_BYTES, Launched, cold_us, drawn
 
 _CONTEXT = 2048  # on average: a graph is captured for a number of sequences, whatever their lengths
@@ -36,18 +37,18 @@ class LatentDecodeProblem:
         return latent_key(self.num_sequences, self.num_heads, self.latent, self.rope)
 
     @property
-    def _by_rule(self) -> LatentTactic:
+    def _by_rule(self) -> RunsTactic:
         return latent_tactic(self.num_sequences, self.num_heads)
 
-    def variants(self) -> Iterable[tuple[str, LatentTactic]]:
+    def variants(self) -> Iterable[tuple[str, RunsTactic]]:
         seen = {self._by_rule}
         for programs, (tile, warps, stages) in product(LATENT_PROGRAMS, LATENT_LAUNCHES):
             if tile * (self.latent + self.rope) * 2 * (stages - 1) <= SHARED_BYTES:
-                seen.add(LatentTactic(programs, tile, warps, stages))
+                seen.add(RunsTactic(programs, tile, warps, stages))
         return [("latent_decode", tactic) for tactic in sorted(seen, key=str)]
 
     def compile(self, kernel: str, tactic: Launched) -> None:
-        assert kernel == "latent_decode" and isinstance(tactic, LatentTactic)
+        assert kernel == "latent_decode" and isinstance(tactic, RunsTactic)
         scene = _Scene.drawn(self, 1, layers=2)
         scene.positions.zero_()
         scene.attend(1, scene.cut(tactic))
@@ -57,7 +58,7 @@ class LatentDecodeProblem:
         layers = max(2, -(-COLD_BYTES // size))
         scene = _Scene.drawn(self, self.num_sequences, layers)
         rotating = [index % layers for index in range(max(layers, _LAUNCHES))]
-        times: dict[LatentTactic, float] = {}
+        times: dict[RunsTactic, float] = {}
         for _, tactic in self.variants():
             cut = scene.cut(tactic)
             times[tactic] = cold_us([lambda i=layer, c=cut: scene.attend(i, c) for layer in rotating])
@@ -94,8 +95,8 @@ class _Scene:
             drawn(sequences, problem.num_heads, problem.value),
         )
 
-    def cut(self, tactic: LatentTactic) -> ContextRuns:
-        return cut_contexts(self.positions, self.problem.num_heads, tactic)
+    def cut(self, tactic: RunsTactic) -> ContextRuns:
+        return cut_contexts(self.positions, programs_of(self.problem.num_heads), tactic)
 
     def attend(self, layer: int, cut: ContextRuns) -> None:
         absorbed, rope = self.q.split([self.problem.latent, self.problem.rope], -1)

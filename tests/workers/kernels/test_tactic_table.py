@@ -25,7 +25,7 @@ from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     ExpertTactic,
     ExpertTactics,
-    LatentTactic,
+    RunsTactic,
     SkinnyTactic,
     expert_tactics,
     fp8_expert_tactics,
@@ -43,9 +43,9 @@ KINDS = {
     "fp8_experts": ExpertTactics,
     "skinny": SkinnyTactic,
     "skinny_gate_up": SkinnyTactic,
-    "latent_decode": LatentTactic,
+    "latent_decode": RunsTactic,
 }
-WIDE = LatentTactic(132, 64, 8, 3)
+WIDE = RunsTactic(132, 64, 8, 3)
 
 
 @pytest.fixture
