@@ -8,7 +8,7 @@ launch is the same in a CUDA graph.
 Shapes: B sequences, H query heads, K key/value heads, G = H / K, D head size, S block size, M blocks of the longest.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch
