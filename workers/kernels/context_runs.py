@@ -93,6 +93,17 @@ def _cut(
 
 
 @triton.jit
+def add_parts(lse, values, best, total, acc):
+    """More parts, lse [R, H] of base 2 (very small: there is none), values [R, H, V], beside those in best and total [H]
+    and acc [H, V]. Returns these."""
+    new_best = tl.maximum(best, tl.max(lse, 0))
+    shares, shrink = tl.exp2(lse - new_best[None, :]), tl.exp2(best - new_best)
+    total = total * shrink + tl.sum(shares, 0)
+    acc = acc * shrink[:, None] + tl.sum(values * shares[:, :, None], 0)
+    return new_best, total, acc
+
+
+@triton.jit
 def _merge(
     parts_ptr,
     lse_ptr,
@@ -113,7 +124,7 @@ def _merge(
     features = tl.program_id(2) * FEATURES + tl.arange(0, FEATURES)
     exists = heads < NUM_HEADS
     best = tl.full([HEADS], -1e30, tl.float32)
-    weight = tl.zeros([HEADS], tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, FEATURES], tl.float32)
     for start in range(first, last + 1, RUNS):
         runs = start + tl.arange(0, RUNS)
@@ -122,13 +133,9 @@ def _merge(
         lse = tl.load(lse_ptr + parts, mask=there, other=-1e30)
         at = parts_ptr + parts[:, :, None] * SIZE + features[None, None, :]
         values = tl.load(at, mask=there[:, :, None], other=0.0)
-        new_best = tl.maximum(best, tl.max(lse, 0))
-        shares, shrink = tl.exp2(lse - new_best[None, :]), tl.exp2(best - new_best)
-        weight = weight * shrink + tl.sum(shares, 0)
-        acc = acc * shrink[:, None] + tl.sum(values * shares[:, :, None], 0)
-        best = new_best
+        best, total, acc = add_parts(lse, values, best, total, acc)
     at_out = out_ptr + (sequence.to(tl.int64) * NUM_HEADS + heads)[:, None] * SIZE + features[None, :]
-    tl.store(at_out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 _launch_cut, _launch_merge = Launcher(_cut), Launcher(_merge)

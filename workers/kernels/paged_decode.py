@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.context_runs import ContextRuns, merge_runs
+from workers.kernels.context_runs import ContextRuns, add_parts, merge_runs
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.split_merge import merge_splits
@@ -63,11 +63,7 @@ def _merge_as_last(
             lse = tl.load(lse_ptr + rows, mask=there, other=-1e30, cache_modifier=".cg")
             at = parts_ptr + rows[:, :, None] * DIM + features[None, None, :]
             values = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-            new_best = tl.maximum(best, tl.max(lse, 0))
-            shares, shrink = tl.exp2(lse - new_best[None, :]), tl.exp2(best - new_best)
-            total = total * shrink + tl.sum(shares, 0)
-            acc = acc * shrink[:, None] + tl.sum(values * shares[:, :, None], 0)
-            best = new_best
+            best, total, acc = add_parts(lse, values, best, total, acc)
         at_out = out_ptr + sequence * out_stride + (head * GROUP + queries)[:, None] * DIM + features[None, :]
         tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
 
