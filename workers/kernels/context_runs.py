@@ -94,8 +94,8 @@ def _cut(
 
 @triton.jit
 def add_parts(lse, values, best, total, acc):
-    """More parts, lse [R, H] of base 2 (very small: there is none), values [R, H, V], beside those in best and total [H]
-    and acc [H, V]. Returns these."""
+    """More parts, lse [R, H] of base 2 (very small: there is none), values [R, H, V], beside those in best and total
+    [H] and acc [H, V]. Returns these."""
     new_best = tl.maximum(best, tl.max(lse, 0))
     shares, shrink = tl.exp2(lse - new_best[None, :]), tl.exp2(best - new_best)
     total = total * shrink + tl.sum(shares, 0)
