@@ -215,12 +215,13 @@ def paged_decode(
     """
     num_sequences, num_heads, dim = q.shape
     _, num_layers, _, num_kv, block_size, _ = pages.shape
-    group, rows = num_heads // num_kv, max(16, power_of_two(num_heads // num_kv))
+    group = num_heads // num_kv
     out = torch.empty(num_sequences, num_heads, dim, dtype=q.dtype, device=q.device)
     parts = lse = out
-    few_parts = isinstance(how, ContextRuns) and len(how.runs) <= _FEW_PARTS * num_sequences
+    cut, few_parts = (positions, positions, positions), False  # not read
     if isinstance(how, ContextRuns):
         tactic, splits, grid = how.tactic, 0, (len(how.runs), num_kv, 1)
+        cut, few_parts = (how.runs, how.bounds, how.arrived), len(how.runs) <= _FEW_PARTS * num_sequences
         num_parts = len(how.runs) + num_sequences - 1
         parts = torch.empty(num_parts, num_heads, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_parts, num_heads, dtype=torch.float32, device=q.device)
@@ -236,9 +237,7 @@ def paged_decode(
         block_table,
         block_table.stride(0),
         positions,
-        how.runs if isinstance(how, ContextRuns) else positions,
-        how.bounds if isinstance(how, ContextRuns) else positions,
-        how.arrived if isinstance(how, ContextRuns) else positions,
+        *cut,
         q if bias is None else bias,
         0 if bias is None else bias.stride(0),
         parts,
@@ -258,7 +257,7 @@ def paged_decode(
         "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
         "SPLITS": splits,
-        "ROWS": rows,
+        "ROWS": max(16, power_of_two(group)),
         "QUERIES": power_of_two(group),
         "MERGED": max(_AT_ONCE // (power_of_two(group) * dim), 2) if few_parts else 0,
     }

@@ -85,7 +85,7 @@ def num_splits(programs: int) -> int:
 
 
 def decode_tactic(programs: int) -> DecodeTactic:
-    """Of K/V pages; programs: sequences × key/value heads."""
+    """Of K/V pages, each context by itself; programs: sequences × key/value heads."""
     splits = num_splits(max(programs, 1))
     if splits == 1:
         return DecodeTactic(1, tile=32, warps=2, stages=4)
