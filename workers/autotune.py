@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from workers.kernels.fp8 import BLOCK
-from workers.kernels.tactic_table import BUCKETS, DeviceSetting, Tactic, TacticTable, TunedFile, read
+from workers.kernels.tactic_table import BUCKETS, DENSE_BUCKETS, DeviceSetting, Tactic, TacticTable, TunedFile, read
 from workers.kernels.tactics import DENSE_TOKENS, fp8_expert_tactics
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.mla import LatentAttention
@@ -28,6 +28,7 @@ from workers.layers.mlp import GatedMlp
 from workers.layers.moe import SparseMlp
 from workers.models.decoder import DecoderForCausalLM
 from workers.models.loader import outline
+from workers.tuning.dense import DenseProblem
 from workers.tuning.experts import ExpertsProblem
 from workers.tuning.latents import LatentDecodeProblem
 from workers.tuning.problem import CUDA, Launched, Problem, log
@@ -43,11 +44,24 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
     def add(problem: Problem) -> None:
         found.setdefault(problem.key, problem)
 
-    def add_mlp(mlp: GatedMlp) -> None:
+    def add_dense(outputs: int, inputs: int) -> None:
+        for rows in DENSE_BUCKETS:
+            add(DenseProblem(rows, outputs, inputs))
+
+    def add_linear(outputs: int, inputs: int) -> None:
+        add(SkinnyProblem(outputs, inputs, gated=False))
+        add_dense(outputs, inputs)
+
+    def add_mlp(mlp: GatedMlp, *, by_few: bool = True) -> None:
+        """by_few: by steps of single tokens, too."""
         inner, hidden = mlp.gate_proj.weight.shape
-        if not (in_fp8 and inner % BLOCK == 0):
-            add(SkinnyProblem(inner, hidden, gated=True))
-            add(SkinnyProblem(hidden, inner, gated=False))
+        if in_fp8 and inner % BLOCK == 0:
+            return
+        add(SkinnyProblem(inner, hidden, gated=True))
+        add(SkinnyProblem(hidden, inner, gated=False))
+        if by_few:
+            add_dense(2 * inner, hidden)
+            add_dense(hidden, inner)
 
     for layer in model.modules():
         if isinstance(layer, SparseMlp):
@@ -64,16 +78,16 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
                 slots = rule.num_experts + shared
                 add(ExpertsProblem(tokens, per_token, rule.num_experts, slots, inner, hidden, in_fp8))
             if layer.shared_experts is not None:
-                add_mlp(layer.shared_experts)
+                add_mlp(layer.shared_experts, by_few=False)
         elif isinstance(layer, GroupedQueryAttention) and not in_fp8:
             height = sum(part.weight.shape[0] for part in (layer.q_proj, layer.k_proj, layer.v_proj))
-            add(SkinnyProblem(height, layer.q_proj.weight.shape[1], gated=False))
-            add(SkinnyProblem(*layer.o_proj.weight.shape, gated=False))
+            add_linear(height, layer.q_proj.weight.shape[1])
+            add_linear(*layer.o_proj.weight.shape)
         elif isinstance(layer, LatentAttention) and layer.indexer is None and not in_fp8:
             queries = layer.q_proj if layer.shape.query_latent_size is None else layer.q_a_proj
             height = queries.weight.shape[0] + layer.kv_a_proj_with_mqa.weight.shape[0]
-            add(SkinnyProblem(height, queries.weight.shape[1], gated=False))
-            add(SkinnyProblem(*layer.o_proj.weight.shape, gated=False))
+            add_linear(height, queries.weight.shape[1])
+            add_linear(*layer.o_proj.weight.shape)
             shape = layer.shape
             sizes = shape.num_heads, shape.latent_size, shape.rope_dim, shape.value_dim
             for sequences in (each for each in BUCKETS if each <= _MAX_SEQUENCES):
@@ -83,7 +97,7 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
         if isinstance(layer, GatedMlp) and id(layer) not in sparse:
             add_mlp(layer)
     head = model.config.decoder
-    add(SkinnyProblem(head.vocab_size, head.hidden_size, gated=False))
+    add_linear(head.vocab_size, head.hidden_size)
     return list(found.values())
 
 
@@ -129,8 +143,10 @@ def main() -> None:
         list(pool.map(_compile, *zip(*jobs.values(), strict=True)))
     for problem in found:
         tactic, best, ruled = problem.tune()
-        entries[problem.key] = tactic
-        sys.stdout.write(f"{problem.key:45s} {best:8.1f} us, by rule {ruled:8.1f}: {tactic}\n")
+        entries.pop(problem.key, None)
+        if tactic is not None:
+            entries[problem.key] = tactic
+        sys.stdout.write(f"{problem.key:45s} {best:8.1f} us, by rule {ruled:8.1f}: {tactic or 'as by rule'}\n")
         sys.stdout.flush()
         torch.cuda.empty_cache()
     TunedFile(setting, entries).write(arguments.output)

@@ -90,40 +90,6 @@ def test_rotated_heads_and_their_pages(normed: bool) -> None:
     assert (pages[:, layer] == 7).sum() >= (10 * BLOCK - tokens) * 2 * kv * dim
 
 
-def test_rotated_latents_and_their_pages() -> None:
-    from workers.kernels.rotary import RotationTable, rotate_latents
-
-    tokens, heads, nope, rope, latent, layers, layer = 29, 5, 128, 64, 512, 3, 1
-    rotary = RotaryEmbedding(rope, 1e4)
-    table = rotary.rotation(torch.arange(5000, device=CUDA), torch.float32)
-    positions = torch.randint(0, 5000, (tokens,), device=CUDA)
-    slots = torch.randperm(9 * BLOCK, device=CUDA)[:tokens] + BLOCK
-    pages = torch.zeros(10, layers, BLOCK, latent + rope, dtype=BF16, device=CUDA)
-    both = random(tokens, heads * (nope + rope) + latent + rope)
-    q, kv = both.clone().split([heads * (nope + rope), latent + rope], -1)
-    q, norm, rotation = q.unflatten(-1, (heads, -1)), norm_of(latent), rotary.rotation(positions, torch.float32)
-    want_q = torch.cat((q[..., :nope].float(), rotation.apply_interleaved(q[..., nope:].float())), -1)
-    turned = rotation.apply_interleaved(kv[:, latent:].float().unsqueeze(1)).squeeze(1)
-    want_rows = torch.cat((norm(kv[:, :latent]).float(), turned), -1)
-    q, kv = both.split([heads * (nope + rope), latent + rope], -1)
-    q = q.unflatten(-1, (heads, -1))
-    rotate_latents(
-        q,
-        kv,
-        RotationTable(table.cos.flatten(1), table.sin.flatten(1)),
-        positions,
-        norm.weight,
-        norm.eps,
-        pages,
-        slots,
-        layer,
-    )
-    assert error(q, want_q) < 3e-3
-    assert error(kv, want_rows) < 3e-3
-    assert torch.equal(pages[slots // BLOCK, layer, slots % BLOCK], kv)
-    assert pages[:, [0, 2]].abs().max() == 0
-
-
 RULES = [
     RoutingRule(num_experts=64, experts_per_token=6, normalize=False, scale=1.0),
     RoutingRule(num_experts=128, experts_per_token=8, normalize=True),

@@ -2,7 +2,7 @@
 into the paged cache. References: Rotation, RmsNorm, LatentAttention of workers.layers.
 
 Shapes: T tokens, H query heads, K key/value heads, D head size, N unrotated and R rotated features of a query head,
-L latent size, S block size. Rotation is computed in fp32. Offsets into the cache are 64-bit.
+S block size. Rotation is computed in fp32. Offsets into the cache are 64-bit.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -133,69 +133,6 @@ def rotate_heads(
     _launch_rotate_heads((qkv.shape[0], -(-(num_heads + 2 * num_kv) // _HEADS), 1), arguments, constants, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["layer", "num_layers"])
-def _rotate_latents(
-    q_ptr,
-    q_stride,
-    kv_ptr,
-    kv_stride,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    weight_ptr,
-    rows_ptr,
-    slots_ptr,
-    layer,
-    num_layers,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    LATENT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    follow()
-    token = tl.program_id(0).to(tl.int64)
-    half: tl.constexpr = ROPE // 2
-    pairs = tl.arange(0, half)
-    position = tl.load(positions_ptr + token)
-    cos = tl.load(cos_ptr + position * half + pairs)
-    sin = tl.load(sin_ptr + position * half + pairs)
-    if tl.program_id(1) == 0:
-        features = tl.arange(0, LATENT)
-        latent_ptr = kv_ptr + token * kv_stride + features
-        latent = tl.load(latent_ptr)
-        wide = latent.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide) / LATENT + eps)
-        weight = tl.load(weight_ptr + features).to(tl.float32)
-        normed = ((wide * scale).to(latent.dtype).to(tl.float32) * weight).to(latent.dtype)
-        features_r = tl.arange(0, ROPE)
-        rope_ptr = kv_ptr + token * kv_stride + LATENT + features_r
-        even, odd = tl.split(tl.reshape(tl.load(rope_ptr).to(tl.float32), (half, 2)))
-        turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (ROPE,)).to(latent.dtype)
-        tl.store(latent_ptr, normed)
-        tl.store(rope_ptr, turned)
-        slot = tl.load(slots_ptr + token).to(tl.int64)
-        row = (slot // BLOCK_SIZE * num_layers + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
-        row_ptr = rows_ptr + row * (LATENT + ROPE)
-        tl.store(row_ptr + features, normed)
-        tl.store(row_ptr + LATENT + features_r, turned)
-    else:
-        heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
-        exists = (heads < NUM_HEADS)[:, None]
-        at = q_ptr + token * q_stride + heads[:, None] * (NOPE + ROPE) + NOPE + tl.arange(0, ROPE)[None, :]
-        given = tl.load(at, mask=exists, other=0.0)
-        first, second = tl.split(tl.reshape(given.to(tl.float32), (HEADS, half, 2)))
-        new_first = first * cos[None, :] - second * sin[None, :]
-        new_second = second * cos[None, :] + first * sin[None, :]
-        rotated = tl.reshape(tl.join(new_first, new_second), (HEADS, ROPE)).to(given.dtype)
-        tl.store(at, rotated, mask=exists)
-
-
-_launch_rotate_latents = Launcher(_rotate_latents)
-
-
 @triton.jit
 def _join_keys(
     both_ptr,
@@ -243,48 +180,3 @@ def join_keys(both: Tensor, rope: Tensor, nope: int) -> Tensor:
     }
     _launch_join_keys((tokens, -(-heads // (2 * _HEADS)), 1), arguments, constants, num_warps=4)
     return keys
-
-
-def rotate_latents(
-    q: Tensor,
-    kv: Tensor,
-    rotation: RotationTable,
-    positions: Tensor,
-    weight: Tensor,
-    eps: float,
-    pages: Tensor,
-    slots: Tensor,
-    layer: int,
-) -> None:
-    """q [T, H, N + R]: the last R features of every head rotated, interleaved, in place. kv [T, L + R], rows of any
-    stride: the latent normed with `weight` [L], the key rotated, in place; then the row is written to `pages`
-    [blocks, layers, S, L + R] at `slots` [T] of `layer`. L and R are powers of two.
-    """
-    _, num_layers, block_size, row = pages.shape
-    num_tokens, num_heads, query = q.shape
-    rope, latent = 2 * rotation.cos.shape[-1], row - 2 * rotation.cos.shape[-1]
-    assert q.stride(1) == query and q.stride(2) == 1 and kv.stride(1) == 1, "heads lie side by side"
-    arguments = (
-        q,
-        q.stride(0),
-        kv,
-        kv.stride(0),
-        rotation.cos,
-        rotation.sin,
-        positions,
-        weight,
-        pages,
-        slots,
-        layer,
-        num_layers,
-        eps,
-    )
-    constants = {
-        "NUM_HEADS": num_heads,
-        "NOPE": query - rope,
-        "ROPE": rope,
-        "LATENT": latent,
-        "BLOCK_SIZE": block_size,
-        "HEADS": 2 * _HEADS,
-    }
-    _launch_rotate_latents((num_tokens, 1 + -(-num_heads // (2 * _HEADS)), 1), arguments, constants, num_warps=4)

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     ExpertTactics,
+    LtKernel,
     RunsTactic,
     SkinnyTactic,
     expert_tactics,
@@ -29,11 +30,13 @@ from workers.kernels.tactics import (
 )
 
 TUNED = Path(__file__).parent / "tuned"
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)  # tokens; a step takes the next one
+# Tokens; a step takes the next one.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512, 1024, 2048, 4096, 8192)
+DENSE_BUCKETS = tuple(range(32, 257, 16))  # rows; sizes of products jump with the tiles that they fill
 _DRIVER = Path("/sys/module/nvidia/version")
 
-Tactic: TypeAlias = ExpertTactics | SkinnyTactic | RunsTactic
-_ENTRIES: TypeAdapter[dict[str, Tactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic | RunsTactic])
+Tactic: TypeAlias = ExpertTactics | SkinnyTactic | RunsTactic | LtKernel
+_ENTRIES: TypeAdapter[dict[str, Tactic]] = TypeAdapter(dict[str, ExpertTactics | SkinnyTactic | RunsTactic | LtKernel])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,21 @@ class DeviceSetting:
     cuda: str
     torch: str
     triton: str
+    cublas: str
 
     @classmethod
     def of(cls, device: torch.device) -> DeviceSetting:
         import triton  # pyright: ignore[reportMissingImports]
 
+        from workers.kernels.cublas_lt import LtError, version
+
+        try:
+            cublas = version()
+        except LtError:
+            cublas = ""  # no table fits
         driver = _DRIVER.read_text().strip() if _DRIVER.exists() else "unknown"
         name = torch.cuda.get_device_name(device)
-        return cls(name, driver, torch.version.cuda or "", torch.__version__, triton.__version__)
+        return cls(name, driver, torch.version.cuda or "", torch.__version__, triton.__version__, cublas)
 
 
 def bucket(num_tokens: int) -> int:
@@ -72,6 +82,11 @@ def _experts_key(op: str, num_tokens: int, per_token: int, both: tuple[int, ...]
 
 def skinny_key(weight: Sequence[int], *, gated: bool) -> str:
     return f"skinny{'_gate_up' if gated else ''}/{weight[0]}x{weight[1]}"
+
+
+def dense_key(num_rows: int, weight: Sequence[int]) -> str:
+    outputs, inputs = weight
+    return f"dense/{outputs}x{inputs}/{num_rows}"
 
 
 def latent_key(num_sequences: int, num_heads: int, latent: int, rope: int) -> str:
@@ -123,6 +138,13 @@ class TacticTable:
         """Shape of the matrix; of gates and ups both."""
         found = self.entries.get(skinny_key(weight, gated=gated))
         return found if isinstance(found, SkinnyTactic) else skinny_tactic(weight[0], gated=gated)
+
+    def dense(self, num_rows: int, weight: Sequence[int]) -> LtKernel | None:
+        """Of a product of more than SKINNY_ROWS rows; the shape of the matrix. None: what cuBLAS chooses."""
+        if num_rows > DENSE_BUCKETS[-1]:
+            return None
+        found = self.entries.get(dense_key(DENSE_BUCKETS[bisect_left(DENSE_BUCKETS, num_rows)], weight))
+        return found if isinstance(found, LtKernel) else None
 
     def latent_decode(
         self, num_sequences: int, num_heads: int, latent: int, rope: int, *, block_size: int

@@ -62,6 +62,20 @@ class SkinnyTactic:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class LtKernel:
+    """Of cuBLASLt, by its numbers (cublasLt.h): an algorithm and what it is configured with. For products of more rows
+    than SKINNY_ROWS, where it was measured to be faster than what cuBLAS chooses by rules."""
+
+    algorithm: int
+    tile: int
+    swizzle: int
+    custom: int
+    stages: int
+    inner: int
+    cluster: int
+
+
 def skinny_tactic(outputs: int, *, gated: bool) -> SkinnyTactic:
     """Of a product of SKINNY_ROWS or fewer. Where programs are few, each has more under way, and begins early."""
     if gated:

@@ -7,6 +7,7 @@ query/key features, V value size, L latent size, C cached tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,19 @@ from torch import Tensor
 from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.kernels.fp8_rows import QuantizedRows
-from workers.kernels.latent_ends import ENDS_ROWS, enter_latents, leave_latents
+from workers.kernels.latent_entry import ENDS_ROWS, enter_latents
+from workers.kernels.latent_exit import leave_latents
 from workers.kernels.norms import rms_norm
-from workers.kernels.rotary import RotationTable, join_keys, rotate_latents
+from workers.kernels.rotary import RotationTable, join_keys
 from workers.kernels.split_merge import merge_rows
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.linear import Linear
 from workers.layers.mla import LatentAttention
 from workers.layers.packed_weights import PackedLinear
+
+# In latent space: queries [A, H, L] and their rotated part [A, H, R] -> what they see, [A, H, L].
+Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class FusedGqa:
@@ -82,12 +87,14 @@ class FusedMla:
             norm = attention.q_a_layernorm
             queries = self._second(rms_norm(queries, norm.weight, norm.eps))
         q = queries.unflatten(-1, (-1, shape.nope_dim + shape.rope_dim))  # [T, H, N + R]
-        norm = attention.kv_a_layernorm
-        rotate_latents(q, kv, rotation, step.positions, norm.weight, norm.eps, step.pages, step.slots, self._layer)
-        out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         singles = step.num_decodes
+        absorbed = self.enter(q, kv, rotation, step.positions, step.pages, step.slots, singles)
+        out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         if singles:
-            self.generate(q[:singles], out[:singles], lambda a, rope: step.decode(self._layer, a, rope, self._tactics))
+            self.generate(
+                *(q[:singles], absorbed, out[:singles]),
+                lambda a, rope: step.decode(self._layer, a, rope, self._tactics),
+            )
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
         return self._out(out.flatten(1))
@@ -96,20 +103,34 @@ class FusedMla:
         """[T, d] -> of each projection its features, [T, …]."""
         return self._first(x, quantized).split(self._sizes, -1)
 
-    def generate(self, q: Tensor, out: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """q [A, H, N + R] -> out [A, H, V]: into latent space, what is seen there, out of it.
+    def enter(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        rotation: RotationTable,
+        positions: Tensor,
+        pages: Tensor,
+        slots: Tensor,
+        singles: int,
+    ) -> Tensor | None:
+        """q [T, H, N + R] and kv [T, L + R] become what is attended, in place, and what is cached. The queries of the
+        first A = `singles` tokens in latent space, [A, H, L], where one pass makes them; see `enter_latents`."""
+        norm = self._attention.kv_a_layernorm
+        keys = self._attention.key_weights
+        return enter_latents(
+            q, kv, rotation, positions, norm.weight, norm.eps, pages, slots, self._layer, singles, keys
+        )
 
-        attend: [A, H, L], [A, H, R] -> [A, H, L].
+    def generate(self, q: Tensor, absorbed: Tensor | None, out: Tensor, attend: Attend) -> None:
+        """q [A, H, N + R], in latent space where `enter` brought it there -> out [A, H, V]: what is seen there, out of
+        it again.
         """
         nope, rope = q.split([self._shape.nope_dim, self._shape.rope_dim], -1)
-        key_weights, value_weights = self._attention.key_weights, self._attention.value_weights
-        few = len(q) <= ENDS_ROWS
-        if few:
-            absorbed = enter_latents(nope, key_weights)
-        else:
-            absorbed = torch.bmm(nope.transpose(0, 1), key_weights).transpose(0, 1)
+        value_weights = self._attention.value_weights
+        if absorbed is None:
+            absorbed = torch.bmm(nope.transpose(0, 1), self._attention.key_weights).transpose(0, 1)
         seen = attend(absorbed, rope)
-        if few:
+        if len(q) <= ENDS_ROWS:
             leave_latents(seen, value_weights, out)
         else:
             torch.bmm(seen.transpose(0, 1), value_weights.transpose(1, 2), out=out.transpose(0, 1))

@@ -13,8 +13,9 @@ from torch import Tensor
 from workers.attention.hopper_dsa import HopperDsaStep, SparseRows
 from workers.attention.index_tools import QuantizedQueries
 from workers.kernels.index_rows import quantize_queries, write_index_keys
+from workers.kernels.latent_entry import ENDS_ROWS
 from workers.kernels.norms import rms_norm
-from workers.kernels.rotary import RotationTable, rotate_latents
+from workers.kernels.rotary import RotationTable
 from workers.kernels.tactic_table import RULES
 from workers.layers.fused_attention import FusedMla
 from workers.layers.mla import LatentAttention
@@ -44,8 +45,8 @@ class FusedDsa:
         latents, kv, keys, weights = self._mla.project(x)
         latents = rms_norm(latents, attention.q_a_layernorm.weight, attention.q_a_layernorm.eps)
         q, index_queries = self._queries(latents, asked=step.sparse is not None)
-        norm = attention.kv_a_layernorm
-        rotate_latents(q, kv, rotation, step.positions, norm.weight, norm.eps, step.pages, step.slots, self._layer)
+        few = len(q) if len(q) <= ENDS_ROWS else 0  # whichever of them go that way: those of prompts cost little
+        absorbed = self._mla.enter(q, kv, rotation, step.positions, step.pages, step.slots, few)
         norm = indexer.k_norm
         block_size = step.pages.shape[2]
         write_index_keys(
@@ -62,8 +63,10 @@ class FusedDsa:
         )
         out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         if singles := step.dense_singles:
+            inside = None if absorbed is None else absorbed[:singles]
             self._mla.generate(
-                q[:singles], out[:singles], lambda a, rope: step.dense.decode(self._layer, a, rope, RULES)
+                *(q[:singles], inside, out[:singles]),
+                lambda a, rope: step.dense.decode(self._layer, a, rope, RULES),
             )
         if step.dense.new is not None:
             rows = step.dense_prompts
@@ -71,7 +74,7 @@ class FusedDsa:
             self._mla.forward_context(rows.take(q), rows.take(kv), seen, step.dense)
             rows.put(out, seen)
         if step.sparse is not None:
-            self._attend_chosen(q, index_queries, weights, rotation, step, step.sparse, out)
+            self._attend_chosen(q, absorbed, index_queries, weights, rotation, step, step.sparse, out)
         return attention.o_proj(out.flatten(1))
 
     def _queries(self, latents: Tensor, *, asked: bool) -> tuple[Tensor, Tensor]:
@@ -87,6 +90,7 @@ class FusedDsa:
     def _attend_chosen(
         self,
         q: Tensor,
+        absorbed: Tensor | None,
         index_queries: Tensor,
         weights: Tensor,
         rotation: RotationTable,
@@ -100,5 +104,6 @@ class FusedDsa:
         )
         chosen = step.choose(self._layer, QuantizedQueries(*asked))
         seen = rows.room(out)
-        self._mla.generate(rows.take(q), seen, lambda a, rope: step.attend(self._layer, a, rope, chosen))
+        inside = None if absorbed is None else rows.take(absorbed)
+        self._mla.generate(rows.take(q), inside, seen, lambda a, rope: step.attend(self._layer, a, rope, chosen))
         rows.put(out, seen)

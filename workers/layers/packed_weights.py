@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.dense_gemm import dense
 from workers.kernels.fp8 import BLOCK
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.kernels.tactics import SKINNY_ROWS
@@ -56,8 +57,10 @@ class PackedLinear:
         return F.linear(x, self.weight[first:], None if self.bias is None else self.bias[first:])
 
     def _widened(self, x: Tensor) -> Tensor:
-        if x.shape[0] > SKINNY_ROWS or self.bias is not None or x.device.type == "cpu" or not x.is_contiguous():
+        if self.bias is not None or x.device.type == "cpu":
             return F.linear(x, self.weight, self.bias)
+        if x.shape[0] > SKINNY_ROWS or not x.is_contiguous():
+            return dense(x, self.weight, self._tactics.dense(x.shape[0], self.weight.shape))
         from workers.kernels.skinny_gemm import skinny_linear
 
         return skinny_linear(x, self.weight, self._tactics.skinny(self.weight.shape, gated=False))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from workers.attention.hopper_dsa import HopperDsaStep
@@ -16,6 +15,7 @@ from workers.attention.hopper_gqa import HopperGqaStep
 from workers.attention.hopper_mla import HopperMlaStep
 from workers.attention.interface import AttentionStep
 from workers.attention.mla_interface import MlaStep
+from workers.kernels.dense_gemm import dense
 from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.norms import ExpertOutputs, add_rms_norm, finalize_rms_norm, rms_norm, rms_norm_quantized
 from workers.kernels.rotary import RotationTable
@@ -74,7 +74,7 @@ class FusedDecoder:
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden [N, d], the head's weight [V, d] -> [N, V]."""
         if len(hidden) > SKINNY_ROWS or not hidden.is_contiguous():
-            return F.linear(hidden, weight)
+            return dense(hidden, weight, self._tactics.dense(len(hidden), weight.shape))
         return skinny_linear(hidden, weight, self._tactics.skinny(weight.shape, gated=False))
 
 

@@ -64,7 +64,11 @@ class ExpertsProblem:
         elif per_slot <= 64:
             heights = (16,) if per_slot <= 8 else (16, 32) if per_slot <= 24 else (32, 64)
             for rows, (cols, depth, stages) in product(
-                heights, ((64, 64, 5), (64, 128, 3), (64, 128, 4), (128, 64, 3), (128, 64, 4), (128, 128, 2))
+                heights,
+                (
+                    *((64, 64, 3), (64, 64, 4), (64, 64, 5), (64, 128, 3), (64, 128, 4)),
+                    *((128, 64, 3), (128, 64, 4), (128, 128, 2)),
+                ),
             ):
                 firsts.add(ExpertTactic(rows, cols, depth, 4, stages, swap=True, tma=True))
                 seconds.add(ExpertTactic(rows, cols, depth, 4, stages + 1, swap=True, tma=True))

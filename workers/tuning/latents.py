@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.kernels.context_runs import ContextRuns, cut_contexts
 from workers.kernels.latent_decode import latent_decode, programs_of
-from workers.kernels.latent_ends import leave_latents
+from workers.kernels.latent_exit import leave_latents
 from workers.kernels.tactic_table import Tactic, latent_key
 from workers.kernels.tactics import LATENT_LAUNCHES, LATENT_PROGRAMS, RunsTactic, latent_tactic
 from workers.tuning.problem import COLD_BYTES, CUDA, SHARED_BYTES, Launched, cold_us, drawn

@@ -39,34 +39,42 @@ class Problem(Protocol):
         """Once, at small size."""
         ...
 
-    def tune(self) -> tuple[Tactic, float, float]:
-        """The fastest, its microseconds, and those of the rule's."""
+    def tune(self) -> tuple[Tactic | None, float, float]:
+        """The fastest, its microseconds, and those of the rule's. None: the rule's, which needs no entry."""
         ...
+
+
+def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All launches in one graph, replayed once."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    return graph
+
+
+def replayed(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
 
 
 def cold_us(launches: Sequence[Callable[[], object]]) -> float:
     """Median of the mean of all launches in one graph; infinite if one does not run."""
     try:
-        for launch in launches[:2]:
-            launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
+        graph = captured(launches)
     except Exception as error:  # noqa: BLE001 - whatever a compiler says of a tactic: it is not for here
         log.info("left out: %s", str(error).splitlines()[:1])
         return float("inf")
-    graph.replay()
-    times: list[float] = []
-    for _ in range(_ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(launches))
-    return statistics.median(times)
+    return statistics.median(replayed(graph) / len(launches) for _ in range(_ROUNDS))
 
 
 def drawn(*shape: int) -> Tensor:

@@ -1,13 +1,12 @@
-"""Into latent space and out of it, for the queries of few tokens, in Triton: both read a matrix of each head once. It
-does not depend on the kernel before, so that it is on its way while that one still runs. Reference: torch.bmm.
+"""Out of latent space, for the queries of few tokens, in Triton: a matrix of each head is read once. It does not depend
+on the kernel before, so that it is on its way while that one still runs. Reference: torch.bmm.
 
-Shapes: A tokens, H heads, N unrotated features of a query head, V value size, L latent size.
+Shapes: A tokens, H heads, V value size, L latent size.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,38 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from workers.kernels.following import LINE, fetch
 from workers.kernels.launcher import Launcher, power_of_two
 
-ENDS_ROWS = 256  # tokens; more are products for cuBLAS
 _DEPTH, _STAGES = 128, 4  # latent features of a round, and rounds that are under way
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _enter(
-    q_ptr,
-    q_stride,
-    q_head_stride,
-    weights_ptr,
-    weights_stride,
-    out_ptr,
-    num_rows,
-    NUM_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    LATENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    gdc_launch_dependents()
-    head = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    features = tl.arange(0, SIZE)
-    weights = tl.load(weights_ptr + head * weights_stride + features[:, None] * LATENT + cols[None, :])
-    gdc_wait()
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    valid = (rows < num_rows)[:, None]
-    rows = rows.to(tl.int64)[:, None]
-    q = tl.load(q_ptr + rows * q_stride + head * q_head_stride + features[None, :], mask=valid, other=0.0)
-    absorbed = tl.dot(q, weights)
-    at = out_ptr + (rows * NUM_HEADS + head) * LATENT + cols[None, :]
-    tl.store(at, absorbed.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -86,21 +54,7 @@ def _leave(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-_launch_enter, _launch_leave = Launcher(_enter), Launcher(_leave)
-
-
-def enter_latents(q: Tensor, weights: Tensor) -> Tensor:
-    """q [A, H, N], any strides of A and H, weights [H, N, L], any stride of H -> [A, H, L]. N and L are powers of two,
-    16 or more."""
-    count, heads, size = q.shape
-    latent = weights.shape[2]
-    out = torch.empty(count, heads, latent, dtype=q.dtype, device=q.device)
-    rows = min(max(power_of_two(count), 16), 64)
-    cols = min(latent, 128 if count > 16 else 64)
-    arguments = (q, q.stride(0), q.stride(1), weights, weights.stride(0), out, count)
-    constants = {"NUM_HEADS": heads, "SIZE": size, "LATENT": latent, "ROWS": rows, "COLS": cols}
-    _launch_enter((heads, latent // cols, -(-count // rows)), arguments, constants, num_warps=4)
-    return out
+_launch_leave = Launcher(_leave)
 
 
 def leave_latents(seen: Tensor, weights: Tensor, out: Tensor) -> None:

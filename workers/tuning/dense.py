@@ -1,0 +1,89 @@
+"""Products of many rows with one matrix: cuBLAS, or a kernel of cuBLASLt by number."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from workers.kernels.cublas_lt import LtError, LtProduct
+from workers.kernels.dense_gemm import dense
+from workers.kernels.tactic_table import Tactic, dense_key
+from workers.kernels.tactics import LtKernel
+from workers.tuning.problem import COLD_BYTES, Launched, captured, cold_us, drawn, replayed
+
+_CLUSTERS = tuple(range(2, 10))  # cublasLtClusterShape_t: of one multiprocessor, to two by four
+_TILES = 16
+_FINAL = 5  # so many are measured again, by turns: a card grows slower as it grows hot
+_ROUNDS = 8
+_WORTH = 0.99  # of cuBLAS's time; what is nearer stays with it
+
+
+@dataclass(frozen=True)
+class DenseProblem:
+    num_rows: int
+    outputs: int
+    inputs: int
+
+    @property
+    def key(self) -> str:
+        return dense_key(self.num_rows, (self.outputs, self.inputs))
+
+    def variants(self) -> Iterable[tuple[str, Launched]]:
+        return []  # all are compiled
+
+    def compile(self, kernel: str, tactic: Launched) -> None:
+        raise AssertionError("nothing to compile")
+
+    def tune(self) -> tuple[Tactic | None, float, float]:
+        count = min(max(2, -(-COLD_BYTES // (2 * self.outputs * self.inputs))), 12)
+        weights = [drawn(self.outputs, self.inputs) for _ in range(count)]
+        x = drawn(self.num_rows, self.inputs)
+
+        def launches(kernel: LtKernel | None) -> list[Callable[[], Tensor]]:
+            return [lambda w=weight: dense(x, w, kernel) for weight in weights]
+
+        trial = LtProduct(torch.cuda.current_device(), (self.outputs, self.inputs), self.inputs)
+        rough: dict[LtKernel, float] = {}
+        # What is proposed, its fastest tiles in all clusters, and those the other way over the product.
+        for stage in (_proposed, _clustered, _turned):
+            for kernel in stage(trial, self.num_rows, sorted(rough, key=rough.__getitem__)):
+                if kernel not in rough:
+                    rough[kernel] = cold_us(launches(kernel))
+        finalists = [None, *sorted(rough, key=rough.__getitem__)[:_FINAL]]
+        graphs = {kernel: captured(launches(kernel)) for kernel in finalists}
+        times: dict[LtKernel | None, list[float]] = {kernel: [] for kernel in finalists}
+        for _ in range(_ROUNDS):
+            for kernel, graph in graphs.items():
+                times[kernel].append(replayed(graph) / count)
+        medians = {kernel: statistics.median(each) for kernel, each in times.items()}
+        best = min(medians, key=medians.__getitem__)
+        if medians[best] > _WORTH * medians[None]:
+            best = None
+        return best, medians[best], medians[None]
+
+
+def _proposed(trial: LtProduct, num_rows: int, _: Sequence[LtKernel]) -> list[LtKernel]:
+    return trial.alternatives(num_rows)
+
+
+def _clustered(trial: LtProduct, _: int, kernels: Sequence[LtKernel]) -> list[LtKernel]:
+    bare = list(dict.fromkeys(replace(each, swizzle=0, cluster=0) for each in kernels))[:_TILES]
+    return [each for each in (replace(a, cluster=c) for a, c in product(bare, _CLUSTERS)) if _exists(trial, each)]
+
+
+def _turned(trial: LtProduct, _: int, kernels: Sequence[LtKernel]) -> list[LtKernel]:
+    turned = [replace(each, swizzle=1 - each.swizzle) for each in kernels[:_FINAL] if each.swizzle in (0, 1)]
+    return [each for each in turned if _exists(trial, each)]
+
+
+def _exists(trial: LtProduct, kernel: LtKernel) -> bool:
+    try:
+        trial.choose(kernel)
+    except LtError:
+        return False
+    return True
