@@ -20,6 +20,8 @@ from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import ExpertTactic
 
+_HALVED = 128  # rows of a tile, from which on the last one of a slot may have half of them
+
 
 @triton.jit
 def tile_and_column(num_tiles, num_cols, GROUP: tl.constexpr):
@@ -61,34 +63,29 @@ def rows_of_tile(
     return inputs, outs, valid
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def _product(
+@triton.jit
+def _product_of_tile(
     x_ptr,
     weights,  # pointer, or descriptor with TMA
     out_ptr,
     order_ptr,
-    tile_slots_ptr,
     tile_starts_ptr,
     tile_ends_ptr,
-    num_tiles,
-    features,  # inputs
-    outputs,  # of a row; gates and ups count once
+    tile,
+    col,
+    slot,
+    features,
+    outputs,
     GATED: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     SORTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    follow()
-    tile, col = tile_and_column(num_tiles, tl.cdiv(outputs, COLS), GROUP)
-    slot = tl.load(tile_slots_ptr + tile)
-    if slot < 0:
-        return
     inputs, outs, valid = rows_of_tile(tile, order_ptr, tile_starts_ptr, tile_ends_ptr, GATED, PER_TOKEN, SORTED, ROWS)
     cols = col * COLS + tl.arange(0, COLS)
     depth = tl.arange(0, DEPTH)
@@ -145,6 +142,86 @@ def _product(
         tl.store(out_at, acc.to(dtype), mask=valid[:, None] & (cols < outputs)[None, :])
 
 
+@triton.jit(do_not_specialize=["num_tiles"])
+def _product(
+    x_ptr,
+    weights,
+    out_ptr,
+    order_ptr,
+    tile_slots_ptr,
+    tile_starts_ptr,
+    tile_ends_ptr,
+    num_tiles,
+    features,  # inputs
+    outputs,  # of a row; gates and ups count once
+    GATED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SORTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    HALVES: tl.constexpr,  # the last tile of a slot may be half as high
+):
+    follow()
+    tile, col = tile_and_column(num_tiles, tl.cdiv(outputs, COLS), GROUP)
+    slot = tl.load(tile_slots_ptr + tile)
+    if slot < 0:
+        return
+    half = False
+    if HALVES:
+        half = tl.load(tile_ends_ptr + tile) - tl.load(tile_starts_ptr + tile) <= ROWS // 2
+    if half:
+        _product_of_tile(
+            x_ptr,
+            weights,
+            out_ptr,
+            order_ptr,
+            tile_starts_ptr,
+            tile_ends_ptr,
+            tile,
+            col,
+            slot,
+            features,
+            outputs,
+            GATED,
+            PER_TOKEN,
+            SORTED,
+            ROWS // 2,
+            COLS,
+            DEPTH,
+            EVEN,
+            SWAP,
+            TMA,
+        )
+    else:
+        _product_of_tile(
+            x_ptr,
+            weights,
+            out_ptr,
+            order_ptr,
+            tile_starts_ptr,
+            tile_ends_ptr,
+            tile,
+            col,
+            slot,
+            features,
+            outputs,
+            GATED,
+            PER_TOKEN,
+            SORTED,
+            ROWS,
+            COLS,
+            DEPTH,
+            EVEN,
+            SWAP,
+            TMA,
+        )
+
+
 _launch_product = Launcher(_product)
 
 
@@ -181,6 +258,7 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
         "EVEN": even,
         "SWAP": tactic.swap,
         "TMA": tma,
+        "HALVES": tactic.rows >= _HALVED and not tactic.swap,
     }
     _launch_product(
         (num_tiles * -(-outputs // tactic.cols), 1, 1),
