@@ -156,13 +156,15 @@ SWEPT = [
     ExpertTactic(16, 64, 128, 4, 4, swap=True),
     ExpertTactic(32, 128, 64, 4, 3, swap=True, tma=True),
     ExpertTactic(64, 64, 64, 4, 3, tma=True),
+    ExpertTactic(128, 128, 64, 8, 3, tma=True),  # the last tile of a slot may be half as high
+    ExpertTactic(128, 64, 64, 8, 3),
 ]
 
 
 @pytest.mark.parametrize("tactic", [None, *SWEPT])
 @pytest.mark.parametrize(
     ("tokens", "experts", "per_token", "d", "inner"),
-    [(1, 9, 3, 256, 136), (77, 9, 4, 320, 200), (600, 12, 8, 512, 384)],
+    [(1, 9, 3, 256, 136), (77, 9, 4, 320, 200), (600, 12, 8, 512, 384), (340, 7, 2, 256, 128)],
 )
 def test_experts(tokens: int, experts: int, per_token: int, d: int, inner: int, tactic: ExpertTactic | None) -> None:
     from workers.kernels.expert_routing import plan_rows

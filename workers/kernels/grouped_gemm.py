@@ -20,7 +20,7 @@ from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher
 from workers.kernels.tactics import ExpertTactic
 
-_HALVED = 128  # rows of a tile, from which on the last one of a slot may have half of them
+_HIGH = 128  # rows of a tile, from which on the last one of a slot may have half of them
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def rows_of_tile(
 @triton.jit
 def _product_of_tile(
     x_ptr,
+    rows_of_x,  # its descriptor, where rows that lie together come through the bulk copy engine, too
     weights,  # pointer, or descriptor with TMA
     out_ptr,
     order_ptr,
@@ -85,6 +86,7 @@ def _product_of_tile(
     EVEN: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    BULK_ROWS: tl.constexpr,
 ):
     inputs, outs, valid = rows_of_tile(tile, order_ptr, tile_starts_ptr, tile_ends_ptr, GATED, PER_TOKEN, SORTED, ROWS)
     cols = col * COLS + tl.arange(0, COLS)
@@ -93,6 +95,8 @@ def _product_of_tile(
     height = 2 * outputs if GATED else outputs  # rows of a slot's matrix
     first = slot.to(tl.int64) * height
     safe = tl.minimum(cols, outputs - 1)
+    if BULK_ROWS:
+        begin = tl.load(tile_starts_ptr + tile)
     if not TMA:
         w_at = weights + (first + safe)[:, None] * features + depth[None, :]
     if SWAP:
@@ -102,7 +106,11 @@ def _product_of_tile(
         acc = tl.zeros([ROWS, COLS], tl.float32)
         acc_up = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, features, DEPTH):
-        if EVEN:
+        if BULK_ROWS:
+            x = rows_of_x.load(
+                [begin, start]
+            )  # behind a slot's end are rows of the next one, whose outputs are not kept
+        elif EVEN:
             x = tl.load(x_at + start, mask=valid[:, None], other=0.0)
         else:
             x = tl.load(x_at + start, mask=valid[:, None] & (start + depth < features)[None, :], other=0.0)
@@ -145,6 +153,8 @@ def _product_of_tile(
 @triton.jit(do_not_specialize=["num_tiles"])
 def _product(
     x_ptr,
+    tall_tiles,
+    half_tiles,
     weights,
     out_ptr,
     order_ptr,
@@ -165,6 +175,7 @@ def _product(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     HALVES: tl.constexpr,  # the last tile of a slot may be half as high
+    BULK_ROWS: tl.constexpr,
 ):
     follow()
     tile, col = tile_and_column(num_tiles, tl.cdiv(outputs, COLS), GROUP)
@@ -177,6 +188,7 @@ def _product(
     if half:
         _product_of_tile(
             x_ptr,
+            half_tiles,
             weights,
             out_ptr,
             order_ptr,
@@ -196,10 +208,12 @@ def _product(
             EVEN,
             SWAP,
             TMA,
+            BULK_ROWS,
         )
     else:
         _product_of_tile(
             x_ptr,
+            tall_tiles,
             weights,
             out_ptr,
             order_ptr,
@@ -219,6 +233,7 @@ def _product(
             EVEN,
             SWAP,
             TMA,
+            BULK_ROWS,
         )
 
 
@@ -235,8 +250,13 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
     source = weights
     if tma:
         source = TensorDescriptor(weights, [slots * height, features], [features, 1], [tactic.cols, tactic.depth])
+    high = tactic.rows >= _HIGH and not tactic.swap
+    bulk_rows = high and tma and not per_token
+    heights = tactic.rows, tactic.rows // 2
+    tiles = [TensorDescriptor.from_tensor(x, [each, tactic.depth]) if bulk_rows else x for each in heights]
     arguments = (
         x,
+        *tiles,
         source,
         out,
         plan.order,
@@ -258,7 +278,8 @@ def _launch(x: Tensor, weights: Tensor, out: Tensor, plan: RowPlan, tactic: Expe
         "EVEN": even,
         "SWAP": tactic.swap,
         "TMA": tma,
-        "HALVES": tactic.rows >= _HALVED and not tactic.swap,
+        "HALVES": high,
+        "BULK_ROWS": bulk_rows,
     }
     _launch_product(
         (num_tiles * -(-outputs // tactic.cols), 1, 1),
