@@ -325,12 +325,17 @@ def main() -> None:
     if shape.in_fp8:
         figures.append(Figure("fp8 product", ceilings.fp8_flops / 1e12, "TFLOP/s", note="DeepGEMM, 8192 cubed"))
     what = f"{shape.name}{'' if shape.in_fp8 else ' in bf16'} on {torch.cuda.get_device_name()}"
+    report = Report("engine_gpu", what, told, figures, Setting.here(), {"gpu": torch.cuda.get_device_name()})
     for workload in arguments.workload:
         if workload == STEPS:
-            figures += step_figures(engine, shape, ceilings.bytes_per_s)
-            continue
-        figures += measure(engine, shape, workload, arguments.repeats, ceilings)
-    report = Report("engine_gpu", what, told, figures, Setting.here(), {"gpu": torch.cuda.get_device_name()})
+            measured = step_figures(engine, shape, ceilings.bytes_per_s)
+        else:
+            measured = measure(engine, shape, workload, arguments.repeats, ceilings)
+        figures += measured
+        for figure in measured:
+            progress(f"{figure.name}: {figure.value:.4g} {figure.unit}")
+        if arguments.json is not None:
+            report.write(arguments.json)  # who stops the rest keeps this
     publish(report, arguments.json)
     if arguments.profile is not None:
         profile(engine, arguments.profile, shape.name)
