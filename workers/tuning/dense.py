@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from workers.kernels.tactics import LtKernel
 from workers.tuning.problem import COLD_BYTES, Launched, captured, cold_us, drawn, replayed
 
 _CLUSTERS = tuple(range(2, 10))  # cublasLtClusterShape_t: of one multiprocessor, to two by four
-_TILES = 16
+_TILES = 16  # of the kernels that are proposed, tried in all clusters
 _FINAL = 5  # so many are measured again, by turns: a card grows slower as it grows hot
 _ROUNDS = 8
 _WORTH = 0.99  # of cuBLAS's time; what is nearer stays with it
@@ -54,7 +55,8 @@ class DenseProblem:
             for kernel in stage(trial, self.num_rows, sorted(rough, key=rough.__getitem__)):
                 if kernel not in rough:
                     rough[kernel] = cold_us(launches(kernel))
-        finalists = [None, *sorted(rough, key=rough.__getitem__)[:_FINAL]]
+        ran = [kernel for kernel in rough if isfinite(rough[kernel])]
+        finalists = [None, *sorted(ran, key=rough.__getitem__)[:_FINAL]]
         graphs = {kernel: captured(launches(kernel)) for kernel in finalists}
         times: dict[LtKernel | None, list[float]] = {kernel: [] for kernel in finalists}
         for _ in range(_ROUNDS):
