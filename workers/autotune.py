@@ -2,10 +2,10 @@
 
     python -m workers.autotune MODEL_FOLDER [--fp8] [--only OP] --output FILE [--jobs 12]
 
-Only config.json is read. Each op (workers.tuning) is measured at the token counts of `tactic_table.BUCKETS`, products of
-many rows at DENSE_BUCKETS, as it runs in a step: in a CUDA graph, launch behind launch, with inputs that are not in the
-L2. Never while serving: workers read the files at its start. A tactic that does not compile or run here is left out; the
-rule's own, which runs where no file fits, is always among the candidates.
+Only config.json is read. Each op (workers.tuning) is measured at the token counts of `tactic_table.BUCKETS`, products
+of many rows at DENSE_BUCKETS, as it runs in a step: in a CUDA graph, launch behind launch, with inputs that are not in
+the L2. Never while serving: workers read the files at its start. A tactic that does not compile or run here is left
+out; the rule's own, which runs where no file fits, is always among the candidates.
 """
 
 # pyright: reportMissingImports=false

@@ -1,8 +1,8 @@
 """Products of bf16 matrices by one kernel of cuBLASLt, chosen by its numbers, through its C interface. Reference:
 torch.nn.functional.linear, for which cuBLAS chooses by rules.
 
-Kernels that split the depth are left aside: they were not faster. Products of one device share a workspace: they run one
-after the other, on one stream. Shapes: T rows, n outputs, m inputs.
+Kernels that split the depth are left aside: they were not faster. Products of one device share a workspace: they run
+one after the other, on one stream. Shapes: T rows, n outputs, m inputs.
 """
 
 from __future__ import annotations
