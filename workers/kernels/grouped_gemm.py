@@ -185,56 +185,32 @@ def _product(
     half = False
     if HALVES:
         half = tl.load(tile_ends_ptr + tile) - tl.load(tile_starts_ptr + tile) <= ROWS // 2
-    if half:
-        _product_of_tile(
-            x_ptr,
-            half_tiles,
-            weights,
-            out_ptr,
-            order_ptr,
-            tile_starts_ptr,
-            tile_ends_ptr,
-            tile,
-            col,
-            slot,
-            features,
-            outputs,
-            GATED,
-            PER_TOKEN,
-            SORTED,
-            ROWS // 2,
-            COLS,
-            DEPTH,
-            EVEN,
-            SWAP,
-            TMA,
-            BULK_ROWS,
-        )
-    else:
-        _product_of_tile(
-            x_ptr,
-            tall_tiles,
-            weights,
-            out_ptr,
-            order_ptr,
-            tile_starts_ptr,
-            tile_ends_ptr,
-            tile,
-            col,
-            slot,
-            features,
-            outputs,
-            GATED,
-            PER_TOKEN,
-            SORTED,
-            ROWS,
-            COLS,
-            DEPTH,
-            EVEN,
-            SWAP,
-            TMA,
-            BULK_ROWS,
-        )
+    for halved in tl.static_range(2 if HALVES else 1):
+        if half == (halved == 1):
+            _product_of_tile(
+                x_ptr,
+                half_tiles if halved else tall_tiles,
+                weights,
+                out_ptr,
+                order_ptr,
+                tile_starts_ptr,
+                tile_ends_ptr,
+                tile,
+                col,
+                slot,
+                features,
+                outputs,
+                GATED,
+                PER_TOKEN,
+                SORTED,
+                ROWS >> halved,
+                COLS,
+                DEPTH,
+                EVEN,
+                SWAP,
+                TMA,
+                BULK_ROWS,
+            )
 
 
 _launch_product = Launcher(_product)
