@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.cublas_lt import lt_linear
 from workers.kernels.tactics import LtKernel
 
 _ALIGNED = 16  # bytes, of each row: else the copy engine does not take them
@@ -17,6 +18,4 @@ def dense(x: Tensor, weight: Tensor, kernel: LtKernel | None) -> Tensor:
         return F.linear(x, weight)
     if x.stride(1) != 1 or (x.data_ptr() | 2 * x.stride(0) | weight.data_ptr()) % _ALIGNED:
         return F.linear(x, weight)
-    from workers.kernels.cublas_lt import lt_linear
-
     return lt_linear(x, weight, kernel)

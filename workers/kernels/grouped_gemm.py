@@ -107,9 +107,8 @@ def _product_of_tile(
         acc_up = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, features, DEPTH):
         if BULK_ROWS:
-            x = rows_of_x.load(
-                [begin, start]
-            )  # behind a slot's end are rows of the next one, whose outputs are not kept
+            # Behind a slot's end are rows of the next one, whose outputs are not kept.
+            x = rows_of_x.load([begin, start])
         elif EVEN:
             x = tl.load(x_at + start, mask=valid[:, None], other=0.0)
         else:

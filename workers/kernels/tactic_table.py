@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from workers.kernels.cublas_lt import LtError, version
 from workers.kernels.tactics import (
     SINGLE_ENTRIES,
     ExpertTactics,
@@ -53,8 +54,6 @@ class DeviceSetting:
     @classmethod
     def of(cls, device: torch.device) -> DeviceSetting:
         import triton  # pyright: ignore[reportMissingImports]
-
-        from workers.kernels.cublas_lt import LtError, version
 
         try:
             cublas = version()

@@ -92,7 +92,9 @@ class FusedMla:
         out = torch.empty(*q.shape[:2], shape.value_dim, dtype=x.dtype, device=x.device)
         if singles:
             self.generate(
-                *(q[:singles], absorbed, out[:singles]),
+                q[:singles],
+                absorbed,
+                out[:singles],
                 lambda a, rope: step.decode(self._layer, a, rope, self._tactics),
             )
         if step.new is not None:

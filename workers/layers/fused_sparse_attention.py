@@ -65,7 +65,9 @@ class FusedDsa:
         if singles := step.dense_singles:
             inside = None if absorbed is None else absorbed[:singles]
             self._mla.generate(
-                *(q[:singles], inside, out[:singles]),
+                q[:singles],
+                inside,
+                out[:singles],
                 lambda a, rope: step.dense.decode(self._layer, a, rope, RULES),
             )
         if step.dense.new is not None:

@@ -50,13 +50,19 @@ class DenseProblem:
 
         trial = LtProduct(torch.cuda.current_device(), (self.outputs, self.inputs), self.inputs)
         rough: dict[LtKernel, float] = {}
-        # What is proposed, its fastest tiles in all clusters, and those the other way over the product.
-        for stage in (_proposed, _clustered, _turned):
-            for kernel in stage(trial, self.num_rows, sorted(rough, key=rough.__getitem__)):
+
+        def try_out(kernels: Iterable[LtKernel]) -> list[LtKernel]:
+            """All so far, the fastest first."""
+            for kernel in kernels:
                 if kernel not in rough:
                     rough[kernel] = cold_us(launches(kernel))
-        ran = [kernel for kernel in rough if isfinite(rough[kernel])]
-        finalists = [None, *sorted(ran, key=rough.__getitem__)[:_FINAL]]
+            return sorted(rough, key=rough.__getitem__)
+
+        # What is proposed, its fastest tiles in all clusters, and those the other way over the product.
+        fastest = try_out(trial.alternatives(self.num_rows))
+        fastest = try_out(_clustered(trial, fastest))
+        fastest = try_out(_turned(trial, fastest))
+        finalists = [None, *(kernel for kernel in fastest[:_FINAL] if isfinite(rough[kernel]))]
         graphs = {kernel: captured(launches(kernel)) for kernel in finalists}
         times: dict[LtKernel | None, list[float]] = {kernel: [] for kernel in finalists}
         for _ in range(_ROUNDS):
@@ -69,16 +75,12 @@ class DenseProblem:
         return best, medians[best], medians[None]
 
 
-def _proposed(trial: LtProduct, num_rows: int, _: Sequence[LtKernel]) -> list[LtKernel]:
-    return trial.alternatives(num_rows)
-
-
-def _clustered(trial: LtProduct, _: int, kernels: Sequence[LtKernel]) -> list[LtKernel]:
+def _clustered(trial: LtProduct, kernels: Sequence[LtKernel]) -> list[LtKernel]:
     bare = list(dict.fromkeys(replace(each, swizzle=0, cluster=0) for each in kernels))[:_TILES]
     return [each for each in (replace(a, cluster=c) for a, c in product(bare, _CLUSTERS)) if _exists(trial, each)]
 
 
-def _turned(trial: LtProduct, _: int, kernels: Sequence[LtKernel]) -> list[LtKernel]:
+def _turned(trial: LtProduct, kernels: Sequence[LtKernel]) -> list[LtKernel]:
     turned = [replace(each, swizzle=1 - each.swizzle) for each in kernels[:_FINAL] if each.swizzle in (0, 1)]
     return [each for each in turned if _exists(trial, each)]
 
