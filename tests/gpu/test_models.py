@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -134,6 +135,28 @@ def test_logits_agree_with_fp32(rank: Rank) -> None:
         assert rank.model.forward(ids, batch, (1,)).shape == (len(ids), 1024)
     ours, rounded, plain = (torch.cat(parts) for parts in zip(*logits, strict=True))
     assert agreement(ours, plain) < 1.3 * agreement(rounded, plain) + 0.01
+
+
+@torch.inference_mode()
+def test_rows_that_are_read_are_all_that_leaves_the_last_layer(rank: Rank) -> None:
+    """And the cache is as if all did."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 1000, (4, 600), device=CUDA)
+    pages = [pages.view(torch.uint8) for cache in rank.caches for pages in cache.regions.values()]
+    for rows in STEPS:
+        batch = batch_of(rows)
+        ids = torch.cat([tokens[number, cached : cached + new] for number, cached, new in rows])
+        whole, written = rank.model.forward(ids, batch), [each.clone() for each in pages]
+        for read in (batch.logits_rows, batch.logits_rows[-1:], batch.logits_rows[:0]):
+            asked = replace(batch, only_logits=True, logits_rows=read)
+            hidden = rank.model.forward(ids, asked)
+            if batch.num_decodes < batch.num_sequences:
+                assert hidden.shape == (len(read), whole.shape[1])
+                assert not len(read) or agreement(hidden, whole[read]) < 0.06
+            else:
+                assert torch.equal(hidden, whole)
+            assert all(torch.equal(each, before) for each, before in zip(pages, written, strict=True))
+            assert rank.model.forward(ids, asked, (1,)).shape == (len(ids), 1024)
 
 
 @torch.inference_mode()

@@ -81,10 +81,15 @@ class AttentionBatch:
     # [B, 2] int64 on the device: first row and number of queries, 0 where no sequence is. If it is there, the lists do
     # not count, and num_decodes is 0.
     spans: Tensor | None = None
+    only_logits: bool = False  # nobody reads hidden states but those of `logits_rows`: a model may return these alone
 
     @property
     def num_tokens(self) -> int:
         return self.query_starts[-1] if self.query_starts else 0
+
+    def rows_read(self) -> Tensor | None:
+        """[N] int64, the rows of T that the last layer's KV is not enough of; None: all, or most."""
+        return self.logits_rows if self.only_logits and self.num_decodes < self.num_sequences else None
 
 
 class KvCache:

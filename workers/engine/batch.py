@@ -115,6 +115,7 @@ def build(plan: StepPlan, mirror: SequenceMirror, device: torch.device) -> StepB
         fixed=tuple(
             FixedGroupMetadata(table, lens.tolist(), next(moved)) for table, lens in zip(fixed, extents, strict=True)
         ),
+        only_logits=not (read.prompts or read.pooled),
     )
     return StepBatch(
         input_ids=ids,

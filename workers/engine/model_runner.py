@@ -34,7 +34,7 @@ class StepModel(Protocol):
     """What a rank needs of a model whose caches are bound (workers.models.model.CausalModel has it)."""
 
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
-        """[T] -> [T, d]; writes the KV of all T tokens."""
+        """[T] -> [T, d], or [N, d] where the batch asks for no more; writes the KV of all T tokens."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class ModelRunner:
 
     def _draw(self, plan: StepPlan, batch: StepBatch, hidden: Tensor) -> Launched:
         rows = batch.attention.logits_rows
-        # All rows draw: a model that has their logits already recognises what it returned.
+        # As many rows as draw are these: a model that has their logits already recognises what it returned.
         logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         kept: list[DrawnRows] = []
         if (batch.num_logprobs >= 0).any():

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.tactics import RunsTactic
 
@@ -27,15 +26,13 @@ _FEW = 512  # sequences times heads, each of many runs: more programs merge them
 _HEADS = 4  # that one program merges else: starting programs is what costs
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most_runs", "beside", "runs_each", "each_run"])
+@triton.jit(do_not_specialize=["num_sequences", "most_runs", "runs_each", "each_run"])
 def _cut(
     positions_ptr,
     num_sequences,
     most_runs,
     runs_ptr,
     bounds_ptr,
-    arrived_ptr,
-    beside,
     runs_each,  # of a sequence, if contexts are about as long as each other
     each_run,  # has so many sequences then; one of the two is 1, or both are 0: never
     TILE: tl.constexpr,
@@ -44,7 +41,6 @@ def _cut(
     BEHIND: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):
-    # Who comes next does so when this is done: it is read by many that wait for others alone.
     gdc_wait()
     each = tl.arange(0, SEQUENCES)
     there = each < num_sequences
@@ -88,8 +84,6 @@ def _cut(
         tl.store(at, tl.where(even, own, holds_begin).to(tl.int32))
         pieces = tl.minimum(runs_each, tl.maximum((stop - begin).to(tl.int32) // LEAST, 1))
         tl.store(at + 1, tl.where(even, own + pieces - 1, holds_end).to(tl.int32))
-        for program in range(beside):
-            tl.store(arrived_ptr + sequence * beside + program, 0)
 
 
 @triton.jit
@@ -115,9 +109,10 @@ def _merge(
     FEATURES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    follow()
+    gdc_launch_dependents()
     sequence = tl.program_id(0)
     first, last = tl.load(bounds_ptr + sequence * 2), tl.load(bounds_ptr + sequence * 2 + 1)
+    gdc_wait()
     if first == last:
         return
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -142,7 +137,8 @@ _launch_cut, _launch_merge = Launcher(_cut), Launcher(_merge)
 
 
 class ContextRuns(NamedTuple):
-    """How the contexts of a step are cut, for all its layers."""
+    """How the contexts of a step are cut, for all its layers. Kernels that follow others closely need not wait for them
+    before they read this, and positions and block tables that were there when it was made."""
 
     positions: Tensor  # [B]
     runs: Tensor  # [runs, 4] int32: first and last sequence, a run's first tile of the one and end in the other
@@ -162,12 +158,13 @@ def cut_contexts(positions: Tensor, beside: int, tactic: RunsTactic) -> ContextR
         runs_each, each_run, most_runs = 0, 0, programs
     runs = torch.empty(most_runs, 4, dtype=torch.int32, device=positions.device)
     bounds = torch.empty(count, 2, dtype=torch.int32, device=positions.device)
-    arrived = torch.empty(count, beside, dtype=torch.int32, device=positions.device)
-    arguments = (positions, count, most_runs, runs, bounds, arrived, beside, runs_each, each_run)
+    arguments = (positions, count, most_runs, runs, bounds, runs_each, each_run)
     extra = _EXTRA_TOKENS // tactic.tile
     constants = {"TILE": tactic.tile, "LEAST": max(_LEAST_TOKENS // tactic.tile, 1)}
     constants |= {"BEFORE": extra // 2, "BEHIND": extra - extra // 2, "SEQUENCES": max(power_of_two(count), 64)}
     _launch_cut((most_runs + count, 1, 1), arguments, constants, num_warps=2)
+    # Torch launches this when all ahead has ended, and what comes later comes behind it.
+    arrived = torch.zeros(count, beside, dtype=torch.int32, device=positions.device)
     return ContextRuns(positions, runs, bounds, arrived, tactic)
 
 

@@ -19,6 +19,10 @@ from workers.kernels.launcher import Launcher, power_of_two
 
 CHUNK = 1024  # entries that are counted together
 _TOKENS = 8  # that one program routes
+_PIECE = 64  # entries of a chunk that one program places, where there are several chunks
+_CROWD = 24 * CHUNK  # entries, from which on programs of fewer threads are faster: they do not run all at once
+_TILES = 16  # that one program describes at once
+_COUNTS = 4096  # that one program reads at once
 
 
 # What differs from step to step is no reason to compile again, here and in all kernels that prompts go through.
@@ -155,13 +159,25 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor,
     return experts, weights
 
 
-@triton.jit(do_not_specialize=["num_entries"])
-def _count(slots_ptr, counts_ptr, num_entries, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
-    follow()
-    chunk = tl.program_id(0)
-    entries = chunk * CHUNK + tl.arange(0, CHUNK)
+@triton.jit
+def _count_some(slots_ptr, at, index, num_entries, SLOTS: tl.constexpr, SIZE: tl.constexpr):
+    entries = index * SIZE + tl.arange(0, SIZE)
     slots = tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1)
-    tl.store(counts_ptr + chunk * SLOTS + tl.arange(0, SLOTS), tl.histogram(slots, SLOTS))
+    tl.store(at, tl.histogram(slots, SLOTS))
+
+
+@triton.jit(do_not_specialize=["num_entries", "num_chunks"])
+def _count(
+    slots_ptr, counts_ptr, num_entries, num_chunks, SLOTS: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr
+):
+    """Entries of each slot, in each chunk, and behind them in each piece."""
+    follow()
+    program = tl.program_id(0)
+    at = counts_ptr + program * SLOTS + tl.arange(0, SLOTS)
+    if program < num_chunks:
+        _count_some(slots_ptr, at, program, num_entries, SLOTS, CHUNK)
+    else:
+        _count_some(slots_ptr, at, program - num_chunks, num_entries, SLOTS, PIECE)
 
 
 _launch_count = Launcher(_count)
@@ -184,16 +200,23 @@ def _place(
     PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
     TILE: tl.constexpr,
     COUNTED: tl.constexpr,  # else there is one chunk, and each program counts it
 ):
     follow()
     program = tl.program_id(0)
-    chunk = program * PIECE // CHUNK
     slots = tl.arange(0, SLOTS)
     before = tl.zeros([SLOTS], tl.int32)
     total = tl.zeros([SLOTS], tl.int32)
+    begin = 0
     if COUNTED:
+        begin = program * PIECE
+        chunk = begin // CHUNK
+        each: tl.constexpr = CHUNK // PIECE
+        pieces = chunk * each + tl.arange(0, each)
+        of_pieces = counts_ptr + (num_chunks + pieces)[:, None] * SLOTS + slots[None, :]
+        before += tl.sum(tl.load(of_pieces, mask=(pieces < program)[:, None], other=0), 0)
         for start in range(0, num_chunks, CHUNKS):
             chunks = start + tl.arange(0, CHUNKS)
             at = counts_ptr + chunks[:, None] * SLOTS + slots[None, :]
@@ -205,11 +228,11 @@ def _place(
         total += tl.histogram(tl.load(slots_ptr + entries, mask=entries < num_entries, other=SLOTS - 1), SLOTS)
     total = tl.where(slots < num_slots, total, 0)
     start = tl.cumsum(total, 0) - total
-    # Where each entry of the piece goes: the start of its slot, what earlier chunks have of it, what its own has.
+    # Where each entry of the piece goes: the start of its slot, what is counted ahead of it, what stands between.
     mine = program * PIECE + tl.arange(0, PIECE)
     slot = tl.load(slots_ptr + mine, mask=mine < num_entries, other=SLOTS - 1)
-    offset = tl.sum(tl.where(slot[:, None] == slots[None, :], (start + before)[None, :], 0), 1)
-    for first in range(chunk * CHUNK, program * PIECE + 1, WIDTH):
+    offset = tl.gather(start + before, slot, 0)
+    for first in range(begin, program * PIECE + 1, WIDTH):
         others = first + tl.arange(0, WIDTH)
         their_slots = tl.load(slots_ptr + others, mask=others < num_entries, other=SLOTS - 1)
         earlier = (their_slots[None, :] == slot[:, None]) & (others[None, :] < mine[:, None])
@@ -218,14 +241,12 @@ def _place(
     # Tiles of TILE rows, none over two slots; those behind the last have slot -1.
     tiles_of = tl.cdiv(total, TILE)
     tiles_until = tl.cumsum(tiles_of, 0)
-    for at in range(program * PIECE, max_tiles, tl.num_programs(0) * PIECE):
-        tiles = at + tl.arange(0, PIECE)
+    for at in range(program * TILES, max_tiles, tl.num_programs(0) * TILES):
+        tiles = at + tl.arange(0, TILES)
         owner = tl.sum((tiles_until[None, :] <= tiles[:, None]).to(tl.int32), 1)
-        is_owner = owner[:, None] == slots[None, :]
-        base = tl.sum(tl.where(is_owner, start[None, :], 0), 1)
-        until = tl.sum(tl.where(is_owner, (start + total)[None, :], 0), 1)
-        passed = tl.sum(tl.where(is_owner, (tiles_until - tiles_of)[None, :], 0), 1)
-        row = base + (tiles - passed) * TILE
+        own = tl.minimum(owner, SLOTS - 1)
+        row = tl.gather(start, own, 0) + (tiles - tl.gather(tiles_until - tiles_of, own, 0)) * TILE
+        until = tl.gather(start + total, own, 0)
         tl.store(tile_slots_ptr + tiles, tl.where(owner < SLOTS, owner, -1), mask=tiles < max_tiles)
         tl.store(tile_starts_ptr + tiles, row, mask=tiles < max_tiles)
         tl.store(tile_ends_ptr + tiles, until, mask=tiles < max_tiles)
@@ -256,11 +277,14 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
     tiles = torch.empty(3, -(-max_tiles // 4) * 4, dtype=torch.int32, device=slots.device)
     tile_slots, tile_starts, tile_ends = tiles[:, :max_tiles].unbind()
     counts = order
+    piece = 16  # entries that one program places
+    warps = 4 if num_entries <= _CROWD else 2
     if chunks > 1:
-        counts = torch.empty(chunks, width, dtype=torch.int32, device=slots.device)
-        constants = {"SLOTS": width, "CHUNK": CHUNK}
-        _launch_count((chunks, 1, 1), (slots, counts, num_entries), constants, num_warps=4)
-    piece = 16 if num_entries <= 4 * CHUNK else 64  # entries that one program places
+        piece = _PIECE
+        pieces = -(-num_entries // piece)
+        counts = torch.empty(chunks + pieces, width, dtype=torch.int32, device=slots.device)
+        constants = {"SLOTS": width, "CHUNK": CHUNK, "PIECE": piece}
+        _launch_count((chunks + pieces, 1, 1), (slots, counts, num_entries, chunks), constants, num_warps=warps)
     arguments = (
         slots,
         counts,
@@ -277,10 +301,11 @@ def plan_rows(slots: Tensor, num_slots: int, tile: int) -> RowPlan:
         "SLOTS": width,
         "CHUNK": CHUNK,
         "PIECE": piece,
-        "WIDTH": 256,
-        "CHUNKS": min(8, power_of_two(chunks)),
+        "WIDTH": piece if chunks > 1 else 256,
+        "CHUNKS": min(max(_COUNTS // width, 1), power_of_two(chunks)),
+        "TILES": _TILES,
         "TILE": tile,
         "COUNTED": chunks > 1,
     }
-    _launch_place((-(-num_entries // piece), 1, 1), arguments, constants, num_warps=4)
+    _launch_place((-(-num_entries // piece), 1, 1), arguments, constants, num_warps=warps)
     return RowPlan(order, tile_slots, tile_starts, tile_ends, tile)

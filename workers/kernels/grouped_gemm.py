@@ -106,6 +106,13 @@ def _product_of_tile(
         acc = tl.zeros([ROWS, COLS], tl.float32)
         acc_up = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, features, DEPTH):
+        # The matrix first: which rows it is multiplied with is not known as soon as that.
+        if TMA:
+            w = weights.load([(first + col * COLS).to(tl.int32), start])
+        elif EVEN:
+            w = tl.load(w_at + start)
+        else:
+            w = tl.load(w_at + start, mask=(start + depth < features)[None, :], other=0.0)
         if BULK_ROWS:
             # Behind a slot's end are rows of the next one, whose outputs are not kept.
             x = rows_of_x.load([begin, start])
@@ -113,12 +120,6 @@ def _product_of_tile(
             x = tl.load(x_at + start, mask=valid[:, None], other=0.0)
         else:
             x = tl.load(x_at + start, mask=valid[:, None] & (start + depth < features)[None, :], other=0.0)
-        if TMA:
-            w = weights.load([(first + col * COLS).to(tl.int32), start])
-        elif EVEN:
-            w = tl.load(w_at + start)
-        else:
-            w = tl.load(w_at + start, mask=(start + depth < features)[None, :], other=0.0)
         if SWAP:
             acc = tl.dot(w, tl.trans(x), acc)
         else:

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.kernels.context_runs import ContextRuns, merge_runs
-from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.paged_decode import LOG2_E
 
@@ -76,7 +76,7 @@ def _decode(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    follow()
+    gdc_launch_dependents()
     run = tl.program_id(0)
     sequence, final = tl.load(runs_ptr + run * 4).to(tl.int64), tl.load(runs_ptr + run * 4 + 1).to(tl.int64)
     first, last = tl.load(runs_ptr + run * 4 + 2), tl.load(runs_ptr + run * 4 + 3)
@@ -88,6 +88,7 @@ def _decode(
     some = sequence <= final
     length = (tl.load(positions_ptr + sequence, mask=some, other=0) + 1).to(tl.int32)
     ahead = tl.load(table_ptr + sequence * table_stride + first // tiles_per_block, mask=some, other=0).to(tl.int64)
+    gdc_wait()  # see ContextRuns: where a run begins was known before
     for index in range(sequence, final + 1):
         # What the next context begins with is asked for now: later, three loads would wait for each other.
         following = tl.minimum(index + 1, final)

@@ -46,12 +46,14 @@ def _turn(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Of one token: its row (part 0), or HEADS of its queries."""
+    """Of one token: its row (part 0), or HEADS of its queries. Where it stands does not depend on the kernel before."""
     half: tl.constexpr = ROPE // 2
     pairs = tl.arange(0, half)
     position = tl.load(positions_ptr + token)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
     cos = tl.load(cos_ptr + position * half + pairs)
     sin = tl.load(sin_ptr + position * half + pairs)
+    gdc_wait()
     if part == 0:
         features = tl.arange(0, LATENT)
         latent_ptr = kv_ptr + token * kv_stride + features
@@ -66,7 +68,6 @@ def _turn(
         turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (ROPE,)).to(latent.dtype)
         tl.store(latent_ptr, normed)
         tl.store(rope_ptr, turned)
-        slot = tl.load(slots_ptr + token).to(tl.int64)
         row = (slot // BLOCK_SIZE * num_layers + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
         row_ptr = rows_ptr + row * (LATENT + ROPE)
         tl.store(row_ptr + features, normed)
@@ -169,7 +170,6 @@ def _enter(
                 COLS,
             )
             return
-    gdc_wait()
     parts: tl.constexpr = 1 + (NUM_HEADS + HEADS - 1) // HEADS
     turning = program - num_entering
     _turn(

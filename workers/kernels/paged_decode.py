@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.kernels.context_runs import ContextRuns, add_parts, merge_runs
-from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
@@ -100,9 +100,10 @@ def _decode(
     QUERIES: tl.constexpr,
     MERGED: tl.constexpr,  # so many runs at once, by who comes last; 0: by another kernel
 ):
-    follow()
+    gdc_launch_dependents()
     head = tl.program_id(1)
     if SPLITS:
+        gdc_wait()
         begin = tl.program_id(0).to(tl.int64)
         final = begin
     else:
@@ -123,6 +124,8 @@ def _decode(
     inside = tokens[:, None] * DIM + features[None, :]
     start = tl.minimum(first, tl.cdiv(length, TILE) - 1) // tiles_per_block
     ahead = tl.load(table_ptr + begin * table_stride + start, mask=some, other=0).to(tl.int64)
+    if SPLITS == 0:
+        gdc_wait()  # see ContextRuns: where a run begins was known before
     for sequence in range(begin, final + 1):
         num_tiles = tl.cdiv(length, TILE)
         low, high = tl.where(sequence == begin, first, 0), tl.where(sequence == final, last, num_tiles)

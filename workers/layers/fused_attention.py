@@ -31,6 +31,13 @@ from workers.layers.packed_weights import PackedLinear
 Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+def project_read(out: Callable[[Tensor], Tensor], seen: Tensor, read: Tensor | None) -> Tensor:
+    """What was seen [T, H V] -> [T, d], or [N, d] of the rows that are read [N]; of none nothing is launched."""
+    if read is None:
+        return out(seen)
+    return out(seen[read]) if len(read) else seen.new_empty(0, 0)
+
+
 class FusedGqa:
     """x [T, d] -> [T, d]: one projection, one pass for norms, rotation and cache, attention, one projection."""
 
@@ -48,10 +55,16 @@ class FusedGqa:
         return self._qkv.scales is not None
 
     def __call__(
-        self, x: Tensor, rotation: RotationTable, step: HopperGqaStep, quantized: QuantizedRows | None = None
+        self,
+        x: Tensor,
+        rotation: RotationTable,
+        step: HopperGqaStep,
+        quantized: QuantizedRows | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
+        """read [N]: rows; if given, [N, d] of these."""
         seen = step.rotate_and_attend(self._layer, self._qkv(x, quantized), rotation, self._norms)
-        return self._out(seen)
+        return project_read(self._out, seen, read)
 
 
 class FusedMla:
@@ -79,8 +92,14 @@ class FusedMla:
         return self._first.scales is not None
 
     def __call__(
-        self, x: Tensor, rotation: RotationTable, step: HopperMlaStep, quantized: QuantizedRows | None = None
+        self,
+        x: Tensor,
+        rotation: RotationTable,
+        step: HopperMlaStep,
+        quantized: QuantizedRows | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
+        """read [N]: rows; if given, [N, d] of these."""
         shape, attention = self._shape, self._attention
         queries, kv = self.project(x, quantized)
         if self._second is not None:
@@ -99,7 +118,7 @@ class FusedMla:
             )
         if step.new is not None:
             self.forward_context(q[singles:], kv[singles:], out[singles:], step)
-        return self._out(out.flatten(1))
+        return project_read(self._out, out.flatten(1), read)
 
     def project(self, x: Tensor, quantized: QuantizedRows | None = None) -> tuple[Tensor, ...]:
         """[T, d] -> of each projection its features, [T, …]."""

@@ -17,7 +17,7 @@ from workers.kernels.latent_entry import ENDS_ROWS
 from workers.kernels.norms import rms_norm
 from workers.kernels.rotary import RotationTable
 from workers.kernels.tactic_table import RULES
-from workers.layers.fused_attention import FusedMla
+from workers.layers.fused_attention import FusedMla, project_read
 from workers.layers.mla import LatentAttention
 from workers.layers.packed_weights import PackedLinear
 
@@ -40,7 +40,8 @@ class FusedDsa:
         self._second = PackedLinear([attention.q_b_proj, indexer.wq_b])
         self._num_queries = attention.q_b_proj.weight.shape[0]
 
-    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperDsaStep) -> Tensor:
+    def __call__(self, x: Tensor, rotation: RotationTable, step: HopperDsaStep, read: Tensor | None = None) -> Tensor:
+        """read [N]: rows; if given, [N, d] of these."""
         shape, attention, indexer = self._shape, self._attention, self._indexer
         latents, kv, keys, weights = self._mla.project(x)
         latents = rms_norm(latents, attention.q_a_layernorm.weight, attention.q_a_layernorm.eps)
@@ -77,7 +78,7 @@ class FusedDsa:
             rows.put(out, seen)
         if step.sparse is not None:
             self._attend_chosen(q, absorbed, index_queries, weights, rotation, step, step.sparse, out)
-        return attention.o_proj(out.flatten(1))
+        return project_read(attention.o_proj, out.flatten(1), read)
 
     def _queries(self, latents: Tensor, *, asked: bool) -> tuple[Tensor, Tensor]:
         """[T, Q] -> [T, H, N + R] and [T, I, J], the latter empty when nobody asks."""

@@ -199,7 +199,7 @@ class DecoderForCausalLM(nn.Module, Generic[ConfigT]):
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
         step = self._begin(batch)
         if self._fused is not None:
-            return self._fused.forward(input_ids, step, capture_layers)
+            return self._fused.forward(input_ids, step, capture_layers, batch.rows_read())
         return self.model(input_ids, batch.positions, step, capture_layers)
 
     @torch.inference_mode()

@@ -51,7 +51,11 @@ class FusedDecoder:
         input_ids: Tensor,
         step: AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep | HopperDsaStep,
         capture: Sequence[int],
+        rows: Tensor | None = None,
     ) -> Tensor:
+        """rows [N] int64: those of T whose hidden states are read. What is behind attention in the last layer is not
+        computed of others. -> [N, d] in their order; without them, or if layers are captured, [T, …].
+        """
         assert isinstance(step, HopperGqaStep | HopperMlaStep | HopperDsaStep), (
             "fused layers run on the backend they were made for"
         )
@@ -62,9 +66,14 @@ class FusedDecoder:
             x, normed, quantized = _enter(x, delta, layer.input_norm, layer.attends_in_fp8)
             if capture:
                 entering.append(x)
-            delta = layer.attend(normed, self._rotation, step, quantized)
+            read = rows if layer is self.layers[-1] and not capture else None
+            delta, slots = layer.attend(normed, self._rotation, step, quantized, read), step.slots
+            if read is not None:
+                if not len(read):
+                    return normed[:0]
+                x, slots = x[read], slots[read]
             x, normed, quantized = _enter(x, delta, layer.mlp_norm, layer.mlp.in_fp8)
-            delta = layer.mlp(normed, step.slots, quantized)
+            delta = layer.mlp(normed, slots, quantized)
         x, normed, _ = _enter(x, delta, self._norm, False)
         if not capture:
             return normed
@@ -105,13 +114,15 @@ class _FusedLayer:
         rotation: RotationTable,
         step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
         quantized: QuantizedRows | None,
+        read: Tensor | None,
     ) -> Tensor:
+        """[T, d] -> [T, d], or [N, d] of the rows that are `read` [N]."""
         if self._gqa is not None and isinstance(step, HopperGqaStep):
-            return self._gqa(x, rotation, step, quantized)
+            return self._gqa(x, rotation, step, quantized, read)
         if self._dsa is not None and isinstance(step, HopperDsaStep):
-            return self._dsa(x, rotation, step)
+            return self._dsa(x, rotation, step, read)
         assert self._mla is not None and isinstance(step, HopperMlaStep), "the step belongs to another kind of model"
-        return self._mla(x, rotation, step, quantized)
+        return self._mla(x, rotation, step, quantized, read)
 
 
 def _enter(

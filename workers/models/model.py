@@ -74,7 +74,8 @@ class CausalModel(Protocol):
         ...
 
     def forward(self, input_ids: Tensor, batch: AttentionBatch, capture_layers: Sequence[int] = ()) -> Tensor:
-        """input_ids [T] int64 -> hidden states after the final norm [T, d]; writes the KV of all T tokens.
+        """input_ids [T] int64 -> hidden states after the final norm [T, d], or, where the batch says that nobody reads
+        others, those of its `logits_rows` [N, d]; writes the KV of all T tokens.
 
         With n `capture_layers` the result is [T, (1 + n) * d]: the residual stream that enters each of these layers
         is appended, in the order asked (num_layers: what leaves the last one).

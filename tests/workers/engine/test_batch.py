@@ -68,6 +68,8 @@ def check(batch: StepBatch, plan: StepPlan, by_id: dict[int, Sequence]) -> None:
     assert batch.sampled_ids == [row.id for _, row in sampled]
     assert [plan.sequences[i].id for i in batch.sampled_rows.tolist()] == batch.sampled_ids
     assert attention.logits_rows.tolist() == [attention.query_starts[i + 1] - 1 for i, _ in sampled]
+    assert attention.only_logits, "nobody reads prompts here"
+    assert (attention.rows_read() is None) == (attention.num_decodes == len(rows))
     assert batch.draws.position.tolist() == [row.start + row.num_tokens for _, row in sampled]
     for values, expected in [
         (batch.draws.seed, [by_id[row.id].params.seed for _, row in sampled]),
@@ -129,3 +131,18 @@ def test_a_batch_of_decodes_has_no_padding_beyond_its_longest_context() -> None:
     assert table.shape == (2, 5)
     assert table[0, 1:].tolist() == [0] * 4  # null blocks
     assert batch.attention.groups[0].slot_mapping.dtype == torch.int64
+
+
+def test_who_reads_a_prompt_gets_all_its_hidden_states() -> None:
+    blocks = BlockManager([GroupCapacity("self", 64, BLOCK_SIZE)])
+    scheduler = Scheduler(blocks, limits(), b"root" * 4)
+    mirror = SequenceMirror([BLOCK_SIZE], frozenset())
+    seen: list[bool] = []
+    for i, num_prompt_logprobs in enumerate([None, 2]):
+        params = SamplingParams(max_tokens=5, num_prompt_logprobs=num_prompt_logprobs)
+        scheduler.add(Sequence(i, RequestKey(str(i), 0), [1] * 9, 9, params, arrival=i))
+        plan = scheduler.schedule()
+        mirror.apply(plan)
+        seen.append(build(plan, mirror, CPU).attention.rows_read() is None)
+        scheduler.settle(plan, StepResult(tokens={row.id: 1 for row in plan.sequences if row.sample}))
+    assert seen == [False, True]
