@@ -105,7 +105,8 @@ def test_latent_decode(heads: int, tactic: RunsTactic | None) -> None:
 
 @pytest.mark.parametrize("programs", [5, 132, 264])
 @pytest.mark.parametrize("count", [1, 64, 131])
-def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
+@pytest.mark.parametrize("launch", [(32, 4, 3), (64, 4, 3, 4)])
+def test_latent_decode_of_many_contexts(count: int, programs: int, launch: tuple[int, ...]) -> None:
     """Runs that end within a context, at its end, behind many short ones, and one long context of many runs."""
     from workers.kernels.context_runs import cut_contexts
     from workers.kernels.latent_decode import latent_decode, programs_of
@@ -116,7 +117,7 @@ def test_latent_decode_of_many_contexts(count: int, programs: int) -> None:
     table = torch.randint(0, num_blocks, (count, 64), device=CUDA)
     positions = torch.tensor(lengths, device=CUDA) - 1
     q, rope = random(count, 16, 512), random(count, 16, 64)
-    cut = cut_contexts(positions, programs_of(16), RunsTactic(programs, 32, 4, 3))
+    cut = cut_contexts(positions, programs_of(16), RunsTactic(programs, *launch))
     out = latent_decode(q, rope, pages, table, 0, scale, cut)
     for row, length in enumerate(lengths):
         rows = pages[table[row], 0].flatten(0, 1)[:length].float()

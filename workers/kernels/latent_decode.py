@@ -27,24 +27,37 @@ def programs_of(num_heads: int) -> int:
 
 @triton.jit
 def attend_tile(q, q_rope, latents, rope, seen, scale, best, total, acc):
-    """One more tile of rows: latents and rope of those that are `seen`. Returns best, total and acc."""
-    scores = tl.dot(q, tl.trans(latents))
-    scores = tl.dot(q_rope, tl.trans(rope), scores)
-    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    """One more tile of rows: latents and rope of those that are `seen`. q, latents and acc are tuples, of all features
+    or of as many pieces of them: sums over a piece do not wait for those over others. Returns best, total and acc."""
+    if len(q) == 1:
+        scores = tl.dot(q_rope, tl.trans(rope), tl.dot(q[0], tl.trans(latents[0]))) * scale
+    else:
+        scores = tl.dot(q_rope, tl.trans(rope)) * scale
+        for i in tl.static_range(len(q)):
+            # Scaled one by one: a sum of products alone becomes one product, in which each waits for the last.
+            scores += tl.dot(q[i], tl.trans(latents[i])) * scale
+    scores = tl.where(seen[None, :], scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
     weights = tl.exp2(scores - new_best[:, None])
     shrink = tl.exp2(best - new_best)
     total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None] + tl.dot(weights.to(latents.dtype), latents)
+    weights = weights.to(rope.dtype)
+    shrink = shrink[:, None]
+    if len(q) == 1:
+        acc = (acc[0] * shrink + tl.dot(weights, latents[0]),)
+    else:
+        acc = [acc[each] * shrink + tl.dot(weights, latents[each]) for each in (0, 1, 2, 3)]
     return new_best, total, acc
 
 
 @triton.jit
 def store_part(parts_ptr, lse_ptr, part, valid, saw_any, best, total, acc, LATENT: tl.constexpr, ROWS: tl.constexpr):
-    """Of a run of a context, for `merge_splits`."""
+    """Of a run of a context, for `merge_splits`. acc: as of `attend_tile`."""
     if saw_any:
-        at = parts_ptr + part[:, None] * LATENT + tl.arange(0, LATENT)[None, :]
-        tl.store(at, acc / total[:, None], mask=valid[:, None])
+        piece: tl.constexpr = LATENT // len(acc)
+        at = parts_ptr + part[:, None] * LATENT + tl.arange(0, piece)[None, :]
+        for i in tl.static_range(len(acc)):
+            tl.store(at + i * piece, acc[i] / total[:, None], mask=valid[:, None])
         tl.store(lse_ptr + part, best + tl.log2(total), mask=valid)
     else:
         tl.store(lse_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=valid)
@@ -75,6 +88,7 @@ def _decode(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # 1 or 4
 ):
     gdc_launch_dependents()
     run = tl.program_id(0)
@@ -82,7 +96,9 @@ def _decode(
     first, last = tl.load(runs_ptr + run * 4 + 2), tl.load(runs_ptr + run * 4 + 3)
     heads = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = heads < NUM_HEADS
-    features, turned, tokens = tl.arange(0, LATENT), tl.arange(0, ROPE), tl.arange(0, TILE)
+    piece: tl.constexpr = LATENT // PIECES
+    which = (0,) if PIECES == 1 else (0, 1, 2, 3)
+    features, turned, tokens = tl.arange(0, piece), tl.arange(0, ROPE), tl.arange(0, TILE)
     tiles_per_block: tl.constexpr = BLOCK_SIZE // TILE
     row: tl.constexpr = LATENT + ROPE
     some = sequence <= final
@@ -96,11 +112,8 @@ def _decode(
         next_block = tl.load(table_ptr + following * table_stride)
         num_tiles = tl.cdiv(length, TILE)
         low, high = tl.where(index == sequence, first, 0), tl.where(index == final, last, num_tiles)
-        q = tl.load(
-            q_ptr + index * q_stride + heads[:, None] * q_head_stride + features[None, :],
-            mask=valid[:, None],
-            other=0.0,
-        )
+        q_at = q_ptr + index * q_stride + heads[:, None] * q_head_stride + features[None, :]
+        q = [tl.load(q_at + each * piece, mask=valid[:, None], other=0.0) for each in which]
         q_rope = tl.load(
             rope_ptr + index * rope_stride + heads[:, None] * rope_head_stride + turned[None, :],
             mask=valid[:, None],
@@ -108,7 +121,7 @@ def _decode(
         )
         best = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, LATENT], tl.float32)
+        acc = [tl.zeros([ROWS, piece], tl.float32) for each in which]
         row_of_table = table_ptr + index * table_stride
         for tile in range(low, high):
             block = ahead
@@ -116,12 +129,17 @@ def _decode(
             ahead = tl.load(row_of_table + tl.minimum(tile + 1, high - 1) // tiles_per_block).to(tl.int64)
             at = pages_ptr + ((block * num_layers + layer) * BLOCK_SIZE + tile % tiles_per_block * TILE) * row
             seen = tile * TILE + tokens < length
-            latents = tl.load(at + tokens[:, None] * row + features[None, :], mask=seen[:, None], other=0.0)
-            rope = tl.load(at + tokens[:, None] * row + LATENT + turned[None, :])
+            rows_at = at + tokens[:, None] * row
+            latents = [
+                tl.load(rows_at + each * piece + features[None, :], mask=seen[:, None], other=0.0) for each in which
+            ]
+            rope = tl.load(rows_at + LATENT + turned[None, :])
             best, weight, acc = attend_tile(q, q_rope, latents, rope, seen, scale, best, weight, acc)
         if high - low == num_tiles:
             at_out = out_ptr + (index * NUM_HEADS + heads[:, None]) * LATENT + features[None, :]
-            tl.store(at_out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
+            for i in tl.static_range(PIECES):
+                seen_of_all = acc[i] / weight[:, None]
+                tl.store(at_out + i * piece, seen_of_all.to(out_ptr.dtype.element_ty), mask=valid[:, None])
         else:
             # Runs and sequences only grow, together: no two parts have one sum.
             part = (run + index) * NUM_HEADS + heads
@@ -179,6 +197,7 @@ def latent_decode(
         "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
         "ROWS": rows,
+        "PIECES": tactic.pieces if latent % 64 == 0 else 1,
     }
     _launch_decode(
         (len(runs), -(-num_heads // rows), 1),

@@ -68,7 +68,7 @@ def _attend(
     )
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, LATENT], tl.float32)
+    acc = [tl.zeros([ROWS, LATENT], tl.float32) for _ in (0,)]
     row: tl.constexpr = LATENT + ROPE
     choice = chosen_ptr + query * CHOSEN
     ahead = tl.load(choice + first * TILE + tokens, mask=first * TILE + tokens < length, other=-1)
@@ -81,10 +81,10 @@ def _attend(
         at = rows_ptr + slots.to(tl.int64) * row
         latents = tl.load(at[:, None] + features[None, :], mask=seen[:, None], other=0.0)
         rope = tl.load(at[:, None] + LATENT + turned[None, :], mask=seen[:, None], other=0.0)
-        best, total, acc = attend_tile(q, q_rope, latents, rope, seen, scale, best, total, acc)
+        best, total, acc = attend_tile((q,), q_rope, (latents,), rope, seen, scale, best, total, acc)
     if SPLITS == 1:
         at_out = out_ptr + (query * NUM_HEADS + heads[:, None]) * LATENT + features[None, :]
-        tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
+        tl.store(at_out, (acc[0] / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
     else:
         part = (query * NUM_HEADS + heads) * SPLITS + split
         store_part(parts_ptr, lse_ptr, part, valid, first < last, best, total, acc, LATENT, ROWS)

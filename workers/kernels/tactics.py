@@ -30,6 +30,7 @@ class RunsTactic:
     tile: int  # tokens at a time; divides the block size
     warps: int
     stages: int
+    pieces: int = 1  # of a row of latents, that are multiplied side by side; 1 or 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +113,18 @@ RUNS = RunsTactic(2 * _PROGRAMS, tile=32, warps=2, stages=4)  # of K/V pages, al
 def latent_tactic(num_sequences: int, num_heads: int) -> RunsTactic:
     if num_heads > 16:
         return RunsTactic(_PROGRAMS // 2, tile=64, warps=8, stages=2)
-    if num_sequences <= 16:
-        return RunsTactic(_PROGRAMS // 2, tile=32, warps=4, stages=5)
+    if num_sequences <= 128:
+        return RunsTactic(_PROGRAMS // 2, tile=64, warps=4, stages=3, pieces=4)
     return RunsTactic(_PROGRAMS, tile=32, warps=4, stages=3)
 
 
-# What workers.autotune measures instead: programs, and tile, warps and stages.
+# What workers.autotune measures instead: programs, and tile, warps, stages and pieces.
 LATENT_PROGRAMS = (_PROGRAMS // 2, _PROGRAMS, 3 * _PROGRAMS // 2)
 LATENT_LAUNCHES = (
     *((16, 4, 4), (16, 4, 6)),
     *((32, 4, 2), (32, 4, 3), (32, 4, 5), (32, 8, 3), (32, 8, 5)),
     *((64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3)),
+    *((32, 4, 3, 4), (64, 4, 3, 4)),
 )
 
 

@@ -42,9 +42,10 @@ class LatentDecodeProblem:
 
     def variants(self) -> Iterable[tuple[str, RunsTactic]]:
         seen = {self._by_rule}
-        for programs, (tile, warps, stages) in product(LATENT_PROGRAMS, LATENT_LAUNCHES):
-            if tile * (self.latent + self.rope) * 2 * (stages - 1) <= SHARED_BYTES:
-                seen.add(RunsTactic(programs, tile, warps, stages))
+        for programs, launch in product(LATENT_PROGRAMS, LATENT_LAUNCHES):
+            tactic = RunsTactic(programs, *launch)
+            if tactic.tile * (self.latent + self.rope) * 2 * (tactic.stages - 1) <= SHARED_BYTES:
+                seen.add(tactic)
         return [("latent_decode", tactic) for tactic in sorted(seen, key=str)]
 
     def compile(self, kernel: str, tactic: Launched) -> None:
