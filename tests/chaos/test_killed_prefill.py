@@ -90,9 +90,7 @@ def test_killed_at_any_moment_a_spare_goes_on(request: pytest.FixtureRequest) ->
             answers = chaos.with_successor(hurting, "prefill", f"prefill-{seed + 2}")
             for text, answer in zip(texts, answers, strict=True):
                 assert_greedy(text, answer, told=f"run {seed}, {moment}")
-                # It was frozen in the other case, on a slow machine for so long that it counts as dead.
-                lived = moment is not Moment.AFTER
-                assert answer.attempt == 1 or not lived, "the decode worker lives: it is not the router's business"
+                assert answer.attempt == 1, "the decode worker lives: it is not the router's business"
             hurt[moment] += any(went_on(answer) for answer in answers)
             chaos.runner.run(chaos.cluster.assert_all_free())
     per_moment = [len(range(index, num_runs, len(Moment))) for index in range(len(Moment))]

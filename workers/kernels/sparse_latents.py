@@ -68,7 +68,7 @@ def _attend(
     )
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = [tl.zeros([ROWS, LATENT], tl.float32) for _ in (0,)]
+    acc = (tl.zeros([ROWS, LATENT], tl.float32),)
     row: tl.constexpr = LATENT + ROPE
     choice = chosen_ptr + query * CHOSEN
     ahead = tl.load(choice + first * TILE + tokens, mask=first * TILE + tokens < length, other=-1)

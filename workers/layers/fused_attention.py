@@ -31,11 +31,11 @@ from workers.layers.packed_weights import PackedLinear
 Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def project_read(out: Callable[[Tensor], Tensor], seen: Tensor, read: Tensor | None) -> Tensor:
+def project_read(out: PackedLinear | Linear, seen: Tensor, read: Tensor | None) -> Tensor:
     """What was seen [T, H V] -> [T, d], or [N, d] of the rows that are read [N]; of none nothing is launched."""
     if read is None:
         return out(seen)
-    return out(seen[read]) if len(read) else seen.new_empty(0, 0)
+    return out(seen[read]) if len(read) else seen.new_empty(0, out.weight.shape[0])
 
 
 class FusedGqa:
