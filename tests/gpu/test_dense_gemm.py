@@ -47,6 +47,18 @@ def test_every_kernel_that_a_table_names_computes_the_product() -> None:
                 assert error(dense(x, weight, kernel), x.float() @ weight.float().t()) < 4e-3, (rows, kernel)
 
 
+def test_every_kernel_adds_the_product_where_it_is_told_to() -> None:
+    from workers.kernels.dense_gemm import dense
+
+    for (outputs, inputs), kernels in tuned().items():
+        weight = random(outputs, inputs) * 0.05
+        for rows, kernel in [*kernels.items(), (300, None)]:
+            x, total = random(rows - 15, inputs), random(rows - 15, outputs)
+            want = total.float() + x.float() @ weight.float().t()
+            assert dense(x, weight, kernel, total) is total
+            assert error(total, want) < 4e-3, (rows, kernel)
+
+
 def test_rows_of_any_stride_and_number_and_again_the_same() -> None:
     """What a kernel does not take as it lies, or in another dtype, is cuBLAS's."""
     from workers.kernels.dense_gemm import dense

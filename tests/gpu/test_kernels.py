@@ -59,11 +59,27 @@ def test_silu_mul(rows: int, size: int) -> None:
     assert error(silu_mul(both), F.silu(both[:, :size]) * both[:, size:]) < 1e-3
 
 
+@pytest.mark.parametrize(("rows", "size", "d"), [(1, 16, 64), (17, 1408, 4096), (33, 12288, 1000), (600, 9000, 4096)])
+def test_silu_mul_of_rows_whose_norm_is_pending(rows: int, size: int, d: int) -> None:
+    from workers.kernels.activation import silu_mul
+    from workers.kernels.norms import PendingNorm
+
+    norm, x, weight = RmsNorm(d, 1e-3).to(CUDA), 30 * random(rows, d), 0.02 * random(2 * size, d)
+    norm.weight.data = torch.ones(d, device=CUDA)
+    gate, up = F.linear(norm(x.float()), weight.float()).split(size, -1)
+    assert error(silu_mul(F.linear(x, weight), PendingNorm(x, norm.eps)), F.silu(gate) * up) < 6e-3
+    x.zero_()
+    assert not silu_mul(F.linear(x, weight), PendingNorm(x, norm.eps)).any()
+
+
+@pytest.mark.parametrize(("tokens", "pending"), [(37, False), (1, True), (37, True), (520, True)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotated_heads_and_their_pages(normed: bool) -> None:
+def test_rotated_heads_and_their_pages(normed: bool, tokens: int, pending: bool) -> None:
+    """And the same of rows whose norm is pending."""
+    from workers.kernels.norms import PendingNorm
     from workers.kernels.rotary import RotationTable, rotate_heads
 
-    tokens, heads, kv, dim, layers, layer = 37, 12, 3, 128, 4, 2
+    heads, kv, dim, layers, layer = 12, 3, 128, 4, 2
     rotary = RotaryEmbedding(dim, 1e6)
     table = rotary.rotation(torch.arange(5000, device=CUDA), torch.float32)
     positions = torch.randint(0, 5000, (tokens,), device=CUDA)
@@ -71,21 +87,33 @@ def test_rotated_heads_and_their_pages(normed: bool) -> None:
     pages = torch.full((10, layers, 2, kv, BLOCK, dim), 7.0, dtype=BF16, device=CUDA)
     qkv = random(tokens, (heads + 2 * kv) * dim)
     q_norm, k_norm = norm_of(dim), norm_of(dim)
-    q, k, v = qkv.clone().view(tokens, -1, dim).split([heads, kv, kv], 1)
+    rows = PendingNorm(5 * random(tokens, 768), 1e-6) if pending else None
+    scaled = qkv.clone() if rows is None else (qkv * rows.rows.float().square().mean(-1, keepdim=True).rsqrt()).to(BF16)
+    q, k, v = scaled.view(tokens, -1, dim).split([heads, kv, kv], 1)
     if normed:
         q, k = q_norm(q), k_norm(k)
     rotation = rotary.rotation(positions, torch.float32)
     q, k = rotation.apply(q.float()), rotation.apply(k.float())
     norms = (q_norm.weight, k_norm.weight, 1e-6) if normed else None
     rotate_heads(
-        qkv, RotationTable(table.cos.flatten(1), table.sin.flatten(1)), positions, norms, pages, slots, layer, heads
+        qkv,
+        RotationTable(table.cos.flatten(1), table.sin.flatten(1)),
+        positions,
+        norms,
+        pages,
+        slots,
+        layer,
+        heads,
+        rows,
     )
     out = qkv.view(tokens, -1, dim)
     assert error(out[:, :heads], q) < 4e-3
     assert error(out[:, heads : heads + kv], k) < 4e-3
+    assert error(out[:, heads + kv :], v) < 4e-3
     blocks, offsets = slots // BLOCK, slots % BLOCK
     assert torch.equal(pages[blocks, layer, 0, :, offsets], out[:, heads : heads + kv])
-    assert torch.equal(pages[blocks, layer, 1, :, offsets], v)
+    assert torch.equal(pages[blocks, layer, 1, :, offsets], out[:, heads + kv :])
+    assert pending or torch.equal(out[:, heads + kv :], v)
     assert (pages[:, [0, 1, 3]] == 7).all()
     assert (pages[:, layer] == 7).sum() >= (10 * BLOCK - tokens) * 2 * kv * dim
 

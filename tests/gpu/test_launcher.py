@@ -32,7 +32,8 @@ def test_each_launch_suits_its_arguments(seed: int) -> None:
         rows = 3
         both = torch.randn(offset + rows * 2 * size, device=CUDA).to(dtype)[offset:].view(rows, 2 * size)
         out = torch.full((offset + rows * size + 1,), 7.0, dtype=dtype, device=CUDA)
-        launch((rows, 1, 1), (both, out[offset:], size), {"BLOCK": 1024}, num_warps=4)
+        constants = {"BLOCK": 1024, "BLOCKS": 1, "PENDING": 0}
+        launch((rows, 1, 1), (both, out[offset:], size, both, 1, 0.0), constants, num_warps=4)
         want = F.silu(both[:, :size].float()).to(dtype) * both[:, size:]
         assert error(out[offset:-1].view(rows, size), want) < 1e-2, f"{dtype}, {size} from {offset} on"
         assert (out[:offset] == 7).all() and out[-1] == 7, f"{dtype}, {size} from {offset} on: written beside"

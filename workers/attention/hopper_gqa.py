@@ -13,6 +13,7 @@ from torch import Tensor
 from workers.attention.flashinfer_prefill import HeadShape, Paged, Ragged, workspace
 from workers.attention.interface import AttentionBatch, AttentionProblem, KvCache
 from workers.kernels.context_runs import ContextRuns, cut_contexts
+from workers.kernels.norms import PendingNorm
 from workers.kernels.paged_decode import paged_decode
 from workers.kernels.rotary import RotationTable, rotate_heads
 from workers.kernels.tactics import RUNS
@@ -86,11 +87,16 @@ class HopperGqaStep:
         self._cut: ContextRuns | None = None  # of all layers, made by the first
 
     def rotate_and_attend(
-        self, layer: int, qkv: Tensor, rotation: RotationTable, norms: tuple[Tensor, Tensor, float] | None
+        self,
+        layer: int,
+        qkv: Tensor,
+        rotation: RotationTable,
+        norms: tuple[Tensor, Tensor, float] | None,
+        pending: PendingNorm | None = None,
     ) -> Tensor:
-        """qkv [T, (H + 2 K) D] as projected, overwritten -> [T, H * D]. `norms`: see `rotate_heads`."""
+        """qkv [T, (H + 2 K) D] as projected, overwritten -> [T, H * D]. `norms`, `pending`: see `rotate_heads`."""
         heads, kv = self._problem.num_heads, self._problem.num_kv_heads
-        rotate_heads(qkv, rotation, self.positions, norms, self._pages, self.slots, layer, heads)
+        rotate_heads(qkv, rotation, self.positions, norms, self._pages, self.slots, layer, heads, pending)
         q, k, v = qkv.unflatten(1, (heads + 2 * kv, -1)).split([heads, kv, kv], 1)
         return self._attend(layer, q, k, v)
 

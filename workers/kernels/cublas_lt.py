@@ -129,9 +129,9 @@ class LtProduct:
     def _problem(self) -> tuple[Pointer, ...]:
         return self._library.handle, self._product, self._weight, self._rows, self._out, self._out
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
-        out = torch.empty(rows, self._outputs, dtype=x.dtype, device=x.device)
+        out = torch.empty(rows, self._outputs, dtype=x.dtype, device=x.device) if total is None else total
         self._resize(rows)
         address = Pointer(out.data_ptr())
         self._call(
@@ -141,7 +141,7 @@ class LtProduct:
             byref(self._one),
             *(Pointer(weight.data_ptr()), self._weight),
             *(Pointer(x.data_ptr()), self._rows),
-            byref(self._zero),
+            byref(self._zero if total is None else self._one),
             *(address, self._out, address, self._out),
             byref(self._algorithm),
             *(Pointer(self._library.workspace.data_ptr()), c_size_t(_WORKSPACE)),
@@ -192,7 +192,8 @@ def _chosen(device: int, weight: tuple[int, int], row_stride: int, kernel: LtKer
     return product
 
 
-def lt_linear(x: Tensor, weight: Tensor, kernel: LtKernel) -> Tensor:
-    """x [T, m], features contiguous, weight [n, m] contiguous, both bf16 -> [T, n]. Raises LtError."""
+def lt_linear(x: Tensor, weight: Tensor, kernel: LtKernel, total: Tensor | None = None) -> Tensor:
+    """x [T, m], features contiguous, weight [n, m] contiguous, both bf16 -> [T, n]; with `total` [T, n], contiguous, it
+    is added there. Raises LtError."""
     outputs, inputs = weight.shape
-    return _chosen(x.device.index, (outputs, inputs), x.stride(0), kernel)(x, weight)
+    return _chosen(x.device.index, (outputs, inputs), x.stride(0), kernel)(x, weight, total)

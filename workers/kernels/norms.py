@@ -18,6 +18,22 @@ from workers.kernels.fp8_rows import QuantizedRows, quantize_groups
 from workers.kernels.launcher import Launcher, power_of_two
 
 
+class PendingNorm(NamedTuple):
+    """What a product made of rows as they are is still to be multiplied with the factors of their norm: who reads it
+    finds them. Their weights are part of the matrix."""
+
+    rows: Tensor  # [T, d], contiguous
+    eps: float
+
+
+@triton.jit
+def norm_factor(row_ptr, size, eps, BLOCK: tl.constexpr):
+    """1 / rms of one row of `size` features; BLOCK is a power of two from there on."""
+    cols = tl.arange(0, BLOCK)
+    wide = tl.load(row_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(wide * wide) / size + eps)
+
+
 @triton.jit
 def _store_norm(
     x,

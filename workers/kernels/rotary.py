@@ -15,9 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.following import follow
-from workers.kernels.launcher import Launcher
+from workers.kernels.launcher import Launcher, power_of_two
+from workers.kernels.norms import PendingNorm, norm_factor
 
 _HEADS = 8  # that one program rotates
+_PENDING_HEADS = 16  # if it reads the row whose norm is pending, too; of many rows one rotates them all
+_MANY_ROWS = 512
 
 
 class RotationTable(NamedTuple):
@@ -41,15 +44,22 @@ def _rotate_heads(
     layer,
     num_layers,
     eps,
+    rows_ptr,
+    row_size,
+    row_eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
+    PENDING: tl.constexpr,  # a power of two from `row_size` on; 0: no norm is pending
 ):
     follow()
     token = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if PENDING:
+        factor = norm_factor(rows_ptr + token * row_size, row_size, row_eps, PENDING)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half: tl.constexpr = DIM // 2
     features = tl.arange(0, half)
@@ -59,7 +69,9 @@ def _rotate_heads(
     left = tl.load(left_ptr, mask=exists, other=0.0)
     right = tl.load(left_ptr + half, mask=exists, other=0.0)
     dtype = left.dtype
-    x, y = left.to(tl.float32), right.to(tl.float32)
+    x, y = left.to(tl.float32) * factor, right.to(tl.float32) * factor
+    if PENDING:
+        left, right = x.to(dtype), y.to(dtype)
     if NORM:
         scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / DIM + eps)[:, None]
         is_query = (heads < NUM_HEADS)[:, None]
@@ -76,7 +88,7 @@ def _rotate_heads(
     sin = tl.load(sin_ptr + position * half + features)[None, :]
     new_left = tl.where(rotated[:, None], (x * cos - y * sin).to(dtype), left)
     new_right = tl.where(rotated[:, None], (y * cos + x * sin).to(dtype), right)
-    in_place = exists & rotated[:, None]
+    in_place = exists if PENDING else exists & rotated[:, None]
     tl.store(left_ptr, new_left, mask=in_place)
     tl.store(left_ptr + half, new_right, mask=in_place)
     slot = tl.load(slots_ptr + token).to(tl.int64)
@@ -100,9 +112,11 @@ def rotate_heads(
     slots: Tensor,
     layer: int,
     num_heads: int,
+    pending: PendingNorm | None = None,
 ) -> None:
-    """qkv [T, (H + 2 K) D]: queries and keys are normed (with `norms`: weights [D] of both, eps) and rotated half-split
-    in place; keys and values are written to `pages` [blocks, layers, 2, K, S, D] at `slots` [T] of `layer`.
+    """qkv [T, (H + 2 K) D], made of `pending` [T, d] or of normed rows: queries and keys are normed (with `norms`:
+    weights [D] of both, eps) and rotated half-split in place; keys and values are written to `pages`
+    [blocks, layers, 2, K, S, D] at `slots` [T] of `layer`.
 
     positions [T] int64.
     """
@@ -121,16 +135,24 @@ def rotate_heads(
         layer,
         num_layers,
         eps,
+        *((qkv, 1, 0.0) if pending is None else (pending.rows, pending.rows.shape[1], pending.eps)),
     )
+    heads, num_warps = _HEADS, 4
+    if pending is not None:
+        heads = _PENDING_HEADS
+        if len(qkv) >= _MANY_ROWS:
+            heads, num_warps = power_of_two(num_heads + 2 * num_kv), 8
     constants = {
         "NUM_HEADS": num_heads,
         "NUM_KV": num_kv,
         "DIM": dim,
         "BLOCK_SIZE": block_size,
         "NORM": norms is not None,
-        "HEADS": _HEADS,
+        "HEADS": heads,
+        "PENDING": 0 if pending is None else power_of_two(pending.rows.shape[1]),
     }
-    _launch_rotate_heads((qkv.shape[0], -(-(num_heads + 2 * num_kv) // _HEADS), 1), arguments, constants, num_warps=4)
+    grid = (len(qkv), -(-(num_heads + 2 * num_kv) // heads), 1)
+    _launch_rotate_heads(grid, arguments, constants, num_warps=num_warps)
 
 
 @triton.jit

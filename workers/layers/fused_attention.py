@@ -18,7 +18,7 @@ from workers.attention.hopper_mla import HopperMlaStep
 from workers.kernels.fp8_rows import QuantizedRows
 from workers.kernels.latent_entry import ENDS_ROWS, enter_latents
 from workers.kernels.latent_exit import leave_latents
-from workers.kernels.norms import rms_norm
+from workers.kernels.norms import PendingNorm, rms_norm
 from workers.kernels.rotary import RotationTable, join_keys
 from workers.kernels.split_merge import merge_rows
 from workers.kernels.tactic_table import RULES, TacticTable
@@ -65,6 +65,25 @@ class FusedGqa:
         """read [N]: rows; if given, [N, d] of these."""
         seen = step.rotate_and_attend(self._layer, self._qkv(x, quantized), rotation, self._norms)
         return project_read(self._out, seen, read)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `absorb` and `add_to` can be."""
+        return self._qkv.is_plain and self._out.is_plain
+
+    def absorb(self, norm: Tensor) -> None:
+        """The weights [d] of the norm of x become part of the matrix."""
+        self._qkv.absorb(norm)
+
+    def add_to(
+        self, x: Tensor, eps: float, rotation: RotationTable, step: HopperGqaStep, read: Tensor | None
+    ) -> Tensor:
+        """x [T, d], whose norm has been absorbed: it is itself what is added to; [N, d] of the rows `read` are new."""
+        seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms, PendingNorm(x, eps))
+        if read is not None:
+            x, seen = x[read], seen[read]
+        self._out.add_to(x, seen)
+        return x
 
 
 class FusedMla:

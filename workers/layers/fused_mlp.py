@@ -15,13 +15,14 @@ from workers.kernels.activation import silu_mul
 from workers.kernels.expert_routing import RouteSpec, plan_rows, route
 from workers.kernels.fp8_rows import QuantizedRows, quantize_rows, silu_mul_quantized
 from workers.kernels.grouped_gemm import down, gate_up, single_rows
-from workers.kernels.norms import ExpertOutputs
+from workers.kernels.norms import ExpertOutputs, PendingNorm, rms_norm
 from workers.kernels.skinny_gemm import skinny_gate_up, skinny_linear
 from workers.kernels.tactic_table import RULES, TacticTable
 from workers.kernels.tactics import DENSE_TOKENS, ROUTER, ROUTER_ROWS, SINGLE_ENTRIES, SKINNY_ROWS
 from workers.layers.fp8_experts import Fp8Experts
 from workers.layers.mlp import GatedMlp
 from workers.layers.moe import SparseMlp
+from workers.layers.norm import RmsNorm
 from workers.layers.packed_weights import PackedExperts, PackedLinear, pack_experts
 
 # Router logits [T, E] fp32, the tokens' cache slots [T], what is asked -> experts [T, k] int32, weights [T, k] fp32.
@@ -42,6 +43,9 @@ class FusedMlp:
         return self._both.scales is not None
 
     def __call__(self, x: Tensor, slots: Tensor, quantized: QuantizedRows | None = None) -> Tensor:
+        return self._of(x, quantized)
+
+    def _of(self, x: Tensor, quantized: QuantizedRows | None = None) -> Tensor:
         if self.in_fp8 and self._down.scales is not None:
             both = self._both(x, quantized)
             return self._down(both, silu_mul_quantized(both))
@@ -49,6 +53,22 @@ class FusedMlp:
             return self._down(silu_mul(self._both(x, quantized)))
         weight = self._both.weight
         return self._down(skinny_gate_up(x, weight, self._tactics.skinny(weight.shape, gated=True)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `absorb` and `add_to` can be."""
+        return self._both.is_plain and self._down.is_plain
+
+    def absorb(self, norm: Tensor) -> None:
+        """The weights [d] of the norm of x become part of the matrix."""
+        self._both.absorb(norm)
+
+    def add_to(self, x: Tensor, norm: RmsNorm) -> None:
+        """x [T, d], of whose norm the weights have been absorbed: it is itself what is added to."""
+        if len(x) > SKINNY_ROWS:
+            self._down.add_to(x, silu_mul(self._both(x), PendingNorm(x, norm.eps)))
+        elif len(x):
+            x += self._of(rms_norm(x, norm.weight, norm.eps))
 
 
 class FusedExperts:

@@ -51,6 +51,22 @@ class PackedLinear:
         y = product(quantize_rows(x) if quantized is None else quantized, self.weight, self.scales)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def is_plain(self) -> bool:
+        """A matrix of bf16 and nothing else."""
+        return self.scales is None and self.bias is None and self.weight.dtype == torch.bfloat16
+
+    def absorb(self, factors: Tensor) -> None:
+        """What else x would be multiplied with, factors [in], becomes part of the matrix, which is plain."""
+        self.weight.mul_(factors)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total [T, sum of outs], contiguous, += x [T, in] projected, by a plain matrix."""
+        if len(x) > SKINNY_ROWS:
+            dense(x, self.weight, self._tactics.dense(len(x), self.weight.shape), total)
+        elif len(x):
+            total += self(x)
+
     def behind(self, x: Tensor, first: int) -> Tensor:
         """x [T, in] -> [T, the outputs from number `first` on]. Of matrices that are not in fp8."""
         assert self.scales is None, "in fp8"

@@ -42,6 +42,10 @@ class FusedDecoder:
         self._embed = decoder.embed_tokens
         self._norm = decoder.norm
         self.layers = [_FusedLayer(layer, tactics) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        self._absorbed = all(layer.is_plain for layer in self.layers)
+        if self._absorbed:
+            for layer in self.layers:
+                layer.absorb_norms()
         device = decoder.embed_tokens.weight.device
         rotation = decoder.rotary.rotation(torch.arange(num_positions, device=device), torch.float32)
         self._rotation = RotationTable(rotation.cos.flatten(1).contiguous(), rotation.sin.flatten(1).contiguous())
@@ -59,26 +63,52 @@ class FusedDecoder:
         assert isinstance(step, HopperGqaStep | HopperMlaStep | HopperDsaStep), (
             "fused layers run on the backend they were made for"
         )
-        x = self._embed(input_ids)
+        absorbed = self._absorbed and len(input_ids) > SKINNY_ROWS
+        run = self._run_absorbed if absorbed else self._run
+        normed, entering = run(self._embed(input_ids), step, capture, None if capture else rows)
+        return torch.cat([normed, *(entering[index] for index in capture)], -1) if capture else normed
+
+    def _run(
+        self,
+        x: Tensor,
+        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
+        capture: Sequence[int],
+        rows: Tensor | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """x [T, d] -> what leaves the last norm, and what enters the layers that are captured, or leaves the last."""
         delta: Tensor | ExpertOutputs | None = None
-        entering: list[Tensor] = []
-        for layer in self.layers:
+        entering: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
             x, normed, quantized = _enter(x, delta, layer.input_norm, layer.attends_in_fp8)
-            if capture:
-                entering.append(x)
-            read = rows if layer is self.layers[-1] and not capture else None
+            if index in capture:
+                entering[index] = x
+            read = rows if layer is self.layers[-1] else None
             delta, slots = layer.attend(normed, self._rotation, step, quantized, read), step.slots
             if read is not None:
                 if not len(read):
-                    return normed[:0]
+                    return normed[:0], entering
                 x, slots = x[read], slots[read]
             x, normed, quantized = _enter(x, delta, layer.mlp_norm, layer.mlp.in_fp8)
             delta = layer.mlp(normed, slots, quantized)
         x, normed, _ = _enter(x, delta, self._norm, False)
-        if not capture:
-            return normed
-        entering.append(x)
-        return torch.cat([normed, *(entering[index] for index in capture)], -1)
+        return normed, entering | {len(self.layers): x}
+
+    def _run_absorbed(
+        self,
+        x: Tensor,
+        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
+        capture: Sequence[int],
+        rows: Tensor | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `_run`. What a layer adds its products add, and no norm but the last is written."""
+        assert isinstance(step, HopperGqaStep), "absorbed by layers of that kind"
+        entering: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if index in capture:
+                entering[index] = x.clone()
+            x = layer.add_to(x, self._rotation, step, rows if layer is self.layers[-1] else None)
+        normed = rms_norm(x, self._norm.weight, self._norm.eps) if len(x) else x
+        return normed, entering | {len(self.layers): x}
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden [N, d], the head's weight [V, d] -> [N, V]."""
@@ -102,6 +132,25 @@ class _FusedLayer:
                     linear.widen()
         self._dsa = FusedDsa(latent) if latent is not None and latent.indexer is not None else None
         self._mla = FusedMla(latent, tactics=tactics) if latent is not None and latent.indexer is None else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `absorb_norms` and `add_to` can be."""
+        return self._gqa is not None and self._gqa.is_plain and isinstance(self.mlp, FusedMlp) and self.mlp.is_plain
+
+    def absorb_norms(self) -> None:
+        """Their weights become part of the matrices behind them, and are ones from then on."""
+        assert self._gqa is not None and isinstance(self.mlp, FusedMlp), "of a plain layer"
+        for part, norm in ((self._gqa, self.input_norm), (self.mlp, self.mlp_norm)):
+            part.absorb(norm.weight)
+            norm.weight.fill_(1)
+
+    def add_to(self, x: Tensor, rotation: RotationTable, step: HopperGqaStep, read: Tensor | None) -> Tensor:
+        """x [T, d], behind `absorb_norms`: what it adds is added there; [N, d] of the rows `read` [N] are new."""
+        assert self._gqa is not None and isinstance(self.mlp, FusedMlp), "of a plain layer"
+        x = self._gqa.add_to(x, self.input_norm.eps, rotation, step, read)
+        self.mlp.add_to(x, self.mlp_norm)
+        return x
 
     @property
     def attends_in_fp8(self) -> bool:

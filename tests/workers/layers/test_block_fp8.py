@@ -115,6 +115,28 @@ def test_packed_matrices_stay_in_fp8_where_blocks_do_not_straddle_them(
     assert torch.equal(torch.cat([part.matrix() for part in parts]), meant)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 40])
+def test_packed_matrices_absorb_factors_and_add_what_they_project(rows: int) -> None:
+    parts = [linear(size, 48, seed, in_fp8=False) for seed, size in enumerate((32, 16))]
+    meant = torch.cat([part.matrix() for part in parts]).float()
+    packed, draw = PackedLinear(parts), torch.Generator().manual_seed(rows)
+    assert packed.is_plain
+    factors = torch.randn(48, generator=draw).to(BF16)
+    packed.absorb(factors)
+    assert torch.equal(packed.weight, (meant * factors.float()).to(BF16))
+    assert torch.equal(parts[1].weight, packed.weight[32:])
+    x, total = torch.randn(rows, 48, generator=draw).to(BF16), torch.randn(rows, 48, generator=draw).to(BF16)
+    want = total.float() + x.float() @ packed.weight.float().t()
+    packed.add_to(total, x)
+    torch.testing.assert_close(total.float(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_only_matrices_of_bf16_without_bias_are_plain() -> None:
+    assert not PackedLinear([linear(128, 128, 0)]).is_plain
+    assert not PackedLinear([Linear(16, 16, partition=Partition.COLUMN, bias=True, dtype=BF16)]).is_plain
+    assert not PackedLinear([Linear(16, 16, partition=Partition.COLUMN, dtype=torch.float32)]).is_plain
+
+
 def experts_of(inner: int, hidden: int, count: int) -> list[GatedMlp]:
     mlps = [GatedMlp(hidden, inner, dtype=BF16) for _ in range(count)]
     for seed, mlp in enumerate(mlps):
