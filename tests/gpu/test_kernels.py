@@ -88,7 +88,7 @@ def test_rotated_heads_and_their_pages(normed: bool, tokens: int, pending: bool)
     qkv = random(tokens, (heads + 2 * kv) * dim)
     q_norm, k_norm = norm_of(dim), norm_of(dim)
     rows = PendingNorm(5 * random(tokens, 768), 1e-6) if pending else None
-    scaled = qkv.clone() if rows is None else (qkv * rows.rows.float().square().mean(-1, keepdim=True).rsqrt()).to(BF16)
+    scaled = qkv.clone() if rows is None else qkv * rows.rows.float().square().mean(-1, keepdim=True).rsqrt()
     q, k, v = scaled.view(tokens, -1, dim).split([heads, kv, kv], 1)
     if normed:
         q, k = q_norm(q), k_norm(k)
