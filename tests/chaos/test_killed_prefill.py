@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from enum import Enum, auto
 from random import Random
 
@@ -18,6 +19,7 @@ from tests.support.plain_cluster import Answer
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(180)]
 
 NUM_RUNS, NUM_SHORT_RUNS = 20, 6
+FROZEN_S = 0.7  # a worker that is silent for about twice as long is given up
 TEXTS = prompts(6, 300, 440)
 LATER = prompts(1, 300, 440, seed=8)[0]
 PULLED = "sluice_transfer_pulled_blocks_total"
@@ -49,7 +51,9 @@ async def kill_at(
             tasks = chaos.ask(texts)
             await watch.until("decode-0", lambda load: load.num_pulling == len(texts), "all asked")
             chaos.freeze("decode-0")  # reads stop, at whatever they are
-            await watch.until(victim, lambda load: load.num_waiting + load.num_running == 0, "all computed")
+            with suppress(TimeoutError):  # a slow machine has something left to compute then
+                async with asyncio.timeout(FROZEN_S):
+                    await watch.until(victim, lambda load: load.num_waiting + load.num_running == 0, "all computed")
     await chaos.cluster.kill(victim)
     if moment is Moment.AFTER:
         chaos.thaw("decode-0")
