@@ -28,7 +28,11 @@ from deploy import serve_headers
 from deploy.ingress import Ingress
 
 NUM_CPUS = 0.1  # of a replica: a scheduling figure
-_REPLICA_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": serve_headers.IMPORT_PATH}
+_REPLICA_ENV = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": serve_headers.IMPORT_PATH,
+    # Nothing of ours blocks a loop: what is sent goes from the app to the socket without another thread between.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
 
 
 class AppArgs(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve._private import constants
 
 from cluster.errors import ConfigError
 from deploy.app import build
@@ -61,3 +62,13 @@ def test_serve_build_takes_the_app_of_a_config_file(tmp_path: Path) -> None:
     assert app["import_path"] == "deploy.app:app"
     assert deployment["num_replicas"] == 3
     assert deployment["graceful_shutdown_timeout_s"] >= 300
+
+
+def test_a_replica_is_told_nothing_that_serve_does_not_read() -> None:
+    """What it does not know it ignores in silence."""
+    app = build({"config_inline": {"model": {"path": "m"}}})
+    options = app._bound_deployment.ray_actor_options
+    assert options is not None
+    told = options["runtime_env"]["env_vars"]
+    assert told
+    assert [name for name in told if not hasattr(constants, name)] == []
