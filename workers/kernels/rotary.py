@@ -19,8 +19,8 @@ from workers.kernels.launcher import Launcher, power_of_two
 from workers.kernels.norms import PendingNorm, norm_factor
 
 _HEADS = 8  # that one program rotates
-_PENDING_HEADS = 16  # if it reads the row whose norm is pending, too; of many rows one rotates them all
-_MANY_ROWS = 512
+_PENDING_HEADS = 16  # if it reads the row whose norm is pending, too
+_MANY_ROWS, _MOST_HEADS = 512, 64  # from so many rows on, up to so many
 
 
 class RotationTable(NamedTuple):
@@ -141,7 +141,7 @@ def rotate_heads(
     if pending is not None:
         heads = _PENDING_HEADS
         if len(qkv) >= _MANY_ROWS:
-            heads, num_warps = power_of_two(num_heads + 2 * num_kv), 8
+            heads, num_warps = min(power_of_two(num_heads + 2 * num_kv), _MOST_HEADS), 8
     constants = {
         "NUM_HEADS": num_heads,
         "NUM_KV": num_kv,
