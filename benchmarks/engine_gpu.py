@@ -65,6 +65,8 @@ MAX_TOKENS = 8192
 MAX_MODEL_LEN = 8448
 NUM_BLOCKS = 4800
 WORKLOADS = ("mixed256", "batch1", "prefill", "decode")  # that the peer was measured at
+# In steps of so many sequences of the run that such a workload ends with, 65 tokens from the prompt on.
+_MEAN_CONTEXTS = {("batch1", 1): 1024 + 33, ("decode", 128): 2048 + 33}
 STEPS = "steps"
 LEAST_DISTINCT = 60  # of 64 experts, at 64 sequences or more; fewer and the figure is void
 
@@ -281,9 +283,8 @@ def measure(engine: GpuEngine, shape: GpuShape, workload: str, repeats: int, cei
     figures = [Figure(workload, value, unit, bound, less_is_better=less, note=note)]
     for size in (1, 128, 256):
         if (mean := mean_step_ms(engine, size)) > 0:
-            alike = {"batch1": 1, "decode": 128}.get(workload) == size  # contexts, from the prompt to 64 tokens more
-            bytes_ = shape.decode_bytes(size, (1024 if size == 1 else 2048) + 33)
-            note = f"{bytes_ / 1e9:.2f} GB" if alike else ""
+            context = _MEAN_CONTEXTS.get((workload, size))
+            note = "" if context is None else f"{shape.decode_bytes(size, context) / 1e9:.2f} GB"
             figures.append(Figure(f"{workload}: step of {size}", mean, "ms", note=note))
     return figures
 

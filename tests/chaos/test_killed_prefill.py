@@ -28,7 +28,7 @@ PULLED = "sluice_transfer_pulled_blocks_total"
 class Moment(Enum):
     BEFORE = auto()  # asked, nothing computed
     DURING = auto()  # some blocks were read, the first token is not there
-    AFTER = auto()  # everything is computed and told, the blocks are being read
+    AFTER = auto()  # everything that FROZEN_S suffices for is computed and told, the blocks are being read
 
 
 async def kill_at(

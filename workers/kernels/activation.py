@@ -11,11 +11,10 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
-from workers.kernels.norms import PendingNorm, norm_factor
+from workers.kernels.norms import MANY_ROWS, PendingNorm, norm_factor
 
 _BLOCK = 1024
 _PENDING_BLOCK = 4096
-_MANY_ROWS = 512  # from here on one program reads all of a row, and what its norm is of, once
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def silu_mul(both: Tensor, pending: PendingNorm | None = None) -> Tensor:
         _launch_silu_mul(grid, (both, out, size, both, 1, 0.0), constants, num_warps=4)
         return out
     blocks, features = -(-size // _PENDING_BLOCK), pending.rows.shape[1]
-    each = blocks if rows >= _MANY_ROWS else 1
+    each = blocks if rows >= MANY_ROWS else 1
     constants = {"BLOCK": _PENDING_BLOCK, "BLOCKS": each, "PENDING": power_of_two(features)}
     arguments = (both, out, size, pending.rows, features, pending.eps)
     _launch_silu_mul((rows, blocks // each, 1), arguments, constants, num_warps=8)

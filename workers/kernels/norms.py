@@ -17,6 +17,8 @@ from workers.kernels.fp8 import LARGEST, SMALLEST
 from workers.kernels.fp8_rows import QuantizedRows, quantize_groups
 from workers.kernels.launcher import Launcher, power_of_two
 
+MANY_ROWS = 512  # from so many on, who reads a product reads all of a row, and what its norm is of, once
+
 
 class PendingNorm(NamedTuple):
     """What a product made of rows as they are is still to be multiplied with the factors of their norm: who reads it

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from workers.kernels.following import follow
 from workers.kernels.launcher import Launcher, power_of_two
-from workers.kernels.norms import PendingNorm, norm_factor
+from workers.kernels.norms import MANY_ROWS, PendingNorm, norm_factor
 
 _HEADS = 8  # that one program rotates
 _PENDING_HEADS = 16  # if it reads the row whose norm is pending, too
-_MANY_ROWS, _MOST_HEADS = 512, 64  # from so many rows on, up to so many
+_MOST_HEADS = 64  # the same, of many rows
 
 
 class RotationTable(NamedTuple):
@@ -140,7 +140,7 @@ def rotate_heads(
     heads, num_warps = _HEADS, 4
     if pending is not None:
         heads = _PENDING_HEADS
-        if len(qkv) >= _MANY_ROWS:
+        if len(qkv) >= MANY_ROWS:
             heads, num_warps = min(power_of_two(num_heads + 2 * num_kv), _MOST_HEADS), 8
     constants = {
         "NUM_HEADS": num_heads,

@@ -6,6 +6,7 @@ Shapes: T tokens, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from workers.layers.moe import SparseMlp
 from workers.layers.norm import RmsNorm
 from workers.models.decoder import Decoder, DecoderLayer
 
+HopperStep: TypeAlias = HopperGqaStep | HopperMlaStep | HopperDsaStep
+
 
 class FusedDecoder:
     """Packs the weights of `decoder`, layer by layer; the decoder goes on to work with views of them."""
@@ -53,27 +56,21 @@ class FusedDecoder:
     def forward(
         self,
         input_ids: Tensor,
-        step: AttentionStep | MlaStep | HopperGqaStep | HopperMlaStep | HopperDsaStep,
+        step: AttentionStep | MlaStep | HopperStep,
         capture: Sequence[int],
         rows: Tensor | None = None,
     ) -> Tensor:
         """rows [N] int64: those of T whose hidden states are read. What is behind attention in the last layer is not
         computed of others. -> [N, d] in their order; without them, or if layers are captured, [T, …].
         """
-        assert isinstance(step, HopperGqaStep | HopperMlaStep | HopperDsaStep), (
-            "fused layers run on the backend they were made for"
-        )
+        assert isinstance(step, HopperStep), "fused layers run on the backend they were made for"
         absorbed = self._absorbed and len(input_ids) > SKINNY_ROWS
         run = self._run_absorbed if absorbed else self._run
         normed, entering = run(self._embed(input_ids), step, capture, None if capture else rows)
         return torch.cat([normed, *(entering[index] for index in capture)], -1) if capture else normed
 
     def _run(
-        self,
-        x: Tensor,
-        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
-        capture: Sequence[int],
-        rows: Tensor | None,
+        self, x: Tensor, step: HopperStep, capture: Sequence[int], rows: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """x [T, d] -> what leaves the last norm, and what enters the layers that are captured, or leaves the last."""
         delta: Tensor | ExpertOutputs | None = None
@@ -94,11 +91,7 @@ class FusedDecoder:
         return normed, entering | {len(self.layers): x}
 
     def _run_absorbed(
-        self,
-        x: Tensor,
-        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
-        capture: Sequence[int],
-        rows: Tensor | None,
+        self, x: Tensor, step: HopperStep, capture: Sequence[int], rows: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """As `_run`. What a layer adds its products add, and no norm but the last is written."""
         assert isinstance(step, HopperGqaStep), "absorbed by layers of that kind"
@@ -161,7 +154,7 @@ class _FusedLayer:
         self,
         x: Tensor,
         rotation: RotationTable,
-        step: HopperGqaStep | HopperMlaStep | HopperDsaStep,
+        step: HopperStep,
         quantized: QuantizedRows | None,
         read: Tensor | None,
     ) -> Tensor:
