@@ -51,7 +51,16 @@ V3 = LITE | {
     "n_shared_experts": 1,
     "num_nextn_predict_layers": 0,
 }
-SHAPES = {"qwen": QWEN, "lite": LITE, "v3": V3}
+QWEN2 = {key: value for key, value in QWEN.items() if key != "attention_bias"}
+QWEN2["architectures"] = ["Qwen2ForCausalLM"]  # projections with biases, no norms of heads
+QWEN_MOE = QWEN | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "moe_intermediate_size": 256,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
+SHAPES = {"qwen": QWEN, "qwen2": QWEN2, "qwen-moe": QWEN_MOE, "lite": LITE, "v3": V3}
 Model = GqaForCausalLM | DeepseekForCausalLM
 
 

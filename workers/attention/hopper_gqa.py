@@ -82,6 +82,7 @@ class HopperGqaStep:
         self._table = batch.groups[group].block_table
         self.slots = batch.groups[group].slot_mapping
         self.positions = batch.positions
+        self._ends = batch.query_starts[1:]
         self._num_decodes = batch.num_decodes
         self._prefill = prefill
         self._cut: ContextRuns | None = None  # of all layers, made by the first
@@ -93,12 +94,23 @@ class HopperGqaStep:
         rotation: RotationTable,
         norms: tuple[Tensor, Tensor, float] | None,
         pending: PendingNorm | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """qkv [T, (H + 2 K) D] as projected, overwritten -> [T, H * D]. `norms`, `pending`: see `rotate_heads`."""
+        """qkv [T, (H + 2 K) D] as projected, overwritten -> [T, H * D]; [N, H * D] of the rows that are `read` [N],
+        if that is given. `norms`, `pending`: see `rotate_heads`."""
         heads, kv = self._problem.num_heads, self._problem.num_kv_heads
         rotate_heads(qkv, rotation, self.positions, norms, self._pages, self.slots, layer, heads, pending)
         q, k, v = qkv.unflatten(1, (heads + 2 * kv, -1)).split([heads, kv, kv], 1)
-        return self._attend(layer, q, k, v)
+        return self._attend(layer, q, k, v) if read is None else self._attend_read(layer, q[read], read)
+
+    def _attend_read(self, layer: int, q: Tensor, read: Tensor) -> Tensor:
+        """q [N, H, D] of the rows [N], as single tokens: all they see is in the cache by now."""
+        if not len(read):
+            return q.flatten(1)
+        ends = torch.tensor(self._ends).to(read.device, non_blocking=True)
+        positions, tables = self.positions[read], self._table[torch.searchsorted(ends, read, right=True)]
+        cut = cut_contexts(positions, self._problem.num_kv_heads, RUNS)
+        return paged_decode(q, self._pages, tables, positions, layer, self._problem.scale, cut)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks, offsets = self.slots // self._problem.block_size, self.slots % self._problem.block_size

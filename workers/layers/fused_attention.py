@@ -31,11 +31,14 @@ from workers.layers.packed_weights import PackedLinear
 Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+def project(out: PackedLinear | Linear, seen: Tensor) -> Tensor:
+    """What was seen [T, H V] -> [T, d]; of no rows nothing is launched."""
+    return out(seen) if len(seen) else seen.new_empty(0, out.weight.shape[0])
+
+
 def project_read(out: PackedLinear | Linear, seen: Tensor, read: Tensor | None) -> Tensor:
-    """What was seen [T, H V] -> [T, d], or [N, d] of the rows that are read [N]; of none nothing is launched."""
-    if read is None:
-        return out(seen)
-    return out(seen[read]) if len(read) else seen.new_empty(0, out.weight.shape[0])
+    """The same, or [N, d] of the rows that are read [N]."""
+    return project(out, seen if read is None else seen[read])
 
 
 class FusedGqa:
@@ -63,8 +66,8 @@ class FusedGqa:
         read: Tensor | None = None,
     ) -> Tensor:
         """read [N]: rows; if given, [N, d] of these."""
-        seen = step.rotate_and_attend(self._layer, self._qkv(x, quantized), rotation, self._norms)
-        return project_read(self._out, seen, read)
+        qkv = self._qkv(x, quantized)
+        return project(self._out, step.rotate_and_attend(self._layer, qkv, rotation, self._norms, read=read))
 
     @property
     def is_plain(self) -> bool:
@@ -79,9 +82,9 @@ class FusedGqa:
         self, x: Tensor, eps: float, rotation: RotationTable, step: HopperGqaStep, read: Tensor | None
     ) -> Tensor:
         """x [T, d], whose norm has been absorbed: it is itself what is added to; [N, d] of the rows `read` are new."""
-        seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms, PendingNorm(x, eps))
+        seen = step.rotate_and_attend(self._layer, self._qkv(x), rotation, self._norms, PendingNorm(x, eps), read)
         if read is not None:
-            x, seen = x[read], seen[read]
+            x = x[read]
         self._out.add_to(x, seen)
         return x
 
