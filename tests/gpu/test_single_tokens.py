@@ -3,6 +3,8 @@ tokens, a pool of more than 2^32 elements."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from tests.support.tensor_errors import error
 from workers.kernels.tactics import (
     LATENT_LAUNCHES,
     LATENT_PROGRAMS,
+    RUNS,
     DecodeTactic,
     RunsTactic,
     decode_tactic,
@@ -49,10 +52,10 @@ CONTEXTS = [1, 64, 65, 2, 700, 4097]
         None,
         DecodeTactic(1, 32, 4, 2),
         DecodeTactic(16, 64, 8, 3),
-        *(RunsTactic(programs, 32, 2, 4) for programs in (2, 60, 528)),
+        *(replace(RUNS, programs=programs) for programs in (2, 60, RUNS.programs)),
     ],
 )
-@pytest.mark.parametrize(("heads", "kv"), [(32, 8), (7, 7), (24, 2)])
+@pytest.mark.parametrize(("heads", "kv"), [(32, 8), (7, 7), (24, 2), (64, 2)])
 def test_paged_decode(heads: int, kv: int, tactic: DecodeTactic | RunsTactic | None) -> None:
     from workers.kernels.context_runs import cut_contexts
     from workers.kernels.paged_decode import paged_decode
@@ -139,7 +142,7 @@ def test_paged_decode_of_many_contexts(count: int, heads: int, kv: int, programs
     table = torch.randint(0, num_blocks, (count, 64), device=CUDA)
     positions = torch.tensor(lengths, device=CUDA) - 1
     q = random(count, heads, 128)
-    cut = cut_contexts(positions, kv, RunsTactic(programs, 32, 2, 4))
+    cut = cut_contexts(positions, kv, replace(RUNS, programs=programs))
     out = paged_decode(q, pages, table, positions, 0, scale, cut).view_as(q)
     for _ in range(3):
         assert torch.equal(paged_decode(q, pages, table, positions, 0, scale, cut).view_as(q), out)

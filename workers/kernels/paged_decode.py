@@ -23,6 +23,7 @@ from workers.kernels.split_merge import merge_splits
 from workers.kernels.tactics import DecodeTactic
 
 LOG2_E = 1.4426950408889634
+_LEAST_ROWS = 16  # of a tile of queries, for which a tactic has its warps
 _FEW_PARTS = 4  # of a context: who comes last merges them, which costs no launch
 _AT_ONCE = 4096  # numbers of parts that are merged
 
@@ -101,13 +102,14 @@ def _decode(
     MERGED: tl.constexpr,  # so many runs at once, by who comes last; 0: by another kernel
 ):
     gdc_launch_dependents()
-    head = tl.program_id(1)
+    # Heads of one block lie side by side, and are read at about the same time: 2 % faster than runs side by side.
+    head = tl.program_id(0)
     if SPLITS:
         gdc_wait()
-        begin = tl.program_id(0).to(tl.int64)
+        begin = tl.program_id(1).to(tl.int64)
         final = begin
     else:
-        at_run = runs_ptr + tl.program_id(0) * 4
+        at_run = runs_ptr + tl.program_id(1) * 4
         begin, final = tl.load(at_run).to(tl.int64), tl.load(at_run + 1).to(tl.int64)
         first, last = tl.load(at_run + 2), tl.load(at_run + 3)
     some = begin <= final
@@ -164,7 +166,7 @@ def _decode(
             tl.store(at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
         elif SPLITS == 0:
             # Runs and sequences only grow, together: no two parts have one sum.
-            row = (tl.program_id(0) + sequence) * NUM_KV * GROUP + heads
+            row = (tl.program_id(1) + sequence) * NUM_KV * GROUP + heads
             tl.store(parts_ptr + row[:, None] * DIM + features[None, :], acc / total[:, None], mask=valid)
             tl.store(lse_ptr + row, best + tl.log2(total), mask=rows < GROUP)
         else:
@@ -223,13 +225,13 @@ def paged_decode(
     parts = lse = out
     cut, few_parts = (positions, positions, positions), False  # not read
     if isinstance(how, ContextRuns):
-        tactic, splits, grid = how.tactic, 0, (len(how.runs), num_kv, 1)
+        tactic, splits, grid = how.tactic, 0, (num_kv, len(how.runs), 1)
         cut, few_parts = (how.runs, how.bounds, how.arrived), len(how.runs) <= _FEW_PARTS * num_sequences
         num_parts = len(how.runs) + num_sequences - 1
         parts = torch.empty(num_parts, num_heads, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_parts, num_heads, dtype=torch.float32, device=q.device)
     else:
-        tactic, splits, grid = how, how.splits, (num_sequences, num_kv, how.splits)
+        tactic, splits, grid = how, how.splits, (num_kv, num_sequences, how.splits)
     if splits > 1:
         parts = torch.empty(num_sequences, num_heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
@@ -251,6 +253,7 @@ def paged_decode(
         num_layers,
         scale * LOG2_E,
     )
+    rows = max(_LEAST_ROWS, power_of_two(group))
     constants = {
         "HAS_BIAS": bias is not None,
         "LOG2": LOG2_E,
@@ -260,11 +263,11 @@ def paged_decode(
         "BLOCK_SIZE": block_size,
         "TILE": tactic.tile,
         "SPLITS": splits,
-        "ROWS": max(16, power_of_two(group)),
+        "ROWS": rows,
         "QUERIES": power_of_two(group),
         "MERGED": max(_AT_ONCE // (power_of_two(group) * dim), 2) if few_parts else 0,
     }
-    _launch_decode(grid, arguments, constants, num_warps=tactic.warps, num_stages=tactic.stages)
+    _launch_decode(grid, arguments, constants, num_warps=tactic.warps * rows // _LEAST_ROWS, num_stages=tactic.stages)
     if isinstance(how, ContextRuns):
         if not few_parts:
             merge_runs(parts, lse, out, how)

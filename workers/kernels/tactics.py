@@ -107,7 +107,7 @@ def decode_tactic(programs: int) -> DecodeTactic:
     return DecodeTactic(splits, tile=64, warps=4, stages=3)
 
 
-RUNS = RunsTactic(2 * _PROGRAMS, tile=32, warps=2, stages=4)  # of K/V pages, all contexts together
+RUNS = RunsTactic(2 * _PROGRAMS, tile=32, warps=1, stages=4)  # of K/V pages, all contexts together
 
 
 def latent_tactic(num_sequences: int, num_heads: int) -> RunsTactic:
