@@ -3,9 +3,10 @@
     python -m workers.autotune MODEL_FOLDER [--fp8] [--only OP] --output FILE [--jobs 12]
 
 Only config.json is read. Each op (workers.tuning) is measured at the token counts of `tactic_table.BUCKETS`, products
-of many rows at DENSE_BUCKETS, as it runs in a step: in a CUDA graph, launch behind launch, with inputs that are not in
-the L2. Never while serving: workers read the files at its start. A tactic that does not compile or run here is left
-out; the rule's own, which runs where no file fits, is always among the candidates.
+of many rows at DENSE_BUCKETS and PROMPT_BUCKETS, as it runs in a step: in a CUDA graph, launch behind launch, with
+inputs that are not in the L2, and those of prompts on a card that is hot. Never while serving: workers read the files
+at its start. A tactic that does not compile or run here is left out; the rule's own, which runs where no file fits, is
+always among the candidates.
 """
 
 # pyright: reportMissingImports=false
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +22,16 @@ from pathlib import Path
 import torch
 
 from workers.kernels.fp8 import BLOCK
-from workers.kernels.tactic_table import BUCKETS, DENSE_BUCKETS, DeviceSetting, Tactic, TacticTable, TunedFile, read
+from workers.kernels.tactic_table import (
+    BUCKETS,
+    DENSE_BUCKETS,
+    PROMPT_BUCKETS,
+    DeviceSetting,
+    Tactic,
+    TacticTable,
+    TunedFile,
+    read,
+)
 from workers.kernels.tactics import DENSE_TOKENS, fp8_expert_tactics
 from workers.layers.attention import GroupedQueryAttention
 from workers.layers.mla import LatentAttention
@@ -44,8 +55,8 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
     def add(problem: Problem) -> None:
         found.setdefault(problem.key, problem)
 
-    def add_dense(outputs: int, inputs: int) -> None:
-        for rows in DENSE_BUCKETS:
+    def add_dense(outputs: int, inputs: int, sizes: Sequence[int] = (*DENSE_BUCKETS, *PROMPT_BUCKETS)) -> None:
+        for rows in sizes:
             add(DenseProblem(rows, outputs, inputs))
 
     def add_linear(outputs: int, inputs: int) -> None:
@@ -59,9 +70,9 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
             return
         add(SkinnyProblem(inner, hidden, gated=True))
         add(SkinnyProblem(hidden, inner, gated=False))
-        if by_few:
-            add_dense(2 * inner, hidden)
-            add_dense(hidden, inner)
+        sizes = (*DENSE_BUCKETS, *PROMPT_BUCKETS) if by_few else PROMPT_BUCKETS
+        add_dense(2 * inner, hidden, sizes)
+        add_dense(hidden, inner, sizes)
 
     for layer in model.modules():
         if isinstance(layer, SparseMlp):
@@ -97,7 +108,8 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
         if isinstance(layer, GatedMlp) and id(layer) not in sparse:
             add_mlp(layer)
     head = model.config.decoder
-    add_linear(head.vocab_size, head.hidden_size)
+    add(SkinnyProblem(head.vocab_size, head.hidden_size, gated=False))
+    add_dense(head.vocab_size, head.hidden_size, DENSE_BUCKETS)  # of the rows that draw a token alone
     return list(found.values())
 
 

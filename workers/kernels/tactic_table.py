@@ -34,6 +34,8 @@ TUNED = Path(__file__).parent / "tuned"
 # Tokens; a step takes the next one.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512, 1024, 2048, 4096, 8192)
 DENSE_BUCKETS = tuple(range(32, 257, 16))  # rows; sizes of products jump with the tiles that they fill
+PROMPT_BUCKETS = (2048, 4096, 8192)  # rows: budgets of a step, which prompts fill to the last row
+_SHORT_OF_BUDGET = 32  # a bucket is for steps of one part in so many less; at others its kernel may be much slower
 _DRIVER = Path("/sys/module/nvidia/version")
 
 Tactic: TypeAlias = ExpertTactics | SkinnyTactic | RunsTactic | LtKernel
@@ -85,7 +87,7 @@ def skinny_key(weight: Sequence[int], *, gated: bool) -> str:
 
 def dense_key(num_rows: int, weight: Sequence[int]) -> str:
     outputs, inputs = weight
-    return f"dense/{outputs}x{inputs}/{num_rows}"
+    return f"{'dense' if num_rows <= DENSE_BUCKETS[-1] else 'prompt_dense'}/{outputs}x{inputs}/{num_rows}"
 
 
 def latent_key(num_sequences: int, num_heads: int, latent: int, rope: int) -> str:
@@ -140,9 +142,13 @@ class TacticTable:
 
     def dense(self, num_rows: int, weight: Sequence[int]) -> LtKernel | None:
         """Of a product of more than SKINNY_ROWS rows; the shape of the matrix. None: what cuBLAS chooses."""
-        if num_rows > DENSE_BUCKETS[-1]:
+        buckets = DENSE_BUCKETS if num_rows <= DENSE_BUCKETS[-1] else PROMPT_BUCKETS
+        if num_rows > buckets[-1]:
             return None
-        found = self.entries.get(dense_key(DENSE_BUCKETS[bisect_left(DENSE_BUCKETS, num_rows)], weight))
+        rows = buckets[bisect_left(buckets, num_rows)]
+        if buckets is PROMPT_BUCKETS and rows - num_rows >= rows // _SHORT_OF_BUDGET:
+            return None
+        found = self.entries.get(dense_key(rows, weight))
         return found if isinstance(found, LtKernel) else None
 
     def latent_decode(

@@ -57,24 +57,26 @@ def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replayed(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds."""
+def replayed(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
+    """Microseconds, of one."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    graph.replay()
+    for _ in range(times):
+        graph.replay()
     end.record()
     end.synchronize()
-    return 1e3 * start.elapsed_time(end)
+    return 1e3 * start.elapsed_time(end) / times
 
 
-def cold_us(launches: Sequence[Callable[[], object]]) -> float:
-    """Median of the mean of all launches in one graph; infinite if one does not run."""
+def cold_us(launches: Sequence[Callable[[], object]], least_us: float = 0) -> float:
+    """Median of the mean of all launches in one graph, replayed for so long; infinite if one does not run."""
     try:
         graph = captured(launches)
     except Exception as error:  # noqa: BLE001 - whatever a compiler says of a tactic: it is not for here
         log.info("left out: %s", str(error).splitlines()[:1])
         return float("inf")
-    return statistics.median(replayed(graph) / len(launches) for _ in range(_ROUNDS))
+    times = 1 + int(least_us / replayed(graph) / _ROUNDS)
+    return statistics.median(replayed(graph, times) / len(launches) for _ in range(_ROUNDS))
 
 
 def drawn(*shape: int) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 
 from workers.kernels.tactic_table import (
     DENSE_BUCKETS,
+    PROMPT_BUCKETS,
     RULES,
     TUNED,
     DeviceSetting,
@@ -48,6 +49,7 @@ KINDS = {
     "skinny_gate_up": SkinnyTactic,
     "latent_decode": RunsTactic,
     "dense": LtKernel,
+    "prompt_dense": LtKernel,
 }
 WIDE = RunsTactic(132, 64, 8, 3)
 KERNEL = LtKernel(66, 20, 0, 1, 35, 0, 3)
@@ -102,6 +104,20 @@ def test_products_of_many_rows_take_a_kernel_that_was_measured_at_the_next_size_
     tiles = {rows: None if kernel is None else kernel.tile for rows, kernel in found.items()}
     assert tiles == {17: 32, 32: 32, 33: 48, 48: 48, 49: None, 241: 256, 256: 256, 257: None, 8192: None}
     assert table.dense(32, (2048, 4096)) is None and RULES.dense(32, (4096, 2048)) is None
+
+
+def test_products_of_prompts_take_a_kernel_that_was_measured_where_they_fill_a_step_and_else_cublas_chooses(
+    folder: Path,
+) -> None:
+    entries = {dense_key(rows, (4096, 2048)): replace(KERNEL, tile=rows) for rows in PROMPT_BUCKETS[1:]}
+    TunedFile(HERE, entries).write(folder / "c.json")
+    table = TacticTable.tuned(HERE, folder)
+    found = {rows: table.dense(rows, (4096, 2048)) for rows in (2048, 3968, 3969, 4096, 4097, 7936, 7937, 8192, 8193)}
+    tiles = {rows: None if kernel is None else kernel.tile for rows, kernel in found.items()}
+    assert [rows for rows, tile in tiles.items() if tile == 4096] == [3969, 4096]
+    assert [rows for rows, tile in tiles.items() if tile == 8192] == [7937, 8192]
+    assert set(tiles.values()) == {None, 4096, 8192}
+    assert table.dense(8192, (2048, 4096)) is None and RULES.dense(8192, (4096, 2048)) is None
 
 
 def test_unsorted_rows_are_for_few_entries_only(folder: Path) -> None:
