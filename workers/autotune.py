@@ -46,6 +46,7 @@ from workers.tuning.problem import CUDA, Launched, Problem, log
 from workers.tuning.skinny import SkinnyProblem
 
 _MAX_SEQUENCES = 512  # of a step of single tokens
+_ROWS = (*DENSE_BUCKETS, *PROMPT_BUCKETS)  # of products that steps of both kinds make
 
 
 def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
@@ -55,7 +56,7 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
     def add(problem: Problem) -> None:
         found.setdefault(problem.key, problem)
 
-    def add_dense(outputs: int, inputs: int, sizes: Sequence[int] = (*DENSE_BUCKETS, *PROMPT_BUCKETS)) -> None:
+    def add_dense(outputs: int, inputs: int, sizes: Sequence[int] = _ROWS) -> None:
         for rows in sizes:
             add(DenseProblem(rows, outputs, inputs))
 
@@ -70,7 +71,7 @@ def problems(model: DecoderForCausalLM, *, in_fp8: bool) -> list[Problem]:
             return
         add(SkinnyProblem(inner, hidden, gated=True))
         add(SkinnyProblem(hidden, inner, gated=False))
-        sizes = (*DENSE_BUCKETS, *PROMPT_BUCKETS) if by_few else PROMPT_BUCKETS
+        sizes = _ROWS if by_few else PROMPT_BUCKETS
         add_dense(2 * inner, hidden, sizes)
         add_dense(hidden, inner, sizes)
 
