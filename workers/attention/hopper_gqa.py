@@ -107,7 +107,7 @@ class HopperGqaStep:
         """q [N, H, D] of the rows [N], as single tokens: all they see is in the cache by now."""
         if not len(read):
             return q.flatten(1)
-        ends = torch.tensor(self._ends).to(read.device, non_blocking=True)
+        ends = torch.tensor(self._ends, pin_memory=True).to(read.device, non_blocking=True)
         positions, tables = self.positions[read], self._table[torch.searchsorted(ends, read, right=True)]
         cut = cut_contexts(positions, self._problem.num_kv_heads, RUNS)
         return paged_decode(q, self._pages, tables, positions, layer, self._problem.scale, cut)

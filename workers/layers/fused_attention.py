@@ -31,14 +31,10 @@ from workers.layers.packed_weights import PackedLinear
 Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def project(out: PackedLinear | Linear, seen: Tensor) -> Tensor:
-    """What was seen [T, H V] -> [T, d]; of no rows nothing is launched."""
-    return out(seen) if len(seen) else seen.new_empty(0, out.weight.shape[0])
-
-
-def project_read(out: PackedLinear | Linear, seen: Tensor, read: Tensor | None) -> Tensor:
-    """The same, or [N, d] of the rows that are read [N]."""
-    return project(out, seen if read is None else seen[read])
+def project_read(out: PackedLinear | Linear, seen: Tensor, read: Tensor | None = None) -> Tensor:
+    """What was seen [T, H V] -> [T, d], or [N, d] of the rows that are read [N]; of none nothing is launched."""
+    rows = seen if read is None else seen[read]
+    return out(rows) if len(rows) else rows.new_empty(0, out.weight.shape[0])
 
 
 class FusedGqa:
@@ -67,7 +63,7 @@ class FusedGqa:
     ) -> Tensor:
         """read [N]: rows; if given, [N, d] of these."""
         qkv = self._qkv(x, quantized)
-        return project(self._out, step.rotate_and_attend(self._layer, qkv, rotation, self._norms, read=read))
+        return project_read(self._out, step.rotate_and_attend(self._layer, qkv, rotation, self._norms, read=read))
 
     @property
     def is_plain(self) -> bool:

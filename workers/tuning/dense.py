@@ -25,6 +25,8 @@ _WORTH = 0.99  # of cuBLAS's time; what is nearer stays with it
 
 
 class Effort(NamedTuple):
+    """That the search for one kernel is worth."""
+
     tiles: int  # of the kernels that are proposed, tried in all clusters
     heat_us: float  # before all
     rough_us: float  # that each is measured for, at least

@@ -69,7 +69,7 @@ def replayed(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
 
 
 def cold_us(launches: Sequence[Callable[[], object]], least_us: float = 0) -> float:
-    """Median of the mean of all launches in one graph, replayed for so long; infinite if one does not run."""
+    """Median of the mean of all launches in one graph, replayed for `least_us` in all; infinite if one does not run."""
     try:
         graph = captured(launches)
     except Exception as error:  # noqa: BLE001 - whatever a compiler says of a tactic: it is not for here
