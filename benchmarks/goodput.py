@@ -2,7 +2,7 @@
 
     python -m benchmarks.goodput --shape tiny|v2-lite|v2-lite-fp8|qwen3-8b [--rates 4 8 …] [--budgets 256 512 …]
                                  [--seconds 5] [--slo-ttft-ms 1000] [--slo-itl-ms 10] [--limit-s 440]
-                                 [--json FILE] [--plot FILE.png]
+                                 [--gpus 0.5] [--json FILE] [--plot FILE.png]
 
 `tiny` runs on a CPU, and its figures mean nothing; the others want two GPUs. Weights are random, and so are the experts
 that they choose: some more than others, in both modes alike. Prompts are token ids: short chats and, for
@@ -15,17 +15,19 @@ of when it was due and the 99th percentile of its pauses between tokens is withi
 
   goodput     good requests/s; of a mode also the most over all rates
   ITL p99     of all pauses between two tokens of a stream, as they arrive
-  added TTFT  requests one by one, all of one length: median at the public port - median of an engine in process
+  added TTFT  prompts of one length, one by one, each by an engine in process and then through the public port of the
+              disaggregated app: median of the differences, in turns as machines change their pace within seconds
 
 Apps start side by side and are measured in turn; those that wait have nothing to compute. An app that can no longer
 keep up is not asked for higher rates, and after --limit-s nothing more is begun: the report names what was left out.
+With one card, `--gpus 0.5 --apps-at-once 1 --limit-s 0` finds what is added to the first token, and nothing else: the
+worker that waits has nothing to compute, so the other one has the card for itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import tempfile
 import threading
 import time
@@ -33,10 +35,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks import goodput_plot
-from benchmarks.client import Endpoint, Sample
+from benchmarks.arrivals import Workload
+from benchmarks.client import Endpoint, Sample, ask
 from benchmarks.goodput_scenario import DISAGGREGATED, MODEL, PREFILL_POOL, App, Objectives, Scenario, scenarios
 from benchmarks.latency import Summary
 from benchmarks.load import send
@@ -57,17 +61,20 @@ class Found:
     """Of one app. `by_rate`: those that were measured, lowest first."""
 
     app: App
-    alone: list[Sample] = field(default_factory=list)
+    alone: list[Sample] = field(default_factory=list)  # those that warm up are not among them
     by_rate: dict[float, Summary] = field(default_factory=dict)
     left_out: list[float] = field(default_factory=list)
 
 
 class Sweep:
-    """Belongs to one run of a scenario. Apps of one group are up together."""
+    """Belongs to one run of a scenario. Apps of one group are up together. `lone` is asked beside the disaggregated
+    app, and ends then: `lone_s` are its seconds to the first token, in the order of that app's `alone`."""
 
-    def __init__(self, scenario: Scenario, limit_s: float) -> None:
+    def __init__(self, scenario: Scenario, limit_s: float, lone: Connection) -> None:
         self._scenario = scenario
         self._ends = time.monotonic() + limit_s
+        self._lone = lone
+        self.lone_s: list[float] = []
 
     @property
     def is_over(self) -> bool:
@@ -102,7 +109,12 @@ class Sweep:
         scenario, found = self._scenario, Found(app)
         # At the highest rate: steps of all sizes, so that no app compiles for those behind it.
         await send(endpoint, scenario.workload(scenario.rates[-1], series=1))
-        found.alone, _ = await send(endpoint, scenario.alone())
+        if app.budget is None:
+            pairs = await one_by_one(self._lone, endpoint, scenario.alone())
+            self.lone_s, found.alone = [engine_s for engine_s, _ in pairs], [sample for _, sample in pairs]
+        else:
+            samples, _ = await send(endpoint, scenario.alone())
+            found.alone = samples[_warm_up(samples) :]
         _check(app, found.alone)
         hopeless = False
         for rate in scenario.rates:
@@ -134,20 +146,18 @@ def _check(app: App, samples: Sequence[Sample]) -> None:
             raise RuntimeError(f"{app.label}: a request was {sample.plan}")
 
 
-def lone_first_tokens(app: App, scenario: Scenario) -> list[float]:
-    """Seconds to the first token of an engine as the app's prefill worker has it."""
-    draw = random.Random(scenario.seed)
-    seconds: list[float] = []
-    with process(first_tokens, app.config, PREFILL_POOL) as pipe:
-        assert receive(pipe) == "ready"
-        for _ in range(scenario.num_alone):
-            prompt = [draw.randrange(scenario.vocab_size) for _ in range(scenario.lone_prompt_tokens)]
-            pipe.send((prompt, 4))
-            first, hit_tokens = receive(pipe)
-            assert not hit_tokens
-            seconds.append(first)
-        pipe.send(None)
-    return seconds[_warm_up(seconds) :]
+async def one_by_one(lone: Connection, endpoint: Endpoint, workload: Workload) -> list[tuple[float, Sample]]:
+    """Seconds to the first token of the lone engine, which ends then, and the same prompt's at the port."""
+    pairs: list[tuple[float, Sample]] = []
+    for arrival in workload.arrivals():
+        lone.send((arrival.prompt, arrival.num_tokens))
+        first_s, hit_tokens = receive(lone)  # this loop has nothing else to do
+        assert not hit_tokens
+        sample = Sample(0.0, len(arrival.prompt), arrival.num_tokens)
+        await ask(endpoint, arrival, time.perf_counter(), sample)
+        pairs.append((first_s, sample))
+    lone.send(None)
+    return pairs[_warm_up(pairs) :]
 
 
 def _warm_up(values: Sequence[object]) -> int:
@@ -167,13 +177,18 @@ def best_of(founds: Sequence[Found], rate: float) -> Summary | None:
 def figures(scenario: Scenario, founds: Sequence[Found], lone_s: Sequence[float]) -> list[Figure]:
     """Ratios have what is wanted as their bound."""
     own = next(found for found in founds if found.app.budget is None)
-    public_s = [sample.token_s[0] for sample in own.alone[_warm_up(own.alone) :]]
-    lone, public = 1e3 * percentile(lone_s, 0.5), 1e3 * percentile(public_s, 0.5)
+    lone = 1e3 * percentile(lone_s, 0.5)
+    public, computed = [sample.token_s[0] for sample in own.alone], [sample.computed_s for sample in own.alone]
+    added, beyond = (
+        1e3 * percentile([value - engine_s for value, engine_s in zip(values, lone_s, strict=True)], 0.5)
+        for values in (public, computed)
+    )
     note = f"prompts of {scenario.lone_prompt_tokens} token ids, one by one"
     rows = [
-        Figure("added TTFT, p50", public - lone, "ms", ADDED_MS, True, f"wanted: {ADDED_MS:g} ms; {note}"),
+        Figure("added TTFT, p50", added, "ms", ADDED_MS, True, f"wanted: {ADDED_MS:g} ms; {note}"),
+        Figure("of that, in the worker that computes", beyond, "ms"),
         Figure("TTFT of the lone engine, p50", lone, "ms"),
-        Figure("TTFT at the public port, p50", public, "ms", lone, True),
+        Figure("TTFT at the public port, p50", 1e3 * percentile(public, 0.5), "ms", lone, True),
     ]
     most: dict[str, tuple[float, str]] = {"disaggregated": (0.0, ""), "aggregated": (0.0, "")}
     for rate in scenario.rates:
@@ -192,7 +207,9 @@ def figures(scenario: Scenario, founds: Sequence[Found], lone_s: Sequence[float]
         if here is not None and there is not None and there.gap_p99:
             ratio = here.gap_p99 / there.gap_p99
             rows.append(Figure(f"{rate:g} requests/s: ITL p99, ratio", ratio, "", ITL_RATIO, True, "wanted: 0.5"))
-    rows += [Figure(f"{mode}: most goodput", value, "requests/s", note=told) for mode, (value, told) in most.items()]
+    for mode, (value, told) in most.items():
+        if told:
+            rows.append(Figure(f"{mode}: most goodput", value, "requests/s", note=told))
     base = most["aggregated"][0]
     if base:
         ratio = most["disaggregated"][0] / base
@@ -218,6 +235,7 @@ def report_of(scenario: Scenario, founds: Sequence[Found], lone_s: Sequence[floa
             "largest_step": scenario.largest_step,
             "chunk_tokens": scenario.chunk_tokens,
             "transport": scenario.transport,
+            "gpus": scenario.gpus,
             "objectives": asdict(slo),
             "seed": scenario.seed,
         },
@@ -243,17 +261,18 @@ def _hardware(scenario: Scenario) -> str:
 
 def run(scenario: Scenario, limit_s: float, json_path: Path | None = None, plot: Path | None = None) -> Report:
     """Writes what there is after each group of apps."""
-    setting, sweep, founds = Setting.here(), Sweep(scenario, limit_s), list[Found]()
+    setting, founds, report = Setting.here(), list[Found](), None
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         apps = scenario.apps(directory)
-        lone_s = lone_first_tokens(apps[0], scenario)
-        report = None
+        lone = stack.enter_context(process(first_tokens, apps[0].config, PREFILL_POOL))
+        assert receive(lone) == "ready"
+        sweep = Sweep(scenario, limit_s, lone)
         for begin in range(0, len(apps), scenario.apps_at_once):
             if sweep.is_over and report is not None:
                 break
             founds += sweep.measure(apps[begin : begin + scenario.apps_at_once])
-            report = report_of(scenario, founds, lone_s, setting)
+            report = report_of(scenario, founds, sweep.lone_s, setting)
             if json_path is not None:
                 report.write(json_path)
             if plot is not None:
@@ -275,6 +294,7 @@ def main() -> None:
     parser.add_argument("--slo-itl-ms", type=float, help="99th percentile of a request")
     parser.add_argument("--apps-at-once", type=int, help="that the memory of the GPUs holds")
     parser.add_argument("--transport", choices=("auto", "nixl", "ipc"))
+    parser.add_argument("--gpus", type=float, help="of each worker: 0.5 puts both of a mode on one card")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--limit-s", type=float, default=440.0, help="nothing is begun later than this")
     parser.add_argument("--json", type=Path)
@@ -289,6 +309,7 @@ def main() -> None:
         "long_share": options.long_share,
         "apps_at_once": options.apps_at_once,
         "transport": options.transport,
+        "gpus": options.gpus,
         "seed": options.seed,
         "objectives": Objectives(
             slo.ttft_s if options.slo_ttft_ms is None else options.slo_ttft_ms / 1e3,

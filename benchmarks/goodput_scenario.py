@@ -70,6 +70,7 @@ class Scenario:
     objectives: Objectives
     apps_at_once: int  # started side by side, and measured in turn
     transport: str = "auto"
+    gpus: float | None = None  # of each worker, if not one
     seed: int = 0
 
     def apps(self, directory: Path) -> list[App]:
@@ -85,7 +86,8 @@ class Scenario:
             "log.level": "warning",
             **self.settings,
         }
-        pools = {role: {"workers": 1} for role in _BOTH_ROLES}
+        share = {} if self.gpus is None else {"gpus": self.gpus}
+        pools = {role: {"workers": 1, **share} for role in _BOTH_ROLES}
         two = {
             "pools": pools,
             "router.local_prefill": "never",
@@ -95,7 +97,7 @@ class Scenario:
         found = [App(config_file.load(None, settings={**shared, **two}), None)]
         for budget in self.budgets:
             one = {
-                "pools": {"mixed": {"workers": 2, "roles": list(_BOTH_ROLES)}},
+                "pools": {"mixed": {"workers": 2, "roles": list(_BOTH_ROLES), **share}},
                 "router.local_prefill": "always",
                 "scheduler.max_batched_tokens": budget,
                 "scheduler.chunk_tokens": budget,
@@ -178,7 +180,7 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
         long_share=0.3,
         output_tokens=(64, 256),
         lone_prompt_tokens=1024,
-        num_alone=24,
+        num_alone=48,
         rates=rates,
         budgets=(4096, 8192, 2048, 1024, 512, 256),
         seconds=5.0,

@@ -82,6 +82,11 @@ def test_every_app_of_every_scenario_has_a_valid_config(scenario: goodput.Scenar
     assert scenario.long_tokens[1] + scenario.output_tokens[1] <= scenario.max_model_len
 
 
+def test_two_workers_share_a_card(tmp_path: Path) -> None:
+    apps = replace(scenarios()["v2-lite"], gpus=0.5).apps(tmp_path)
+    assert {pool.gpus for app in apps for pool in app.config.pools.values()} == {0.5}
+
+
 def test_about_so_many_prompts_are_long_and_others_are_as_they_were() -> None:
     short = Workload(rate=5, num_requests=400, prompt_tokens=(1, 9), output_tokens=(1, 2), vocab_size=50, seed=0)
     mixed = replace(short, long_prompt_tokens=(100, 120), long_share=0.3)
