@@ -265,7 +265,7 @@ def run(scenario: Scenario, limit_s: float, json_path: Path | None = None, plot:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         apps = scenario.apps(directory)
-        lone = stack.enter_context(process(first_tokens, apps[0].config, PREFILL_POOL))
+        lone = stack.enter_context(process(first_tokens, scenario.lone(apps[0]), PREFILL_POOL))
         assert receive(lone) == "ready"
         sweep = Sweep(scenario, limit_s, lone)
         for begin in range(0, len(apps), scenario.apps_at_once):

@@ -106,6 +106,13 @@ class Scenario:
             found.append(App(config_file.load(None, settings={**shared, **one}), budget))
         return found
 
+    def lone(self, app: App) -> SluiceConfig:
+        """An engine as the app's prefill worker has it, with room for a few prompts."""
+        kv = app.config.kv
+        assert kv.memory_bytes is not None
+        less = kv.model_copy(update={"memory_bytes": kv.memory_bytes // 4})
+        return app.config.model_copy(update={"kv": less})
+
     def workload(self, rate: float, series: int = 0) -> Workload:
         """Each series has prompts and times of its own, equal for all apps."""
         seconds = self.seconds if series == 0 else self.warm_up_seconds
@@ -158,7 +165,7 @@ def _tiny() -> Scenario:
 
 
 def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
-    """For two cards of 139 GiB. Two apps of V2-Lite fit on them; only one of them computes."""
+    """For two cards of 139 GiB. Two apps of V2-Lite and the lone engine fit on them; only one of these computes."""
     return Scenario(
         name=name,
         write=SHAPES[name].write,
@@ -194,7 +201,7 @@ def _on_gpus(name: str, kv_bytes: int, rates: tuple[float, ...]) -> Scenario:
 
 def scenarios() -> dict[str, Scenario]:
     """By name."""
-    lite = _on_gpus("v2-lite", 8 << 30, (3.0, 5.0, 7.0, 9.0, 12.0))
+    lite = _on_gpus("v2-lite", 7 << 30, (3.0, 5.0, 7.0, 9.0, 12.0))
     fp8 = replace(lite, name="v2-lite-fp8", write=SHAPES["v2-lite-fp8"].write)
     qwen = _on_gpus("qwen3-8b", 24 << 30, (2.0, 4.0, 6.0, 8.0))
     return {each.name: each for each in (_tiny(), lite, fp8, qwen)}
