@@ -137,11 +137,11 @@ def rotate_heads(
         eps,
         *((qkv, 1, 0.0) if pending is None else (pending.rows, pending.rows.shape[1], pending.eps)),
     )
-    heads, num_warps = _HEADS, 4
+    heads = _HEADS
     if pending is not None:
         heads = _PENDING_HEADS
         if len(qkv) >= MANY_ROWS:
-            heads, num_warps = min(power_of_two(num_heads + 2 * num_kv), _MOST_HEADS), 8
+            heads = min(power_of_two(num_heads + 2 * num_kv), _MOST_HEADS)
     constants = {
         "NUM_HEADS": num_heads,
         "NUM_KV": num_kv,
@@ -152,7 +152,7 @@ def rotate_heads(
         "PENDING": 0 if pending is None else power_of_two(pending.rows.shape[1]),
     }
     grid = (len(qkv), -(-(num_heads + 2 * num_kv) // heads), 1)
-    _launch_rotate_heads(grid, arguments, constants, num_warps=num_warps)
+    _launch_rotate_heads(grid, arguments, constants, num_warps=4)
 
 
 @triton.jit
