@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS: Final = 16
@@ -54,8 +64,18 @@ def only(value: object, remedy: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_TOKENS: Final = TypeAdapter(
+    Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=MAX_TOKEN_ID)]], Field(strict=True, fail_fast=True)]
+)
+
+
 def is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(token) is int and 0 <= token < MAX_TOKEN_ID for token in value)
+    """A list, empty or of token ids. Not a loop of ours: prompts are long, and the router waits."""
+    try:
+        _TOKENS.validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _prompts(value: object) -> object:
