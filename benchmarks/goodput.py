@@ -61,7 +61,7 @@ class Found:
     """Of one app. `by_rate`: those that were measured, lowest first."""
 
     app: App
-    alone: list[Sample] = field(default_factory=list)  # those that warm up are not among them
+    alone: list[Sample] = field(default_factory=list)
     by_rate: dict[float, Summary] = field(default_factory=dict)
     left_out: list[float] = field(default_factory=list)
 
@@ -113,8 +113,7 @@ class Sweep:
             pairs = await one_by_one(self._lone, endpoint, scenario.alone())
             self.lone_s, found.alone = [engine_s for engine_s, _ in pairs], [sample for _, sample in pairs]
         else:
-            samples, _ = await send(endpoint, scenario.alone())
-            found.alone = samples[_warm_up(samples) :]
+            found.alone, _ = await send(endpoint, scenario.alone())
         _check(app, found.alone)
         hopeless = False
         for rate in scenario.rates:
@@ -157,7 +156,7 @@ async def one_by_one(lone: Connection, endpoint: Endpoint, workload: Workload) -
         await ask(endpoint, arrival, time.perf_counter(), sample)
         pairs.append((first_s, sample))
     lone.send(None)
-    return pairs[_warm_up(pairs) :]
+    return pairs
 
 
 def _warm_up(values: Sequence[object]) -> int:
@@ -177,8 +176,9 @@ def best_of(founds: Sequence[Found], rate: float) -> Summary | None:
 def figures(scenario: Scenario, founds: Sequence[Found], lone_s: Sequence[float]) -> list[Figure]:
     """Ratios have what is wanted as their bound."""
     own = next(found for found in founds if found.app.budget is None)
+    alone, lone_s = own.alone[_warm_up(own.alone) :], lone_s[_warm_up(lone_s) :]
     lone = 1e3 * percentile(lone_s, 0.5)
-    public, computed = [sample.token_s[0] for sample in own.alone], [sample.computed_s for sample in own.alone]
+    public, computed = [sample.token_s[0] for sample in alone], [sample.computed_s for sample in alone]
     added, beyond = (
         1e3 * percentile([value - engine_s for value, engine_s in zip(values, lone_s, strict=True)], 0.5)
         for values in (public, computed)
